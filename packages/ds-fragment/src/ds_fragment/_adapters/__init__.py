@@ -1,0 +1,16 @@
+"""What holds a parameter's pieces: one file an engine, found through one list.
+
+[Note: adapter] An adapter answers for one engine: is this parameter yours; where is a quantity of it (a `Place`: the
+same answer on every rank, computed and not communicated); which piece is here (a view, not a copy). And it brings the
+low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, or the key of an optimizer state.
+"""
+
+from ds_fragment._adapters._base import Adapter, adapter_of, register_adapter
+from ds_fragment._adapters._dtensor import DTensorAdapter
+from ds_fragment._adapters._flat import FlatAdapter
+from ds_fragment._adapters._plain import PlainAdapter
+
+__all__ = ["Adapter", "adapter_of", "register_adapter"]
+
+for _adapter in (PlainAdapter(), DTensorAdapter(), FlatAdapter()):
+    register_adapter(_adapter)

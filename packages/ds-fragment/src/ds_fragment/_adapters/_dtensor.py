@@ -1,0 +1,140 @@
+"""DTensor parameters: FSDP2, tensor parallelism, both at once, and hybrid sharding.
+
+The layout comes from the placements alone. Where one mesh axis shards, its group exchanges the pieces; where several
+do, the ranks of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._adapters._base import state_entry, state_of, value_kind
+from ds_fragment._attach import registry
+from ds_fragment._exchange import Place
+from ds_fragment._layout import Layout, mesh_layout, whole
+from ds_fragment.errors import GradientUnavailableError, InvalidValueError
+
+
+class DTensorAdapter:
+    """Claims every DTensor."""
+
+    name = "dtensor"
+
+    def __init__(self) -> None:
+        # By tensor: the spec that the places were made for, and the place for each dtype.
+        self._places: MutableMapping[torch.Tensor, tuple[object, dict[torch.dtype, Place]]] = WeakIdKeyDictionary()
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Whether it is a DTensor."""
+        return isinstance(param, DTensor)
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """Computed from the placements of the parameter; state that is not a DTensor is whole on every rank."""
+        assert isinstance(param, DTensor)
+        if what in ("value", "grad"):
+            return self._like(param, param.dtype)
+        entry = state_entry(state_of(param, param), param, what)
+        if isinstance(entry, DTensor):
+            return self._like(entry if entry.placements != param.placements else param, entry.dtype)
+        return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
+
+    def _like(self, tensor: DTensor, dtype: torch.dtype) -> Place:
+        spec, places = self._places.get(tensor, (None, {}))
+        if spec is not tensor._spec:
+            places = {}
+            self._places[tensor] = (tensor._spec, places)
+        if dtype not in places:
+            layout, group = mesh_place(tensor)
+            places[dtype] = Place(tensor.shape, dtype, tensor.device, layout, group)
+        return places[dtype]
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """The local tensor, of the fragment's box."""
+        assert isinstance(param, DTensor)
+        if what == "value":
+            return param._local_tensor.detach()
+        if what == "grad":
+            grad = param.grad
+            if grad is None:
+                raise GradientUnavailableError(
+                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
+                    "cleared, or its gradients are not reduced yet"
+                )
+            if not isinstance(grad, DTensor) or grad.placements != param.placements:
+                raise GradientUnavailableError(
+                    f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
+                    f"parameter is placed {param.placements}: redistribute it first"
+                )
+            return grad._local_tensor.detach()
+        entry = state_entry(state_of(param, param), param, what)
+        return entry._local_tensor.detach() if isinstance(entry, DTensor) else entry
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        """The keys of the optimizer's state."""
+        return list(state_of(param, param))
+
+    def master(self, param: torch.Tensor) -> str:
+        """``"upcast"`` for a low-precision parameter."""
+        return value_kind(param.dtype)
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Nothing: the engine casts the sharded parameter anew at the next forward."""
+
+
+def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
+    """The layout of a DTensor and the group whose ranks it runs over; None where all is replicated.
+
+    Raises:
+        InvalidValueError: a placement is a partial sum, which no rank holds the value of.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        raise InvalidValueError(
+            f"a DTensor placed {placements} is a partial sum: redistribute it to Shard or Replicate first"
+        )
+    dims = [_dim_of(placement, tensor.dim()) for placement in placements]
+    sharding = [axis for axis, dim in enumerate(dims) if dim is not None]
+    sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
+    if not sharding:
+        return whole(tensor.shape), None
+    if len(sharding) == 1:
+        axis = sharding[0]
+        return mesh_layout(tensor.shape, [sizes[axis]], [dims[axis]]), mesh.get_group(axis)
+    # An axis that shards what the axes to its right have sharded already cuts after them.
+    strided = [axis for axis in sharding if type(placements[axis]).__name__ == "_StridedShard"]
+    if mesh.size() == dist.get_world_size():
+        order = [axis for axis in range(mesh.ndim) if axis not in strided] + strided[::-1]
+        layout = mesh_layout(tensor.shape, sizes, dims, order)
+        ranks = mesh.mesh.flatten().tolist()  # by position in the mesh
+        fragments = [layout.fragments[ranks.index(rank)] for rank in range(len(ranks))]
+        copies = frozenset(ranks[position] for position in layout.copies)
+        return Layout(layout.shape, tuple(fragments), copies), dist.group.WORLD
+    order = [i for i, axis in enumerate(sharding) if axis not in strided]
+    order += [i for i, axis in reversed(list(enumerate(sharding))) if axis in strided]
+    layout = mesh_layout(tensor.shape, [sizes[axis] for axis in sharding], [dims[axis] for axis in sharding], order)
+    return layout, _group_over(mesh, sharding)
+
+
+def _dim_of(placement: Placement, ndim: int) -> int | None:
+    if not (placement.is_shard() or type(placement).__name__ == "_StridedShard"):
+        return None
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim % ndim
+
+
+def _group_over(mesh: DeviceMesh, axes: list[int]) -> dist.ProcessGroup:
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise InvalidValueError(
+            f"a parameter is sharded over {len(axes)} axes of a device mesh without names: pass mesh_dim_names to "
+            "init_device_mesh"
+        )
+    part = mesh[tuple(names[axis] for axis in axes)]
+    return part._flatten().get_group()

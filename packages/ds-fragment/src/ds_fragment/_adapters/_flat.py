@@ -1,0 +1,158 @@
+"""Flat partitions: parameters linked with `link_hp_params`, by `FlatPartition` or by an engine.
+
+`param._hp_mapping` says where this rank's fragment is, the `FlatLink` beside it where every rank's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ds_fragment._adapters._base import state_entry, state_of
+from ds_fragment._attach import registry
+from ds_fragment._exchange import Place, Plan, gather
+from ds_fragment._layout import whole
+from ds_fragment._links import FlatLink, link_of
+from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
+
+_REFRESH_BYTES = 64 << 20
+
+
+class FlatAdapter:
+    """Claims every parameter with ``_hp_mapping``."""
+
+    name = "flat partition"
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Whether the parameter was linked."""
+        return hasattr(param, "_hp_mapping")
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """An interval of the flattened parameter on each rank; optimizer state that is one number is whole on each."""
+        link = _link(param)
+        flat = _flat(link, param)
+        if what not in ("value", "grad"):
+            entry = _attached_entry(flat, param, what)
+            if entry is not None and entry.shape != flat.shape:
+                return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
+            what = "state"
+        if what not in link.places:
+            link.places[what] = Place(param.shape, flat.dtype, flat.device, link.layout, link.group)
+        return link.places[what]
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
+        """This rank's fragment."""
+        link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
+        if what == "grad":
+            self._check_gradient(param, link)
+        if what not in ("value", "grad"):
+            return self._local_state(param, what, link, mapping)
+        if mapping is None:
+            return None
+        if what == "value":
+            fragment: torch.Tensor = mapping.get_hp_fragment()
+            return fragment
+        gradient: torch.Tensor = mapping.get_lp_grad_fragment(param._index_in_param_group)  # type: ignore[attr-defined]
+        return gradient
+
+    def _check_gradient(self, param: torch.Tensor, link: FlatLink) -> None:
+        owner = link.owner() if link.owner is not None else None
+        reason = None if owner is None else owner.why_no_gradient(param)
+        if reason is not None:
+            raise GradientUnavailableError(f"{registry.name_of(param)} has no gradient to read: {reason}")
+
+    def _local_state(self, param: torch.Tensor, key: str, link: FlatLink, mapping: Any) -> torch.Tensor | None:
+        flat = _flat(link, param)
+        entry = _attached_entry(flat, param, key)
+        if entry is not None:
+            if entry.shape != flat.shape:
+                return entry
+            if mapping is None:
+                return None
+            address = mapping.get_hp_fragment_address()
+            return _wide(entry, flat, param, key).narrow(0, address.start, address.numel)
+        if mapping is None:
+            return None
+        fragment = mapping.get_optim_state_fragment(key)
+        if not isinstance(fragment, torch.Tensor) or fragment.numel() != mapping.get_hp_fragment_address().numel:
+            raise InvalidValueError(
+                f"optim_state_key '{key}' of {registry.name_of(param)} is not one number for each element, and ranks "
+                "without a part of the parameter do not hold it: call attach(model, optimizer) on every rank to read it"
+            )
+        return _wide(fragment, flat, param, key)
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        """The keys of the attached optimizer's state, else of the linked fragment's."""
+        flat = _flat(_link(param), param)
+        if registry.optimizer_of(flat) is not None:
+            return list(state_of(flat, param))
+        mapping = param._hp_mapping  # type: ignore[attr-defined]
+        keys: list[str] = [] if mapping is None else mapping.get_optim_state_keys()
+        return keys
+
+    def master(self, param: torch.Tensor) -> str:
+        """A flat partition is a true master."""
+        return "fp32"
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Cast the fp32 fragments and gather them into the lp parameters, or cast the whole values."""
+        if values is not None:
+            for param, value in zip(params, values, strict=True):
+                param.data.copy_(value.to(_flat(_link(param), param).dtype))
+            return
+        publish(params)
+
+
+def publish(params: Sequence[torch.Tensor]) -> None:
+    """Write the fp32 fragments into the whole lp parameters of every rank, cast by their holders.
+
+    All ranks of the parameters' groups must call it.
+    """
+    places = []
+    for param in params:
+        link = _link(param)
+        if "lp" not in link.places:
+            link.places["lp"] = Place(param.shape, param.dtype, param.device, link.layout, link.group)
+        places.append(link.places["lp"])
+    adapter = FlatAdapter()
+    plan = Plan(places, _REFRESH_BYTES)
+    for _ in gather(plan, lambda i: adapter.local(params[i], "value"), out=lambda i: params[i].data):
+        pass
+
+
+def _link(param: torch.Tensor) -> FlatLink:
+    link = link_of(param)
+    if link is None:
+        raise UnlinkedParameterError(
+            f"{registry.name_of(param)} has _hp_mapping but no rank's layout is known: link it with link_hp_params or "
+            "FlatPartition, or attach its engine"
+        )
+    return link
+
+
+def _flat(link: FlatLink, param: torch.Tensor) -> torch.Tensor:
+    flat = link.flat()
+    if flat is None:
+        raise UnlinkedParameterError(
+            f"{registry.name_of(param)} is linked to a flat fp32 partition that was deleted: keep the partition (or "
+            "its FlatPartition) alive, or unlink_hp_params"
+        )
+    return flat
+
+
+def _attached_entry(flat: torch.Tensor, param: torch.Tensor, key: str) -> torch.Tensor | None:
+    """The state of the attached optimizer, the same on every rank up to its values; None without an optimizer."""
+    if registry.optimizer_of(flat) is None:
+        return None
+    return state_entry(state_of(flat, param), param, key)
+
+
+def _wide(entry: torch.Tensor, flat: torch.Tensor, param: torch.Tensor, key: str) -> torch.Tensor:
+    if entry.dtype != flat.dtype and not (entry.dtype.is_floating_point and entry.dtype.itemsize < flat.dtype.itemsize):
+        raise FragmentError(
+            f"optim_state_key '{key}' of {registry.name_of(param)} has dtype {entry.dtype}, which the fp32 exchange of "
+            "a flat partition cannot carry exactly"
+        )
+    return entry

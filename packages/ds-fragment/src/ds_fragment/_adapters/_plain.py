@@ -1,0 +1,63 @@
+"""Parameters that every rank holds whole: plain PyTorch and DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ds_fragment._adapters._base import state_entry, state_of, value_kind
+from ds_fragment._attach import registry
+from ds_fragment._exchange import Place
+from ds_fragment._layout import whole
+from ds_fragment.errors import GradientUnavailableError
+
+
+class PlainAdapter:
+    """Claims every tensor that nobody else does: nothing to communicate, the whole is here."""
+
+    name = "plain"
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Every tensor."""
+        return True
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """All of it is here."""
+        found = self.local(param, what)
+        return Place(found.shape, found.dtype, found.device, whole(found.shape), None)
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """The tensor itself."""
+        owned = _master(param)
+        if what == "value":
+            return owned.detach()
+        if what == "grad":
+            grad = owned.grad if owned.grad is not None else param.grad
+            if grad is None:
+                raise GradientUnavailableError(
+                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
+                    "cleared"
+                )
+            return grad.detach()
+        return state_entry(state_of(owned, param), param, what)
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        """The keys of the optimizer's state."""
+        return list(state_of(_master(param), param))
+
+    def master(self, param: torch.Tensor) -> str:
+        """``"upcast"`` for a low-precision parameter without a master that was attached."""
+        return value_kind(_master(param).dtype)
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Copy attached masters to their parameters."""
+        for param in params:
+            master = registry.master_of(param)
+            if master is not None:
+                param.data.copy_(master.data)
+
+
+def _master(param: torch.Tensor) -> torch.Tensor:
+    master = registry.master_of(param)
+    return param if master is None else master

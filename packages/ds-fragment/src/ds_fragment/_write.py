@@ -1,0 +1,207 @@
+"""Writing: every rank checks what it was given, all agree, and only then anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_fragment._adapters import Adapter
+from ds_fragment._attach import registry
+from ds_fragment._exchange import Place, agree
+from ds_fragment._read import BUCKET_BYTES, Named, Quantity, check_what, named
+from ds_fragment.errors import FragmentError, InvalidValueError
+
+Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
+
+
+def set_many(
+    values: Iterable[tuple[torch.Tensor, torch.Tensor]], what: str = "value", *, refresh_lp: bool = True
+) -> None:
+    """Write whole values into many sharded parameters, all of them or, where anything is wrong, none.
+
+    All ranks of the parameters' groups must call it with the same parameters and the same values; that they are the
+    same is checked.
+
+    Args:
+        values: (parameter, value) pairs; a value has the parameter's whole shape, any floating dtype and device.
+        what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        refresh_lp: bring the low-precision weights up to date at once.
+
+    Raises:
+        InvalidValueError: a value has the wrong shape or dtype.
+        RankMismatchError: the ranks were given different values.
+        FragmentError: there is nothing to write to (no such state, no gradient).
+    """
+    pairs = list(values)
+    quantity = Quantity([param for param, _ in pairs], check_what(what))
+    wholes: list[torch.Tensor] = []
+    sums: list[int] = []
+
+    def prepare() -> list[torch.Tensor | None]:
+        pieces = []
+        for item, (param, value) in enumerate(pairs):
+            place = quantity.places[item]
+            whole = _checked(param, value, place.shape, "value").to(place.dtype).contiguous()
+            sums.append(_checksum(whole))
+            pieces.append(place.cut(whole))
+            wholes.append(whole)
+        return pieces
+
+    targets, pieces = _agreed(quantity, prepare, sums)
+    _commit(targets, pieces)
+    if what == "value" and refresh_lp:
+        _refresh(quantity, wholes)
+
+
+def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp: bool = True) -> None:
+    """Write this rank's piece of one parameter. All ranks of its group must call it, each with its own piece.
+
+    Args:
+        param: the parameter.
+        value: of the shape that `get_local` gives on this rank; an empty tensor where the rank holds nothing.
+        what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        refresh_lp: bring the low-precision weights up to date at once.
+
+    Raises:
+        InvalidValueError: the value has the wrong shape or dtype.
+        FragmentError: there is nothing to write to.
+    """
+    quantity = Quantity([param], check_what(what))
+
+    def prepare() -> list[torch.Tensor | None]:
+        piece = quantity.local(0)
+        shape = torch.Size([0]) if piece is None else piece.shape
+        return [_checked(param, value, shape, "value of this rank's piece")]
+
+    targets, pieces = _agreed(quantity, prepare, [])
+    _commit(targets, pieces)
+    if what == "value" and refresh_lp:
+        _refresh(quantity, None)
+
+
+def update_many(
+    params: nn.Module | Iterable[torch.Tensor] | Iterable[Named],
+    fn: Update,
+    what: str = "value",
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    refresh_lp: bool = True,
+) -> None:
+    """Read, apply and write back, bucket by bucket; nothing is written before every result is there and right.
+
+    All ranks of the parameters' groups must call it with the same parameters. Each rank holds the new pieces of its
+    own fragments until the end, so that a failure half-way leaves everything as it was.
+
+    Args:
+        params: a module, parameters, or (name, parameter) pairs.
+        fn: called as ``fn(name or parameter, whole tensor)`` on every rank; returns the new whole tensor, or None to
+            leave it. It may change the tensor it is given. It must do the same on every rank.
+        what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        bucket_bytes: how much travels at once; see `iter_full`.
+        refresh_lp: bring the low-precision weights up to date at once.
+
+    Raises:
+        InvalidValueError: a result has the wrong shape or dtype.
+        FragmentError: a rank could not deliver its piece; the same on every rank.
+        Exception: what ``fn`` raises, as a `FragmentError` on every rank.
+    """
+    names, tensors = named(params)
+    quantity = Quantity(tensors, check_what(what))
+    sums: list[int] = []
+    pieces: list[torch.Tensor | None] = []
+    failure: list[Exception] = []
+    for item, tensor in quantity.full(bucket_bytes):
+        assert tensor is not None
+        piece: torch.Tensor | None = None
+        if not failure:
+            try:
+                key = tensors[item] if names is None else names[item]
+                result = fn(key, tensor)
+                sums.append(0)
+                if result is not None:
+                    place = quantity.places[item]
+                    whole = _checked(tensors[item], result, place.shape, "result of fn").to(place.dtype).contiguous()
+                    sums[-1] = _checksum(whole)
+                    cut = place.cut(whole)
+                    piece = None if cut is None else cut.clone()
+            except Exception as error:
+                failure.append(error)
+        pieces.append(piece)
+
+    def prepare() -> list[torch.Tensor | None]:
+        if failure:
+            raise failure[0]
+        return pieces
+
+    targets, pieces = _agreed(quantity, prepare, sums)
+    _commit(targets, pieces)
+    if what == "value" and refresh_lp:
+        _refresh(quantity, None)
+
+
+def _agreed(
+    quantity: Quantity, prepare: Callable[[], list[torch.Tensor | None]], sums: list[int]
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Targets and pieces of this rank, once every rank has all of its own and the sums are the same on all."""
+    error: Exception | None = None
+    targets: list[torch.Tensor | None] = []
+    pieces: list[torch.Tensor | None] = []
+    try:
+        targets = [quantity.local(item) for item in range(len(quantity.params))]
+        pieces = prepare()
+        for param, place, target in zip(quantity.params, quantity.places, targets, strict=True):
+            _check_target(param, place, target)
+    except Exception as caught:
+        error = caught
+    agree(error, quantity.groups(), quantity.device(), sums, lambda i: registry.name_of(quantity.params[i]))
+    return targets, pieces
+
+
+def _check_target(param: torch.Tensor, place: Place, target: torch.Tensor | None) -> None:
+    held = 0 if target is None else target.numel()
+    expected = place.layout.held(place.rank)
+    if held != expected:
+        raise FragmentError(f"{registry.name_of(param)}: {held} elements are here where its layout says {expected}")
+
+
+def _commit(targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]) -> None:
+    with torch.no_grad():
+        for target, piece in zip(targets, pieces, strict=True):
+            if target is not None and piece is not None and piece.numel():
+                target.copy_(piece.view(target.shape))
+
+
+def _refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
+    items: dict[Adapter, list[int]] = {}
+    for item, adapter in enumerate(quantity.adapters):
+        items.setdefault(adapter, []).append(item)
+    for adapter, chosen in items.items():
+        values = None if wholes is None else [wholes[item] for item in chosen]
+        adapter.refresh_lp([quantity.params[item] for item in chosen], values)
+
+
+def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -> torch.Tensor:
+    """The value as a tensor without a graph, if it fits."""
+    if not isinstance(value, torch.Tensor):
+        raise InvalidValueError(f"{name} for {registry.name_of(param)} is a {type(value).__name__}, expected a tensor")
+    if value.shape != shape:
+        raise InvalidValueError(
+            f"{name} for {registry.name_of(param)} has shape {tuple(value.shape)}, expected {tuple(shape)}"
+        )
+    if not value.dtype.is_floating_point and shape.numel() > 1:
+        raise InvalidValueError(
+            f"{name} for {registry.name_of(param)} has dtype {value.dtype}, expected a floating-point one: "
+            "convert it first"
+        )
+    return value.detach()
+
+
+def _checksum(whole: torch.Tensor) -> int:
+    """A sum over the bits, to tell different values apart; equal bits give equal sums."""
+    if not whole.numel():
+        return 0
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
+    return int(whole.reshape(-1).view(width).sum(dtype=torch.int64))

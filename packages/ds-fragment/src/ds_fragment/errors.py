@@ -1,0 +1,41 @@
+"""The errors that ds-fragment raises, all of them a `FragmentError`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "FragmentError",
+    "GradientUnavailableError",
+    "InvalidValueError",
+    "RankMismatchError",
+    "StateKeyError",
+    "StateNotReadyError",
+    "UnlinkedParameterError",
+]
+
+
+class FragmentError(Exception):
+    """Base of every error that ds-fragment raises on purpose."""
+
+
+class UnlinkedParameterError(FragmentError, ValueError):
+    """The parameter is not tied to what was asked for: no fp32 partition, or no optimizer (see `attach`)."""
+
+
+class InvalidValueError(FragmentError, ValueError):
+    """A value has the wrong shape, dtype or type for the parameter it should be written to."""
+
+
+class StateKeyError(FragmentError, ValueError):
+    """The optimizer keeps no state of that name for the parameter."""
+
+
+class StateNotReadyError(FragmentError, RuntimeError):
+    """The optimizer has not made its state yet: it does so at its first step."""
+
+
+class GradientUnavailableError(FragmentError, RuntimeError):
+    """There is no reduced gradient to read, and the message says why."""
+
+
+class RankMismatchError(FragmentError, RuntimeError):
+    """The ranks of a group did not make the same call with the same values."""

@@ -1,0 +1,200 @@
+"""The flat fp32 partition for engines that have none: ZeRO-1's linkage over any process group and optimizer.
+
+    partition = FlatPartition(model.parameters(), group)
+    optimizer = torch.optim.AdamW([partition.hp_param], lr=1e-3)
+    attach(model, optimizer)
+    ...
+    loss.backward()
+    partition.reduce_gradients()   # lp gradients -> fp32 mean, each rank its slice
+    optimizer.step()               # on this rank's slice alone
+    partition.publish()            # fp32 -> lp weights on every rank
+
+[Note: gradient life] lp gradients pile up locally over the backward passes; `reduce_gradients` averages them over the
+group into ``hp_param.grad`` and clears them; `publish`, after the optimizer's step, clears ``hp_param.grad``. In
+between, and only then, there is a reduced gradient to read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_fragment import _collectives, _kernels
+from ds_fragment._adapters._flat import publish
+from ds_fragment._exchange import agree, wire_device
+from ds_fragment._links import link_of
+from ds_fragment.errors import InvalidValueError
+from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
+
+__all__ = ["FlatPartition"]
+
+
+class _GradientTable(dict[int, list[torch.Tensor]]):
+    """A dict that can be held weakly."""
+
+
+class FlatPartition:
+    """One fp32 parameter a rank, which stands for its slice of a whole group of lp parameters.
+
+    The parameters are concatenated in the order given, cut evenly over the group (padded at the end), and each rank
+    keeps its slice in fp32 as ``hp_param``, to be handed to any `torch.optim` optimizer that works element by element.
+    All ranks of the group must make it, with the same parameters holding the same values.
+
+    Args:
+        params: the lp parameters: contiguous, floating-point, on one device. Frozen ones and duplicates are left out.
+        group: the process group to cut over; the default group where torch.distributed is initialized, else one rank.
+        index: the number of the parameter group, for several partitions side by side.
+
+    Attributes:
+        hp_param: fp32, 1-D, (partition_size,): this rank's slice, padding included.
+        params: the lp parameters that it stands for.
+        partition_size: elements in each rank's slice.
+        group: the process group, or None.
+
+    Raises:
+        InvalidValueError: there are no parameters, or one that cannot be linked; on every rank.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.Tensor], group: dist.ProcessGroup | None = None, *, index: int = 0
+    ) -> None:
+        if group is None and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group = group
+        self.world_size, self.rank = (1, 0) if group is None else (group.size(), group.rank())
+        candidates = list(dict.fromkeys(params))
+        self.params = [param for param in candidates if param.requires_grad]
+        groups = [] if group is None else [group]
+        device = candidates[0].device if candidates else torch.device("cpu")
+        shapes = [hash(tuple(param.shape)) for param in self.params]
+        agree(_fault(self.params), groups, device, shapes, lambda i: f"the shape of params[{i}]")
+
+        self.numel = sum(param.numel() for param in self.params)
+        self.partition_size = max(1, -(-self.numel // self.world_size))
+        flat = torch.zeros(self.partition_size, dtype=torch.float32, device=device)
+        self.hp_param = nn.Parameter(flat)
+        self._gradients = _GradientTable()
+        self._used: list[bool] | None = None
+        self._consumed = False
+        link_hp_params(
+            self.params,
+            self.hp_param,
+            weakref.proxy(self._gradients),
+            None,
+            False,
+            index,
+            self.rank * self.partition_size,
+            self.partition_size,
+            group,
+        )
+        self._index = index
+        self._fragments = [p._hp_mapping for p in self.params if p._hp_mapping is not None]  # type: ignore[attr-defined]
+        for param in self.params:
+            link = link_of(param)
+            assert link is not None
+            link.owner = weakref.ref(self)
+        with torch.no_grad():
+            _kernels.copy(
+                [fragment.hp_fragment for fragment in self._fragments],
+                [fragment.lp_fragment for fragment in self._fragments],
+            )
+
+    def reduce_gradients(self, *, scale: float = 1.0, accumulate: bool = False) -> None:
+        """Average the lp gradients over the group into ``hp_param.grad``, in fp32, and clear them.
+
+        All ranks of the group must call it, after the last backward pass of a step. A parameter that no rank used has
+        no gradient afterwards; one that only some ranks used counts as zero on the others.
+
+        Args:
+            scale: what the loss was multiplied by; gradients are divided by it.
+            accumulate: add to the gradient that is there instead of replacing it.
+
+        Raises:
+            InvalidValueError: ``scale`` is not a positive finite number; on every rank, and nothing changes.
+        """
+        device = self.hp_param.device
+        groups = [] if self.group is None else [self.group]
+        error = None
+        if not (scale > 0 and scale != float("inf")):
+            error = InvalidValueError(f"scale is {scale}, expected a positive number: what the loss was scaled by")
+        agree(error, groups, device)
+        flat = torch.zeros(self.world_size * self.partition_size, dtype=torch.float32, device=device)
+        views = flat[: self.numel].split_with_sizes([param.numel() for param in self.params])
+        here = [i for i, param in enumerate(self.params) if param.grad is not None]
+        grads = [self.params[i].grad for i in here]
+        _kernels.copy([views[i].view(self.params[i].shape) for i in here], [g.detach() for g in grads if g is not None])
+        used = torch.zeros(len(self.params), dtype=torch.int32)
+        used[here] = 1
+        reduced = flat
+        if self.group is not None and self.world_size > 1:
+            on = wire_device(self.group, device)
+            wired, used = flat.to(on), used.to(on)
+            reduced = torch.empty(self.partition_size, dtype=torch.float32, device=on)
+            _collectives.reduce_scatter(reduced, wired, group=self.group)
+            dist.all_reduce(used, group=self.group)
+            reduced = reduced.to(device)
+        reduced.div_(self.world_size * scale)
+        if accumulate and self.hp_param.grad is not None:
+            self.hp_param.grad.add_(reduced)
+        else:
+            self.hp_param.grad = reduced
+        before = self._used if accumulate and self._used is not None else [False] * len(self.params)
+        self._used = [old or bool(new) for old, new in zip(before, used.tolist(), strict=True)]
+        self._consumed = False
+        gradient = self.hp_param.grad
+        addresses = [fragment.get_hp_fragment_address() for fragment in self._fragments]
+        self._gradients[self._index] = [gradient.narrow(0, a.start, a.numel) for a in addresses]
+        for param in self.params:
+            param.grad = None
+
+    def publish(self) -> None:
+        """Write the fp32 slices into the whole lp parameters of every rank, and clear the consumed gradient.
+
+        All ranks of the group must call it, after the optimizer's step.
+        """
+        publish(self.params)
+        self.hp_param.grad = None
+        self._gradients.clear()
+        self._consumed = self._used is not None
+        self._used = None
+
+    def unlink(self) -> None:
+        """Take the linkage off the lp parameters; afterwards they are plain ones."""
+        unlink_hp_params(self.params)
+
+    def why_no_gradient(self, param: torch.Tensor) -> str | None:
+        """Why there is no reduced gradient of a parameter now, or None if there is one."""
+        if param.grad is not None:
+            return "it is not reduced yet: call reduce_gradients() on every rank after the last backward pass"
+        if self._used is None:
+            if self._consumed:
+                return "it was consumed by the last step: read it between reduce_gradients() and publish()"
+            return "no backward pass was reduced yet"
+        position = next(i for i, mine in enumerate(self.params) if mine is param)
+        return None if self._used[position] else "no rank used the parameter in this backward pass"
+
+    def __repr__(self) -> str:
+        return (
+            f"FlatPartition({len(self.params)} parameters, {self.numel} elements, rank {self.rank} of "
+            f"{self.world_size} holds {self.partition_size})"
+        )
+
+
+def _fault(params: list[torch.Tensor]) -> InvalidValueError | None:
+    """What is wrong with the parameters, or None."""
+    if not params:
+        return InvalidValueError("params is empty, or all of it is frozen: pass the parameters that require a gradient")
+    for i, param in enumerate(params):
+        if not param.dtype.is_floating_point:
+            return InvalidValueError(f"params[{i}] has dtype {param.dtype}, expected a floating-point one")
+        if not param.is_contiguous():
+            return InvalidValueError(f"params[{i}] of shape {tuple(param.shape)} is not contiguous: make it so first")
+        if param.device != params[0].device:
+            return InvalidValueError(
+                f"params[{i}] is on {param.device} and params[0] on {params[0].device}: make one FlatPartition a device"
+            )
+    return None
