@@ -282,9 +282,11 @@ def gather(
             while started < min(bucket + 2, len(plan.buckets)):
                 start(locate)
             landing = flights.pop(0)
+            shared = True  # whether the other ranks of the group learn of a failure with this bucket
             try:
                 for flight in landing:
                     flight.land()
+                shared = False
                 whole: dict[int, torch.Tensor] = {}
                 if dst is None or dist.get_rank() == dst:
                     for item in items:
@@ -294,8 +296,8 @@ def gather(
             except Exception as error:
                 for flight in landing:
                     flight.wait()
-                # Ranks that share only a later bucket with the failing one must not wait for it in vain.
-                while plan.groups > 1 and started < len(plan.buckets):
+                # Ranks that learn of it with a later bucket only must not wait for that in vain.
+                while started < len(plan.buckets) and (plan.groups > 1 or not shared):
                     start(partial(_raise, error))
                 raise
             del landing

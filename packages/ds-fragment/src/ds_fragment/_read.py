@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_fragment._adapters import adapter_of
 from ds_fragment._attach import clean_name
-from ds_fragment._exchange import Place, Plan, gather
+from ds_fragment._exchange import Locate, Place, Plan, gather
 from ds_fragment.errors import FragmentError, InvalidValueError
 
 BUCKET_BYTES = 64 << 20
@@ -67,11 +67,11 @@ class Quantity:
         return self.adapters[item].local(self.params[item], self.what)
 
     def full(
-        self, bucket_bytes: int = BUCKET_BYTES, dst: int | None = None
+        self, bucket_bytes: int = BUCKET_BYTES, dst: int | None = None, locate: Locate | None = None
     ) -> Iterator[tuple[int, torch.Tensor | None]]:
-        """The whole tensors by item; all ranks must take all of them."""
+        """The whole tensors by item; all ranks must take all of them. ``locate`` stands in for `local`."""
         plan = plan_of(self.places, bucket_bytes)
-        for items, tensors in zip(plan.buckets, gather(plan, self.local, dst=dst), strict=True):
+        for items, tensors in zip(plan.buckets, gather(plan, locate or self.local, dst=dst), strict=True):
             for position, item in enumerate(items):
                 tensor, tensors[position] = tensors[position], None
                 yield item, tensor

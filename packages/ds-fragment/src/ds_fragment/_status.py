@@ -8,6 +8,7 @@ ranks raise the error of the lowest failing rank, by type and by text. It costs 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,7 @@ def encode(error: Exception) -> torch.Tensor:
     """The status for an error: uint8, (STATUS_BYTES,): a code, a length, the text in UTF-8, cut to what fits."""
     kind = next((i for i, t in enumerate(_TYPES) if isinstance(error, t)), len(_TYPES) - 1)
     text = str(error) if isinstance(error, errors.FragmentError) else f"{type(error).__name__}: {error}"
+    text = re.sub(r"^rank \d+( \(and \d+ more of \d+ ranks\))?: ", "", text)  # of an error that was passed on
     data = text.encode()[: STATUS_BYTES - 3]
     while data and data[-1] & 0xC0 == 0x80:  # do not cut a character in two
         data = data[:-1]

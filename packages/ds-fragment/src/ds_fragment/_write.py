@@ -51,9 +51,9 @@ def set_many(
         return pieces
 
     targets, pieces = _agreed(quantity, prepare, sums)
-    _commit(targets, pieces)
+    commit(targets, pieces)
     if what == "value" and refresh_lp:
-        _refresh(quantity, wholes)
+        refresh(quantity, wholes)
 
 
 def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp: bool = True) -> None:
@@ -77,9 +77,9 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         return [_checked(param, value, shape, "value of this rank's piece")]
 
     targets, pieces = _agreed(quantity, prepare, [])
-    _commit(targets, pieces)
+    commit(targets, pieces)
     if what == "value" and refresh_lp:
-        _refresh(quantity, None)
+        refresh(quantity, None)
 
 
 def update_many(
@@ -137,9 +137,9 @@ def update_many(
         return pieces
 
     targets, pieces = _agreed(quantity, prepare, sums)
-    _commit(targets, pieces)
+    commit(targets, pieces)
     if what == "value" and refresh_lp:
-        _refresh(quantity, None)
+        refresh(quantity, None)
 
 
 def _agreed(
@@ -167,14 +167,16 @@ def _check_target(param: torch.Tensor, place: Place, target: torch.Tensor | None
         raise FragmentError(f"{registry.name_of(param)}: {held} elements are here where its layout says {expected}")
 
 
-def _commit(targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]) -> None:
+def commit(targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]) -> None:
+    """Copy the pieces to where they belong; what is None on either side stays as it is."""
     with torch.no_grad():
         for target, piece in zip(targets, pieces, strict=True):
             if target is not None and piece is not None and piece.numel():
                 target.copy_(piece.view(target.shape))
 
 
-def _refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
+def refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
+    """Have each engine bring its low-precision weights up to date; collective where ``wholes`` is None."""
     items: dict[Adapter, list[int]] = {}
     for item, adapter in enumerate(quantity.adapters):
         items.setdefault(adapter, []).append(item)

@@ -1,0 +1,327 @@
+"""One consolidated safetensors file from a sharded run, and back.
+
+[Note: file] The safetensors format: eight bytes with the length of a JSON header (little-endian), the header (for each
+tensor its dtype, shape and place), then the tensors' bytes one after the other. The library writes a file from tensors
+that are all in memory; here rank 0 writes each as it arrives, so that no rank ever holds more than two buckets.
+Source of the format: the safetensors README. Reading goes through the library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_fragment import _safetensors
+from ds_fragment._attach import clean_name
+from ds_fragment._exchange import agree
+from ds_fragment._read import BUCKET_BYTES, Quantity
+from ds_fragment._write import commit, refresh
+from ds_fragment.errors import FragmentError, InvalidValueError
+
+MAX_SHARD_BYTES = 5 << 30
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the file: a parameter by its position, or a buffer."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    item: int | None
+    buffer: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def save_full(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    bucket_bytes: int = BUCKET_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | bool = False,
+) -> None:
+    """Write the whole model, parameters and persistent buffers, to one safetensors file from rank 0.
+
+    All ranks of the default group must call it; rank 0 writes. The parameters' true values are streamed, two buckets
+    at a time. The file is written under a temporary name and renamed when it is complete, so that a run killed
+    half-way leaves the file that was there. Tied parameters are stored once; the metadata entry ``tied`` says under
+    which names they are known (JSON, alias to name).
+
+    Args:
+        model: the sharded model, wrapped or not; names lose the prefixes of wrappers.
+        path: ``model.safetensors``, say, in a folder that exists. Above ``max_shard_bytes`` there are several files
+            beside it, and ``model.safetensors.index.json`` says what is where, as Hugging Face's loaders expect.
+        dtype: what floating-point parameters are stored as; None keeps the master's dtype. Buffers keep theirs.
+        bucket_bytes: how much travels at once.
+        max_shard_bytes: the largest file.
+        metadata: strings to store in the header.
+        progress: True for a bar (or, without rich, log lines) on rank 0, or a function called there with bytes
+            written and bytes in all.
+
+    Raises:
+        FragmentError: a piece could not be read, or rank 0 could not write; the same on every rank.
+    """
+    entries, tied, quantity = _entries(model, dtype)
+    target = Path(path)
+    group = _everyone()
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    error = _unwritable(target, max_shard_bytes) if writes else None
+    sums = [hash((entry.shape, entry.dtype.itemsize)) for entry in entries]
+    agree(error, group, quantity.device(), sums, lambda i: f"the shape or dtype of '{entries[i].name}'")
+    header = {**(metadata or {}), **({"tied": json.dumps(tied)} if tied else {})}
+    writer = _Writer(target, entries, header, max_shard_bytes) if writes else None
+    with contextlib.ExitStack() as stack:
+        if writer is not None:
+            stack.callback(writer.abandon)
+        report = stack.enter_context(_safetensors.reporter(progress if writes else False, target.name))
+        failure: list[Exception] = []
+
+        def locate(item: int) -> torch.Tensor | None:
+            if failure:
+                raise failure[0]  # travels to every rank with the next bucket
+            return quantity.local(item)
+
+        try:
+            for item, tensor in quantity.full(bucket_bytes, dst=0 if dist.is_initialized() else None, locate=locate):
+                if writer is not None and tensor is not None and not failure:
+                    try:
+                        report(writer.write_item(item, tensor), writer.total)
+                    except OSError as caught:
+                        failure.append(caught)
+            if writer is not None and not failure:
+                report(writer.write_buffers(), writer.total)
+                writer.finish()
+        except (FragmentError, OSError) as caught:
+            failure.append(caught)
+        agree(failure[0] if failure else None, group, quantity.device())
+
+
+def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, refresh_lp: bool = True) -> None:
+    """Write a consolidated safetensors file into a sharded model. All ranks of the default group must call it.
+
+    Each rank reads no more than its own pieces from the file, which every rank must be able to open. Nothing is
+    written before all ranks have found every tensor with the right shape.
+
+    Args:
+        model: the sharded model, wrapped or not.
+        path: the file, or the name under which a sharded one was saved.
+        strict: whether names that only the file or only the model has are an error.
+        refresh_lp: bring the low-precision weights up to date at once.
+
+    Raises:
+        InvalidValueError: the file does not fit the model; on every rank, and nothing is written.
+        ImportError: safetensors is not installed: ``pip install ds-fragment[safetensors]``.
+    """
+    entries, tied, quantity = _entries(model, None)
+    group = _everyone()
+    error: Exception | None = None
+    sums: list[int] = []
+    with contextlib.ExitStack() as stack:
+        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            reader = stack.enter_context(_safetensors.Reader(Path(path)))
+            sums = reader.sums()
+            _match(entries, tied, reader, strict)
+            pieces = [
+                pair for entry in entries if entry.name in reader.shapes for pair in _pieces(entry, quantity, reader)
+            ]
+        except Exception as caught:
+            error = caught
+        agree(error, group, quantity.device(), sums, lambda i: f"the file '{Path(path).name}' (part {i})")
+        commit([target for target, _ in pieces], [piece for _, piece in pieces])
+    if refresh_lp:
+        refresh(quantity, None)
+
+
+def _everyone() -> list[dist.ProcessGroup]:
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return [] if world is None else [world]
+
+
+def _entries(model: nn.Module, dtype: torch.dtype | None) -> tuple[list[_Entry], dict[str, str], Quantity]:
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    params: list[torch.Tensor] = []
+    names: list[str] = []
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) in first:
+            tied[clean_name(name)] = first[id(param)]
+            continue
+        first[id(param)] = clean_name(name)
+        names.append(clean_name(name))
+        params.append(param)
+    quantity = Quantity(params, "value")
+    entries = [
+        _Entry(name, place.shape, dtype if dtype and place.dtype.is_floating_point else place.dtype, item, None)
+        for item, (name, place) in enumerate(zip(names, quantity.places, strict=True))
+    ]
+    for name, buffer in _persistent_buffers(model):
+        entries.append(_Entry(name, buffer.shape, buffer.dtype, None, buffer))
+    return entries, tied, quantity
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield clean_name(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _unwritable(target: Path, max_shard_bytes: int) -> Exception | None:
+    if max_shard_bytes <= 0:
+        return InvalidValueError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes")
+    if not target.parent.is_dir():
+        return InvalidValueError(f"path is '{target}', but its folder does not exist: make it first")
+    if target.is_dir():
+        return InvalidValueError(f"path is '{target}', which is a folder: name the file")
+    return None
+
+
+class _Writer:
+    """The files of one save, written in the order of the entries, under temporary names until all are complete."""
+
+    def __init__(self, target: Path, entries: Sequence[_Entry], metadata: dict[str, str], max_shard_bytes: int) -> None:
+        self.target, self.entries, self.metadata = target, entries, metadata
+        self.total = sum(entry.nbytes for entry in entries)
+        self._written = 0
+        self._position = 0  # of the next entry
+        self._shards = _cut(entries, max_shard_bytes)
+        token = secrets.token_hex(4)
+        count = len(self._shards)
+        stem = target.name.removesuffix(".safetensors")
+        self._names = (
+            [target.name]
+            if count == 1
+            else [f"{stem}-{token}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+        self._temporary = [target.parent / f".{name}.{token}.tmp" for name in self._names]
+        self._file: Any = None
+
+    def write_item(self, item: int, tensor: torch.Tensor) -> int:
+        """Write the next entry, which is parameter ``item``; returns the bytes written so far."""
+        entry = self.entries[self._position]
+        assert entry.item == item
+        return self._write(entry, tensor)
+
+    def write_buffers(self) -> int:
+        """Write the entries that are left; returns the bytes written so far."""
+        while self._position < len(self.entries):
+            entry = self.entries[self._position]
+            assert entry.buffer is not None
+            self._write(entry, entry.buffer)
+        return self._written
+
+    def _write(self, entry: _Entry, tensor: torch.Tensor) -> int:
+        shard = next(i for i, span in enumerate(self._shards) if self._position in span)
+        if self._position == self._shards[shard].start:
+            self._open(shard)
+        _safetensors.write_tensor(self._file, tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous())
+        self._written += entry.nbytes
+        self._position += 1
+        return self._written
+
+    def _open(self, shard: int) -> None:
+        self._close()
+        self._file = open(self._temporary[shard], "wb")  # noqa: SIM115  (closed with the next, or at the end)
+        chosen = [self.entries[i] for i in self._shards[shard]]
+        self._file.write(_safetensors.header([(e.name, e.dtype, e.shape) for e in chosen], self.metadata))
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """Put the complete files in the place of what was there."""
+        if not self.entries:
+            self._open(0)
+        self._close()
+        index = _safetensors.index_path(self.target)
+        old = _safetensors.shards_of(self.target)
+        for temporary, name in zip(self._temporary, self._names, strict=True):
+            os.replace(temporary, self.target.parent / name)
+        if len(self._names) > 1:
+            weights = {
+                self.entries[i].name: name for name, span in zip(self._names, self._shards, strict=True) for i in span
+            }
+            temporary = self.target.parent / f".{index.name}.tmp"
+            temporary.write_text(json.dumps({"metadata": {"total_size": self.total}, "weight_map": weights}, indent=1))
+            os.replace(temporary, index)
+            self.target.unlink(missing_ok=True)
+        else:
+            index.unlink(missing_ok=True)
+        for path in old:
+            if path.name not in self._names:
+                path.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Remove what was not finished."""
+        if self._file is not None:
+            self._file.close()
+        for temporary in self._temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def _cut(entries: Sequence[_Entry], max_shard_bytes: int) -> list[range]:
+    spans, start, filled = [], 0, 0
+    for position, entry in enumerate(entries):
+        if filled and filled + entry.nbytes > max_shard_bytes:
+            spans.append(range(start, position))
+            start, filled = position, 0
+        filled += entry.nbytes
+    return [*spans, range(start, len(entries))]
+
+
+def _match(entries: Sequence[_Entry], tied: Mapping[str, str], reader: _safetensors.Reader, strict: bool) -> None:
+    known = {entry.name: entry for entry in entries}
+    missing = sorted(set(known) - set(reader.shapes))
+    unexpected = sorted(set(reader.shapes) - set(known) - set(tied))
+    if strict and (missing or unexpected):
+        raise InvalidValueError(
+            f"the file does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}; pass "
+            "strict=False to load what both have"
+        )
+    for name, shape in reader.shapes.items():
+        if name in known and tuple(known[name].shape) != shape:
+            raise InvalidValueError(
+                f"'{name}' has shape {shape} in the file and {tuple(known[name].shape)} in the model"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
+
+
+def _pieces(
+    entry: _Entry, quantity: Quantity, reader: _safetensors.Reader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's target and what the file has for it."""
+    if entry.buffer is not None:
+        yield entry.buffer, reader.tensor(entry.name)
+    elif entry.item is not None:
+        place, target = quantity.places[entry.item], quantity.local(entry.item)
+        fragment = place.layout.fragments[place.rank]
+        if target is not None and fragment is not None:
+            yield target, reader.fragment(entry.name, place.layout.shape, fragment)
