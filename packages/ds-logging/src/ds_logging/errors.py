@@ -1,0 +1,23 @@
+"""The errors that this package raises for a caller's mistake. Each names the argument, its value and the fix."""
+
+from __future__ import annotations
+
+
+class ArgumentError(ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class RanksError(ArgumentError):
+    """``ranks`` is no list of ranks of this job."""
+
+
+class LogLevelError(ArgumentError):
+    """Something is no logging level."""
+
+
+class UnknownOperationError(ArgumentError):
+    """No bandwidth formula is known for a communication operation."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is needed and not installed."""

@@ -1,0 +1,106 @@
+import inspect
+import math
+from fractions import Fraction
+
+import pytest
+from ds_logging._bandwidth import RULES
+from ds_logging.comms_logging import calc_bw_log, convert_size
+from ds_logging.errors import ArgumentError, UnknownOperationError
+
+# nccl-tests writes S for the size of the whole array and B for the bus bandwidth. What a rank passes in is `size`.
+#   operation: (S, as a function of size and n; B / (S / t), as a function of n)
+NCCL_TESTS = {
+    "all_reduce": (lambda size, n: size, lambda n: Fraction(2 * (n - 1), n)),
+    "reduce_scatter_tensor": (lambda size, n: size, lambda n: Fraction(n - 1, n)),  # the whole input is passed in
+    "reduce_scatter": (lambda size, n: size, lambda n: Fraction(n - 1, n)),
+    "all_gather_into_tensor": (lambda size, n: size * n, lambda n: Fraction(n - 1, n)),  # one share is passed in
+    "all_gather": (lambda size, n: size * n, lambda n: Fraction(n - 1, n)),
+    "gather": (lambda size, n: size * n, lambda n: Fraction(n - 1, n)),
+    "scatter": (lambda size, n: size * n, lambda n: Fraction(n - 1, n)),
+    "all_to_all_single": (lambda size, n: size, lambda n: Fraction(n - 1, n)),
+    "all_to_all": (lambda size, n: size, lambda n: Fraction(n - 1, n)),
+    "broadcast": (lambda size, n: size, lambda n: Fraction(1)),
+    "reduce": (lambda size, n: size, lambda n: Fraction(1)),
+    "send": (lambda size, n: size, lambda n: Fraction(1)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 4096])
+@pytest.mark.parametrize("op", NCCL_TESTS)
+def test_formulas_of_nccl_tests(op, n):
+    size, milliseconds = 123_456_789, Fraction(7, 2)
+    whole, factor = NCCL_TESTS[op]
+    bytes_per_second = whole(size, n) / (milliseconds / 1000)
+    algorithm, bus = calc_bw_log(op, size, float(milliseconds), group_size=n)
+    assert algorithm == pytest.approx(float(bytes_per_second * 8 / 10**9))
+    assert bus == pytest.approx(float(bytes_per_second * 8 / 10**9 * factor(n)))
+
+
+def test_the_world_size_is_the_default_group(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert calc_bw_log("all_reduce", 1000, 1.0) == calc_bw_log("all_reduce", 1000, 1.0, group_size=4)
+    assert calc_bw_log("all_reduce", 1000, 1.0) != calc_bw_log("all_reduce", 1000, 1.0, group_size=2)
+
+
+@pytest.mark.parametrize("op", sorted(RULES))
+def test_no_time_and_no_bytes_are_no_bandwidth(op):
+    assert calc_bw_log(op, 1000, 0.0, group_size=4) == (0.0, 0.0)
+    assert calc_bw_log(op, 0, 1.0, group_size=4) == (0.0, 0.0)
+
+
+def test_an_unknown_operation_is_a_typed_error_and_no_exit():
+    with pytest.raises(UnknownOperationError) as error:
+        calc_bw_log("all_shuffle", 1, 1.0)
+    assert "comm_op='all_shuffle'" in str(error.value)
+    assert "all_reduce" in str(error.value)
+    assert not issubclass(UnknownOperationError, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("all_reduce", -1, 1.0), "size=-1"),
+        (("all_reduce", 1.5, 1.0), "size=1.5"),
+        (("all_reduce", 1, -1.0), "duration=-1.0"),
+        (("all_reduce", 1, math.nan), "duration=nan"),
+        (("all_reduce", 1, math.inf), "duration=inf"),
+        (("all_reduce", 1, "soon"), "duration='soon'"),
+    ],
+)
+def test_wrong_numbers(arguments, name):
+    with pytest.raises(ArgumentError, match=name):
+        calc_bw_log(*arguments)
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 1.5, "4"])
+def test_wrong_group_size(group_size):
+    with pytest.raises(ArgumentError, match=f"group_size={group_size!r}"):
+        calc_bw_log("all_reduce", 1, 1.0, group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0B"),
+        (1, "1.0 B"),
+        (1023, "1023.0 B"),
+        (1024, "1.0 KB"),
+        (1024**2 - 1, "1.0 MB"),  # never "1024.0 KB"
+        (1024**5, "1.0 PB"),
+        (1024**9, "1024.0 YB"),
+        (711_826_473, "678.85 MB"),
+    ],
+)
+def test_convert_size(size, text):
+    assert convert_size(size) == text
+
+
+@pytest.mark.parametrize("size", [-1, math.nan, math.inf, "1"])
+def test_convert_size_of_a_wrong_size(size):
+    with pytest.raises(ArgumentError, match="size_bytes="):
+        convert_size(size)
+
+
+def test_group_size_is_keyword_only():
+    assert inspect.signature(calc_bw_log).parameters["group_size"].kind is inspect.Parameter.KEYWORD_ONLY

@@ -1,0 +1,126 @@
+"""CUDA events, played by a device whose clock the test moves."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from ds_logging._device_timer import DeviceTimer, choose_device
+from ds_logging.comms_logging import CommsLogger
+from ds_logging.errors import ArgumentError
+
+
+class Device:
+    """Work is queued with `work` and done by `run`; an event is passed when the work before it is done."""
+
+    def __init__(self):
+        self.queued = 0.0  # ms
+        self.done = 0.0  # ms
+        self.waits = 0
+        self.capturing = False
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+                self.at = None
+
+            def record(self):
+                self.at = device.queued
+
+            def query(self):
+                return self.at <= device.done
+
+            def synchronize(self):
+                device.waits += 1
+                device.done = max(device.done, self.at)
+
+            def elapsed_time(self, end):
+                assert end.query(), "the time was asked for before the device was there"
+                return end.at - self.at
+
+        self.Event = Event
+
+    def is_initialized(self):
+        return True
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def synchronize(self):
+        raise AssertionError("the whole device was synchronised")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=device))
+    return device
+
+
+@pytest.fixture
+def comms():
+    comms = CommsLogger()
+    comms.enabled = True
+    return comms
+
+
+def test_no_operation_makes_the_host_wait(device, comms):
+    for milliseconds in (3.0, 5.0):
+        with comms.timed("all_reduce", 8, group_size=2):
+            device.queued += milliseconds
+    assert device.waits == 0
+    assert comms.get_raw_data()["all_reduce"][8][:2] == [2, [3.0, 5.0]]  # a result was asked for
+    assert device.waits > 0
+
+
+def test_finished_operations_are_read_without_waiting(device, comms):
+    for _ in range(10):
+        with comms.timed("all_reduce", 8, group_size=2):
+            device.queued += 2.0
+        device.done = device.queued
+    assert comms.get_total_operations() == 10
+    assert device.waits == 0
+
+
+def test_pending_operations_are_bounded(device):
+    timer, seen = DeviceTimer(limit=4), []
+    for number in range(10):
+        start, end = device.Event(enable_timing=True), device.Event(enable_timing=True)
+        start.record()
+        device.queued += number
+        end.record()
+        timer.add(start, end, seen.append)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    timer.flush()
+    assert seen == list(range(10))
+
+
+def test_reset_forgets_what_is_pending(device, comms):
+    with comms.timed("all_reduce", 8):
+        device.queued += 1.0
+    comms.reset_data()
+    assert not comms.has_data()
+
+
+def test_a_captured_graph_is_not_timed(device, comms):
+    device.capturing = True
+    with comms.timed("all_reduce", 8):
+        device.queued += 1.0
+    assert not comms.has_data()
+
+
+def test_the_host_clock_beside_cuda(device, comms):
+    with comms.timed("all_reduce", 8, device="cpu"):
+        device.queued += 1e9
+    assert comms.get_operation_summary("all_reduce")[8]["max_latency_ms"] < 1e8
+
+
+def test_which_device(device, monkeypatch):
+    assert choose_device(None) == choose_device("cuda") == "cuda"
+    assert choose_device("cpu") == "cpu"
+    monkeypatch.setattr(device, "is_initialized", lambda: False)
+    assert choose_device(None) == "cpu"
+    with pytest.raises(ArgumentError, match="device='cuda'"):
+        choose_device("cuda")
+    with pytest.raises(ArgumentError, match="device='xpu'"):
+        choose_device("xpu")

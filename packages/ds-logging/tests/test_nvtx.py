@@ -1,0 +1,420 @@
+import asyncio
+import functools
+import inspect
+import sys
+from types import SimpleNamespace
+
+import pytest
+from ds_logging import nvtx as ds_nvtx
+from ds_logging._nvtx_backends import NvtxPackage, TorchNvtx, _nvtx_package, find_backend
+from ds_logging.errors import ArgumentError
+from ds_logging.nvtx import instrument_w_nvtx
+
+
+class Recorder:
+    """Checks that ranges nest, and writes down what is open when."""
+
+    def __init__(self):
+        self.open = []
+        self.events = []
+
+    def push(self, message, domain):
+        self.open.append((message, domain))
+        self.events.append(f"+{message}")
+
+    def pop(self, domain):
+        message, opened = self.open.pop()
+        assert opened == domain
+        self.events.append(f"-{message}")
+
+
+@pytest.fixture
+def recorder():
+    recorder = Recorder()
+    yield recorder
+    assert recorder.open == []
+
+
+@pytest.fixture
+def ranged(recorder):
+    return functools.partial(instrument_w_nvtx, backend=recorder, message="f")
+
+
+def test_a_range_around_the_body(recorder):
+    @instrument_w_nvtx(backend=recorder)
+    def step(x, *, y):
+        recorder.events.append("body")
+        return x + y
+
+    assert step(1, y=2) == 3
+    name = "test_a_range_around_the_body.<locals>.step"
+    assert recorder.events == [f"+{name}", "body", f"-{name}"]
+
+
+def test_the_range_ends_when_the_function_raises(recorder, ranged):
+    @ranged
+    def fail():
+        raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        fail()
+    assert recorder.events == ["+f", "-f"]
+
+
+def original(a: int, /, b: str = "x", *, c: float = 1.0) -> str:
+    """What it does."""
+    return f"{a}{b}{c}"
+
+
+async def coroutine():
+    """A coroutine."""
+
+
+def generator():
+    """A generator."""
+    yield
+
+
+async def async_generator():
+    """An async generator."""
+    yield
+
+
+@pytest.mark.parametrize("function", [original, coroutine, generator, async_generator])
+def test_the_wrapper_looks_like_the_function(ranged, function):
+    wrapped = ranged(function)
+    assert wrapped.__wrapped__ is function
+    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+        assert getattr(wrapped, name) == getattr(function, name)
+    assert inspect.signature(wrapped) == inspect.signature(function)
+    for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        assert kind(wrapped) == kind(function)
+
+
+def test_an_async_function_is_ranged_only_while_it_runs(recorder):
+    def part(name):
+        @instrument_w_nvtx(backend=recorder, message=name)
+        async def run():
+            recorder.events.append(f"{name}1")
+            await asyncio.sleep(0)
+            recorder.events.append(f"{name}2")
+            return name
+
+        return run()
+
+    async def main():
+        return await asyncio.gather(part("a"), part("b"))
+
+    assert asyncio.run(main()) == ["a", "b"]
+    assert recorder.events == ["+a", "a1", "-a", "+b", "b1", "-b", "+a", "a2", "-a", "+b", "b2", "-b"]
+
+
+def test_an_async_function_that_raises_or_is_cancelled(recorder, ranged):
+    @ranged
+    async def fail():
+        await asyncio.sleep(0)
+        raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        asyncio.run(fail())
+
+    cleaned = []
+
+    @ranged
+    async def wait():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cleaned.append(list(recorder.open))
+
+    async def main():
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert cleaned == [[("f", None)]]
+
+
+def test_a_generator_is_ranged_only_while_it_runs(recorder, ranged):
+    @ranged
+    def count():
+        recorder.events.append("one")
+        got = yield 1
+        recorder.events.append(f"got {got}")
+        try:
+            yield 2
+        except KeyError:
+            recorder.events.append("caught")
+        yield 3
+        return "end"
+
+    steps = count()
+    assert recorder.events == []
+    assert next(steps) == 1
+    recorder.events.append("between")
+    assert steps.send("x") == 2
+    assert steps.throw(KeyError()) == 3
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value == "end"
+    first, second, third, last = ["+f", "one", "-f"], ["+f", "got x", "-f"], ["+f", "caught", "-f"], ["+f", "-f"]
+    assert recorder.events == [*first, "between", *second, *third, *last]
+
+
+def test_a_closed_generator_cleans_up_inside_its_range(recorder, ranged):
+    seen = []
+
+    @ranged
+    def count():
+        try:
+            yield 1
+        finally:
+            seen.append(list(recorder.open))
+
+    steps = count()
+    next(steps)
+    steps.close()
+    assert seen == [[("f", None)]]
+    count().close()  # never started
+    assert seen == [[("f", None)]]
+
+
+def test_generators_that_interleave_do_not_close_each_others_ranges(recorder):
+    def part(name):
+        @instrument_w_nvtx(backend=recorder, message=name)
+        def run():
+            yield name
+            yield name
+
+        return run()
+
+    a, b = part("a"), part("b")
+    assert [next(a), next(b), next(a), next(b)] == ["a", "b", "a", "b"]
+    assert list(a) == list(b) == []
+    opened = [event for event in recorder.events if event[0] == "+"]
+    assert opened == ["+a", "+b", "+a", "+b", "+a", "+b"]
+
+
+def test_a_generator_that_raises(ranged):
+    @ranged
+    def fail():
+        yield 1
+        raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        list(fail())
+
+
+def test_an_async_generator_passes_everything_through(recorder, ranged):
+    seen = []
+
+    @ranged
+    async def count():
+        try:
+            got = yield 1
+            await asyncio.sleep(0)
+            seen.append((got, list(recorder.open)))
+            try:
+                yield 2
+            except KeyError:
+                yield 3
+            yield 4
+        finally:
+            await asyncio.sleep(0)
+            seen.append(list(recorder.open))
+
+    async def main():
+        source = count()
+        assert await source.asend(None) == 1
+        assert recorder.open == []
+        assert await source.asend("x") == 2
+        assert await source.athrow(KeyError()) == 3
+        await source.aclose()
+        return [item async for item in count()]
+
+    assert asyncio.run(main()) == [1, 2, 4]
+    open_range = [("f", None)]
+    assert seen == [("x", open_range), open_range, (None, open_range), open_range]
+
+
+def test_an_async_generator_that_raises(ranged):
+    @ranged
+    async def fail():
+        yield 1
+        raise KeyError("boom")
+
+    async def main():
+        return [item async for item in fail()]
+
+    with pytest.raises(KeyError, match="boom"):
+        asyncio.run(main())
+
+
+def test_switched_off_there_is_no_range(recorder, ranged, monkeypatch):
+    monkeypatch.setattr(ds_nvtx, "enable_nvtx", False)
+
+    async def collect():
+        return [item async for item in ranged(async_generator)()]
+
+    assert ranged(original)(1) == "1x1.0"
+    assert list(ranged(generator)()) == [None]
+    asyncio.run(ranged(coroutine)())
+    assert asyncio.run(collect()) == [None]
+    assert recorder.events == []
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_switching_in_the_middle_of_a_call_keeps_the_balance(recorder, ranged, monkeypatch, before):
+    monkeypatch.setattr(ds_nvtx, "enable_nvtx", before)
+
+    @ranged
+    def toggle():
+        ds_nvtx.enable_nvtx = not before
+
+    @ranged
+    def toggle_between():
+        yield 1
+        ds_nvtx.enable_nvtx = not before
+        yield 2
+
+    toggle()
+    assert recorder.events == (["+f", "-f"] if before else [])
+    ds_nvtx.enable_nvtx = before
+    list(toggle_between())
+    assert recorder.events == (["+f", "-f"] * 4 if before else [])
+
+
+def test_the_switch_is_read_at_every_call(recorder, ranged, monkeypatch):
+    wrapped = ranged(original)
+    monkeypatch.setattr(ds_nvtx, "enable_nvtx", False)
+    wrapped(1)
+    monkeypatch.setattr(ds_nvtx, "enable_nvtx", True)
+    wrapped(1)
+    assert recorder.events == ["+f", "-f"]
+
+
+def test_methods_of_all_kinds(recorder):
+    ranged = functools.partial(instrument_w_nvtx, backend=recorder)
+
+    class Model:
+        @ranged
+        def plain(self):
+            return self
+
+        @ranged
+        @classmethod
+        def of_class(cls):
+            return cls
+
+        @ranged
+        @staticmethod
+        def of_nobody(x):
+            return x
+
+        def __call__(self):
+            return 1
+
+    model = Model()
+    assert model.plain() is model
+    assert Model.of_class() is model.of_class() is Model
+    assert Model.of_nobody(3) == model.of_nobody(3) == 3
+    assert ranged(model.plain)() is model
+    assert ranged(model)() == 1
+    assert recorder.events[-1].endswith("Model")
+
+
+def test_other_callables(recorder):
+    ranged = functools.partial(instrument_w_nvtx, backend=recorder)
+    assert ranged(len)([1]) == 1
+    assert ranged(dict)(a=1) == {"a": 1}
+    assert ranged(functools.partial(original, 1))(c=2.0) == "1x2.0"
+    assert recorder.events == ["+len", "-len", "+dict", "-dict", "+original", "-original"]
+
+
+def test_an_instance_with_an_async_call(recorder, ranged):
+    class Client:
+        async def __call__(self):
+            await asyncio.sleep(0)
+            return list(recorder.open)
+
+    assert asyncio.run(ranged(Client())()) == [("f", None)]
+
+
+def test_the_domain_is_passed_on(recorder):
+    seen = []
+    instrument_w_nvtx(lambda: seen.extend(recorder.open), message="m", domain="d", backend=recorder)()
+    assert seen == [("m", "d")]
+
+
+def test_what_cannot_be_called():
+    with pytest.raises(ArgumentError, match="func=3 cannot be called"):
+        instrument_w_nvtx(3)
+
+
+def fake_torch(compiling=False, with_nvtx=True):
+    calls = []
+    nvtx = SimpleNamespace(range_push=lambda message: calls.append(f"+{message}"), range_pop=lambda: calls.append("-"))
+    return SimpleNamespace(
+        compiler=SimpleNamespace(is_compiling=lambda: compiling),
+        _C=SimpleNamespace(_nvtx=object()) if with_nvtx else SimpleNamespace(),
+        cuda=SimpleNamespace(nvtx=nvtx),
+        calls=calls,
+    )
+
+
+@pytest.fixture
+def no_nvtx_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    _nvtx_package.cache_clear()
+    yield
+    _nvtx_package.cache_clear()
+
+
+def test_under_torch_compile_there_is_no_range(recorder, ranged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(compiling=True))
+    ranged(original)(1)
+    assert recorder.events == []
+
+
+def test_the_nvtx_package_comes_first(monkeypatch):
+    calls = []
+    package = SimpleNamespace(
+        push_range=lambda message, domain: calls.append((message, domain)),
+        pop_range=lambda domain: calls.append(domain),
+    )
+    torch = fake_torch()
+    monkeypatch.setitem(sys.modules, "nvtx", package)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    _nvtx_package.cache_clear()
+    try:
+        assert isinstance(find_backend(), NvtxPackage)
+        instrument_w_nvtx(original, domain="d")(1)
+    finally:
+        _nvtx_package.cache_clear()
+    assert calls == [("original", "d"), "d"]
+    assert torch.calls == []
+
+
+def test_torch_comes_second(no_nvtx_package, monkeypatch):
+    torch = fake_torch()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert isinstance(find_backend(), TorchNvtx)
+    instrument_w_nvtx(original, domain="not known to torch")(1)
+    assert torch.calls == ["+original", "-"]
+
+
+@pytest.mark.parametrize("torch", [None, fake_torch(with_nvtx=False), SimpleNamespace()])
+def test_without_both_there_is_nothing(no_nvtx_package, monkeypatch, torch):
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert find_backend() is None
+    assert instrument_w_nvtx(original)(1) == "1x1.0"
+
+
+def test_the_real_nvtx_package():
+    pytest.importorskip("nvtx")
+    assert isinstance(find_backend(), NvtxPackage)
+    assert instrument_w_nvtx(original, domain="ds tests")(1) == "1x1.0"
+    assert instrument_w_nvtx(original)(1) == "1x1.0"
