@@ -1,0 +1,40 @@
+"""Bind the ranks of a machine to its NUMA nodes and cores.
+
+import ds_numa
+
+print(ds_numa.bind())  # at the top of a training script, before torch is imported
+"""
+
+from ds_numa.__about__ import __version__
+from ds_numa._gpus import visible_gpus
+from ds_numa._ranges import format_ranges
+from ds_numa.binding import BindReport, apply, bind
+from ds_numa.numactl import (
+    check_for_numactl_pkg,
+    get_numa_cores,
+    get_numactl_cmd,
+    parse_range,
+    parse_range_list,
+)
+from ds_numa.plan import Binding, Plan, plan_binding
+from ds_numa.topology import Gpu, Node, Topology
+
+__all__ = [
+    "BindReport",
+    "Binding",
+    "Gpu",
+    "Node",
+    "Plan",
+    "Topology",
+    "__version__",
+    "apply",
+    "bind",
+    "check_for_numactl_pkg",
+    "format_ranges",
+    "get_numa_cores",
+    "get_numactl_cmd",
+    "parse_range",
+    "parse_range_list",
+    "plan_binding",
+    "visible_gpus",
+]

@@ -1,0 +1,35 @@
+"""Errors of this package: all are `ValueError`s, so that code written for `deepspeed.utils.numa` still catches them."""
+
+from __future__ import annotations
+
+
+class NumaError(ValueError):
+    """The base of every error here."""
+
+
+class CoreListError(NumaError):
+    """A list of cores cannot be read, repeats a core, or names one that this process may not use."""
+
+
+class TopologyError(NumaError):
+    """A machine's description contradicts itself or lacks something."""
+
+
+class RankError(NumaError):
+    """A local rank or the number of local ranks is missing or out of range."""
+
+
+class PlanError(NumaError):
+    """No plan fits this machine and these options."""
+
+
+class NotEnoughCoresError(PlanError):
+    """There are more ranks than CPUs that they may use."""
+
+
+class GpuLookupError(NumaError):
+    """A GPU is named that this machine does not show."""
+
+
+class AffinityConflictError(NumaError):
+    """An environment variable makes another library pin threads as well."""

@@ -1,0 +1,77 @@
+"""Machines written into a folder the way Linux shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Machine = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher, no pinning, no GPU choice from the surroundings reaches a test."""
+    for name in list(os.environ):
+        if name.startswith(("LOCAL_", "OMPI_", "MPI_", "SLURM_", "KMP_", "GOMP_", "CUDA_", "DS_NUMA_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """Write a ``sys`` and ``proc`` tree and return its root.
+
+    ``siblings`` maps a CPU to its kernel list; ``nodes`` an id to its kernel list of CPUs, or to a mapping with
+    ``cpus``, ``kb``, ``distance``, ``bandwidth`` (and ``near``, the node of its initiators); ``pci`` an address to its
+    files; ``nvidia`` an address to ``(uuid, model, memory node or None)``.
+    """
+
+    def write(
+        online: str,
+        *,
+        siblings: Mapping[int, str] | None = None,
+        nodes: Mapping[int, Any] | None = None,
+        pci: Mapping[str, Mapping[str, str]] | None = None,
+        nvidia: Mapping[str, tuple[str, str, int | None]] | None = None,
+        initiators: str = "",
+    ) -> Path:
+        def put(path: str, text: object) -> None:
+            target = tmp_path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(f"{text}\n")
+
+        put("sys/devices/system/cpu/online", online)
+        for cpu, text in (siblings or {}).items():
+            put(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", text)
+        folder = "sys/devices/system/node"
+        for number, entry in (nodes or {}).items():
+            facts = {"cpus": entry} if isinstance(entry, str) else dict(entry)
+            put(f"{folder}/node{number}/cpulist", facts.get("cpus", ""))
+            if "kb" in facts:
+                put(f"{folder}/node{number}/meminfo", f"Node {number} MemTotal:       {facts['kb']} kB")
+            if "distance" in facts:
+                put(f"{folder}/node{number}/distance", facts["distance"])
+            if "bandwidth" in facts:
+                access = f"{folder}/node{number}/access1/initiators"
+                put(f"{access}/read_bandwidth", facts["bandwidth"])
+                (tmp_path / access / f"node{facts.get('near', number)}").mkdir()
+        if nodes:
+            put(f"{folder}/online", ",".join(str(number) for number in nodes))
+        if initiators:
+            put(f"{folder}/has_generic_initiator", initiators)
+        for address, files in (pci or {}).items():
+            for name, text in files.items():
+                put(f"sys/bus/pci/devices/{address}/{name}", text)
+        for address, (uuid, model, node) in (nvidia or {}).items():
+            put(
+                f"proc/driver/nvidia/gpus/{address}/information",
+                f"Model: \t\t {model}\nIRQ:   \t\t 0\nGPU UUID: \t {uuid}\nBus Location: \t {address}",
+            )
+            if node is not None:
+                put(f"proc/driver/nvidia/gpus/{address}/numa_status", f"Node: {node}\nStatus: online")
+        return tmp_path
+
+    return write

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ds_numa
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = [name for _, name, _ in pkgutil.iter_modules(ds_numa.__path__, "ds_numa.") if name != "ds_numa.__main__"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_there_are_doctests() -> None:
+    assert sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES) >= 8
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
+def test_readme_examples_run(block: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_silent_and_light() -> None:
+    code = "import sys, ds_numa; print({'torch', 'pynvml', 'numpy', 'argparse', 'json'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("set()", "")
+
+
+def test_every_exported_name_is_there() -> None:
+    assert [name for name in ds_numa.__all__ if not hasattr(ds_numa, name)] == []
