@@ -1,0 +1,37 @@
+"""Keep mixture-of-experts blocks whole under ZeRO-3 and FSDP2."""
+
+from ds_z3leaf.__about__ import __version__
+from ds_z3leaf._candidates import LeafCandidate, find_leaf_candidates
+from ds_z3leaf._fsdp import fully_shard_leaves
+from ds_z3leaf._select import Selection, select_modules
+from ds_z3leaf.leaf import (
+    apply_zero_leaf_module_config,
+    get_z3_leaf_modules,
+    mark_leaves,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+    z3_leaf_parameter,
+)
+
+__all__ = [
+    "LeafCandidate",
+    "Selection",
+    "__version__",
+    "apply_zero_leaf_module_config",
+    "find_leaf_candidates",
+    "fully_shard_leaves",
+    "get_z3_leaf_modules",
+    "mark_leaves",
+    "select_modules",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
+]

@@ -1,0 +1,80 @@
+"""Give a zero gradient to parameters of an FSDP2 unit that a rank did not use.
+
+Recent torch does it itself (``FSDPModule.set_reduce_scatter_unused_params``). Before that, a forward hook does: the
+block's output is passed through a function of all the block's parameters whose gradient to them is zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger("ds.z3leaf")
+_METHOD = "set_reduce_scatter_unused_params"
+
+
+def reduce_unused(unit: nn.Module) -> Callable[[], None]:
+    """Prepare a module that is about to become an FSDP2 unit; call what is returned once it is one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if hasattr(FSDPModule, _METHOD):
+        return lambda: getattr(unit, _METHOD)(True, recurse=False)
+    # Hooks run in the order in which they are registered: this one comes before FSDP2's, which frees the parameters.
+    unit.register_forward_hook(_touch_parameters)
+    return lambda: None
+
+
+def _touch_parameters(module: nn.Module, args: Any, output: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return output
+    params = [param for param in module.parameters() if param.requires_grad]
+    replaced, done = _through(output, params)
+    if not done:
+        logger.warning(
+            "%s returns no tensor with a gradient (alone, in a list, tuple or dict): unused parameters get none",
+            type(module).__name__,
+        )
+    return replaced
+
+
+def _through(output: Any, params: list[nn.Parameter]) -> tuple[Any, bool]:
+    """Pass the first tensor of an output that has a gradient through `_ZeroGradients`."""
+    if isinstance(output, torch.Tensor):
+        if not output.requires_grad:
+            return output, False
+        return _ZeroGradients.apply(output, *params), True  # type: ignore[no-untyped-call]
+    if isinstance(output, (list, tuple)):
+        for index, entry in enumerate(output):
+            replaced, done = _through(entry, params)
+            if done:
+                entries = [*output[:index], replaced, *output[index + 1 :]]
+                named = hasattr(output, "_fields")
+                return type(output)(*entries) if named else type(output)(entries), True
+    if isinstance(output, dict):
+        for key, entry in output.items():
+            replaced, done = _through(entry, params)
+            if done:
+                copied = copy.copy(output)
+                copied[key] = replaced
+                return copied, True
+    return output, False
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The first input, unchanged; in backward its gradient, and zeros for all the others."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        # The parameters are freed after forward: remember what their gradients look like, not them.
+        ctx.likes = [(param.shape, param.dtype, param.device) for param in params]
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes]
+        return (*grads, *zeros)
