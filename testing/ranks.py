@@ -53,7 +53,7 @@ def run_ranks(
         RankError: a rank raised, died or did not answer in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])  # ignored where there is no torch
+    context.set_forkserver_preload(["pytest", "torch", "torch.distributed"])  # ignored where there is no torch
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes, pipes = [], []
         for rank in range(world_size):

@@ -1,0 +1,61 @@
+"""What this package raises. Every class is a `GroupsError`, and a builtin error of the kind one would expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class GroupsError(Exception):
+    """Base of every error of this package."""
+
+
+class TopologyError(GroupsError, ValueError):
+    """Sizes, axis names or options that make no topology; the message prints them."""
+
+
+class DivisibilityError(TopologyError):
+    """A size that does not divide what it has to divide."""
+
+
+class RankRangeError(TopologyError):
+    """A rank outside the world, listed twice, or in no group at all."""
+
+
+class NotInitializedError(GroupsError, RuntimeError):
+    """A group was asked for that nobody has made, or there is no process group to make it from."""
+
+
+class StaleGroupsError(GroupsError, RuntimeError):
+    """The handle belongs to a process group that has been destroyed since."""
+
+
+class LayoutConflictError(GroupsError, RuntimeError):
+    """Groups of this name exist with another layout."""
+
+
+class GroupCreationError(GroupsError, RuntimeError):
+    """The backend could not make a group; the cause is chained."""
+
+
+class PlanMismatchError(GroupsError, RuntimeError):
+    """Ranks hold different plans.
+
+    Attributes:
+        differences: field -> value (as JSON text) -> the ranks that hold it.
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+        super().__init__(message)
+        self.differences = {field: dict(values) for field, values in differences.items()}
+
+
+class PlanTimeoutError(GroupsError, TimeoutError):
+    """Some ranks did not say which plan they hold.
+
+    Attributes:
+        missing: the ranks that had not answered when the time was up.
+    """
+
+    def __init__(self, message: str, missing: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.missing = missing

@@ -1,0 +1,365 @@
+"""The functions of ``deepspeed.utils.groups``, over one default object.
+
+``mpu``, ``mesh_device`` and ``expert_tensor_parallel_world_size`` are plain attributes of this module: assign them,
+every function sees it. All state is in one object that notices when the process group is destroyed: groups of an
+earlier world are never returned, and creating them again makes new ones.
+
+Functions named ``create`` or ``init`` must be called by every rank: sizes are checked first (`TopologyError`), then
+ranks compare plans (`PlanMismatchError`), then groups are made; a second call with the same layout returns the same
+groups, one with another layout raises `LayoutConflictError`. Getters of groups raise `NotInitializedError`. In a
+single process without a process group, sizes are 1, ranks are 0 and rank lists ``[0]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from . import _expert_getters, _expert_tables as tables, _mpu, _zero_getters
+from ._c10d import default_group
+from ._state import alone, state as _state
+from ._tensor_getters import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_model_parallel_group,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_src_rank,
+    get_tensor_model_parallel_world_size,
+    set_tensor_model_parallel_rank,
+    set_tensor_model_parallel_world_size,
+)
+from ._topology import ParallelTopology
+from .errors import DivisibilityError, NotInitializedError, TopologyError
+
+__all__ = [
+    "destroy_groups",
+    "get_data_parallel_group",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
+    "get_model_parallel_group",
+    "get_model_parallel_rank",
+    "get_model_parallel_world_size",
+    "get_tensor_model_parallel_group",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_src_rank",
+    "get_tensor_model_parallel_world_size",
+    "initialize",
+    "set_tensor_model_parallel_rank",
+    "set_tensor_model_parallel_world_size",
+]
+
+Group = dist.ProcessGroup
+
+mpu: Any = None  # a Megatron-style object; its groups and sizes are used where it has them
+mesh_device: Any = None  # a DeviceMesh with dimensions "data_parallel" and, perhaps, "sequence_parallel"
+expert_tensor_parallel_world_size: int = 1
+
+_get_max_expert_size = _expert_getters._get_max_expert_size
+_get_max_expert_size_name = _expert_getters._get_max_expert_size_name
+_get_max_expert_parallel_group = _expert_getters._get_max_expert_parallel_group
+_get_expert_parallel_group = _expert_getters._get_expert_parallel_group
+_get_expert_parallel_group_ranks = _expert_getters._get_expert_parallel_group_ranks
+_get_expert_parallel_group_dict = _expert_getters._get_expert_parallel_group_dict
+_get_expert_data_parallel_group = _expert_getters._get_expert_data_parallel_group
+_get_expert_data_parallel_group_ranks = _expert_getters._get_expert_data_parallel_group_ranks
+_get_expert_data_parallel_group_dict = _expert_getters._get_expert_data_parallel_group_dict
+_get_expert_broadcast_src_rank = _expert_getters._get_expert_broadcast_src_rank
+_get_expert_parallel_world_size = _expert_getters._get_expert_parallel_world_size
+_get_expert_data_parallel_world_size = _expert_getters._get_expert_data_parallel_world_size
+_get_expert_parallel_rank = _expert_getters._get_expert_parallel_rank
+_get_expert_parallel_src_rank = _expert_getters._get_expert_parallel_src_rank
+_get_expert_data_parallel_rank = _expert_getters._get_expert_data_parallel_rank
+_get_zero_param_intra_parallel_group = _zero_getters._get_zero_param_intra_parallel_group
+_zero_param_parallel_is_initialized = _zero_getters._zero_param_parallel_is_initialized
+_get_zero_param_intra_parallel_rank_in_mygroup = _zero_getters._get_zero_param_intra_parallel_rank_in_mygroup
+_get_zero_param_intra_parallel_group_world_size = _zero_getters._get_zero_param_intra_parallel_group_world_size
+_get_zero_param_intra_parallel_group_ranks = _zero_getters._get_zero_param_intra_parallel_group_ranks
+
+
+# Creating and destroying
+
+
+def initialize(ep_size: int = 1, mpu: Any = None) -> None:
+    """Make expert groups called ``ep_size_<ep_size>``. Every rank must call.
+
+    Args:
+        ep_size: ranks an expert group has.
+        mpu: lays them out inside its tensor parallel lanes, and becomes ``parallel_state.mpu``.
+
+    Raises:
+        DivisibilityError: ``ep_size`` does not divide the ranks; on every rank, before any group is made.
+        LayoutConflictError: groups of this size exist with another layout.
+        PlanMismatchError: ranks called with different sizes.
+    """
+    if mpu is None:
+        _create_expert_and_data_parallel(ep_size)
+    else:
+        _create_expert_data_and_model_parallel(ep_size, mpu)
+        globals()["mpu"] = mpu
+
+
+def destroy_groups() -> None:
+    """Destroy every group made by this module and forget it; assigned attributes stay. Every rank must call."""
+    _state.close()
+
+
+def _ensure_divisibility(numerator: int, denominator: int) -> None:
+    """Raise `DivisibilityError` unless ``denominator`` divides ``numerator``."""
+    if denominator == 0 or numerator % denominator:
+        raise DivisibilityError(f"{numerator} is not divisible by {denominator}")
+
+
+def _init_tp_groups_with_new_group(
+    tensor_model_parallel_size: int = 1, data_parallel_size: int | None = None
+) -> tuple[Group, Group]:
+    """Make tensor parallel groups of neighbouring ranks and data parallel ones. Every rank must call.
+
+    Args:
+        tensor_model_parallel_size: ranks a tensor parallel group has.
+        data_parallel_size: ranks a data parallel group has; None is computed.
+
+    Returns:
+        This rank's data parallel and model parallel group, at every call.
+
+    Raises:
+        DivisibilityError: the sizes do not multiply to the world size; on every rank, before any group is made.
+        LayoutConflictError: the groups exist with other sizes.
+        PlanMismatchError: ranks called with different sizes.
+    """
+    tp, dp = tensor_model_parallel_size, -1 if data_parallel_size is None else data_parallel_size
+    topology = ParallelTopology(default_group().size(), tp=tp, dp=dp)
+    layout = {"data": tuple(topology.groups("dp")), "tensor": tuple(topology.groups("tp"))}
+    made = _state.make("tensor_parallel", layout, {"call": "init_tp", "tp": topology.tp, "dp": topology.dp})
+    return made.groups["data"], made.groups["tensor"]
+
+
+def _init_tp_mesh_device(
+    tensor_model_parallel_size: int = 1, data_parallel_size: int | None = None
+) -> tuple[Group, Group]:
+    """The same as `_init_tp_groups_with_new_group`."""
+    return _init_tp_groups_with_new_group(tensor_model_parallel_size, data_parallel_size)
+
+
+def _create_model_parallel(model_parallel_size_: int) -> tuple[Group, Group]:
+    """Make groups of neighbouring ranks; returns (data, model) and keeps nothing. Every rank must call."""
+    size = min(model_parallel_size_, default_group().size())
+    topology = ParallelTopology(default_group().size(), tp=size)
+    layout = {"data": tuple(topology.groups("dp")), "model": tuple(topology.groups("tp"))}
+    made = _state.make(f"model_parallel_{size}", layout, {"call": "create_model_parallel", "size": size})
+    return made.groups["data"], made.groups["model"]
+
+
+def _create_expert_and_data_parallel(
+    expert_parallel_size_: int,
+    mp_size: int | None = None,
+    pp_size: int | None = None,
+    mp_mode: str = "tp",
+    use_data_before_expert_parallel_: bool = False,
+    folding_spec: Any = None,
+) -> None:
+    """Make expert and expert-data groups called ``ep_size_<size>`` over whole pipeline stages. Every rank must call.
+
+    Args:
+        expert_parallel_size_: ranks an expert group has.
+        mp_size: tensor (or sequence) parallel size; None is 1.
+        pp_size: pipeline parallel size; None asks ``mpu``.
+        mp_mode: ``"tp"`` takes the ranks lane by lane, ``"sp"`` in their own order.
+        use_data_before_expert_parallel_: replicas of an expert are neighbours, not the ranks of an expert group.
+        folding_spec: sizes made elsewhere, checked against these; consecutive ranks of a stage form a group.
+
+    Raises:
+        TopologyError: sizes that do not divide, an unknown mode, a spec of other sizes; before any group is made.
+        LayoutConflictError: groups of this size exist with another layout, such as the other order.
+        PlanMismatchError: ranks called with different sizes.
+    """
+    if mp_mode not in ("tp", "sp"):
+        raise TopologyError(f"mp_mode={mp_mode!r} must be 'tp' or 'sp'")
+    world_size, ep, tp = default_group().size(), expert_parallel_size_, mp_size or 1
+    pp = _mpu.pipeline_size(mpu) if pp_size is None else pp_size
+    before = bool(use_data_before_expert_parallel_)
+    if folding_spec is not None:
+        found = tables.spec_tables(folding_spec, world_size, ep, tp, pp)
+    elif tp > 1 and mp_mode == "tp":
+        found = tables.strided_tables(world_size, tp, ep, pp, data_before_expert=before)
+    else:
+        ParallelTopology(world_size, tp=tp, pp=pp)  # refuses sizes that do not divide
+        found = tables.folded_tables(world_size, ep, pp, data_before_expert=before)
+    plan = {"call": "create_expert_and_data_parallel", "ep": ep, "mp": tp, "pp": pp, "mp_mode": mp_mode}
+    _state.make_expert(ep, found, {**plan, "data_before_expert": before, "folding": folding_spec is not None})
+
+
+def _create_expert_data_and_model_parallel(
+    expert_parallel_size_: int, mpu: Any, use_data_before_expert_parallel_: bool = False
+) -> None:
+    """Make expert and expert-data groups inside the tensor parallel lanes of ``mpu``. Every rank must call."""
+    ep, tp, pp = expert_parallel_size_, _mpu.tensor_size(mpu), _mpu.pipeline_size(mpu)
+    before = bool(use_data_before_expert_parallel_)
+    found = tables.lane_tables(default_group().size(), tp, ep, pp, data_before_expert=before)
+    plan = {"call": "create_expert_data_and_model_parallel", "ep": ep, "tp": tp, "pp": pp}
+    _state.make_expert(ep, found, {**plan, "data_before_expert": before})
+    globals()["expert_tensor_parallel_world_size"] = tp
+
+
+def _get_expert_parallel_ranks(
+    world_size: int,
+    tensor_parallel_size_: int,
+    expert_parallel_size_: int,
+    pipeline_parallel_size_: int = 1,
+    use_data_before_expert_parallel_: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rank lists of all expert and all expert-data groups inside tensor parallel lanes; makes nothing.
+
+    >>> _get_expert_parallel_ranks(8, 2, 2)
+    ([[0, 2], [4, 6], [1, 3], [5, 7]], [[0, 4], [2, 6], [1, 5], [3, 7]])
+    """
+    expert, data = tables.lane_tables(
+        world_size,
+        tensor_parallel_size_,
+        expert_parallel_size_,
+        pipeline_parallel_size_,
+        data_before_expert=bool(use_data_before_expert_parallel_),
+    )
+    return [list(group) for group in expert], [list(group) for group in data]
+
+
+def _create_zero_param_parallel_group(group_size: int) -> None:
+    """Make groups of ``group_size`` neighbouring ranks that share ZeRO parameters. Every rank must call."""
+    size = min(group_size, default_group().size())
+    layout = {"shard": tuple(ParallelTopology(default_group().size(), dp_shard=size).groups("dp_shard"))}
+    _state.make("zero_param", layout, {"call": "create_zero_param", "size": size})
+
+
+def _clone_world_group() -> Group:
+    """A group of all ranks that is not the default one; the same at every call. First every rank must call."""
+    size = default_group().size()
+    return _state.share("world", lambda: {"world": (tuple(range(size)),)}).groups["world"]
+
+
+def _get_local_all_to_all_group(*, ranks_per_node: int | None = None) -> dict[str, Group | None]:
+    """Groups ``local_<node>`` and ``global_<local rank>``, made once; None for those of others. Every rank must call.
+
+    Args:
+        ranks_per_node: default ``LOCAL_WORLD_SIZE``, else the number of accelerators. More than there are ranks
+            means all of them; otherwise it must divide the world. With one node there are no global groups.
+    """
+    world_size = default_group().size()
+    size = min(_mpu.ranks_per_node(world_size) if ranks_per_node is None else ranks_per_node, world_size)
+    topology = ParallelTopology(world_size, dp_shard=size)
+    layout = {"local": tuple(topology.groups("dp_shard"))}
+    if size < world_size:
+        layout["global"] = tuple(topology.groups("dp_replicate"))
+    made = _state.make("all_to_all", layout, {"call": "all_to_all", "ranks_per_node": size})
+    for kind, table in layout.items():
+        for number, ranks in enumerate(table):
+            mine = ranks == made.ranks[kind]
+            _state.all_to_all_groups[f"{kind}_{number}"] = made.groups[kind] if mine else None
+    return _state.all_to_all_groups
+
+
+# Sizes and groups
+
+
+def _get_expert_model_parallel_world_size() -> int:
+    """Tensor parallel size of the experts."""
+    return expert_tensor_parallel_world_size
+
+
+# Data and sequence parallel, from mesh_device, else mpu, else all ranks
+
+
+def _get_data_parallel_group() -> Group:
+    """This rank's data parallel group. Without mesh or mpu a group of all ranks, made by all at the first call."""
+    if mesh_device is not None:
+        return _mpu.mesh_data_group(mesh_device)
+    if _mpu.is_sequence_only(mpu):
+        size, sequence = default_group().size(), int(mpu.get_sequence_parallel_world_size())
+        made = _state.share(("data", sequence), lambda: _mpu.sequence_layout(size, sequence))
+        return made.groups["data"]
+    group: Group = _clone_world_group() if mpu is None else mpu.get_data_parallel_group()
+    return group
+
+
+def _get_data_parallel_group_ranks() -> list[int]:
+    """Global ranks of this rank's data parallel group."""
+    if mesh_device is None and hasattr(mpu, "get_data_parallel_group_ranks"):
+        return list(mpu.get_data_parallel_group_ranks())
+    return [0] if _unassigned() and alone() else dist.get_process_group_ranks(_get_data_parallel_group())
+
+
+def _get_data_parallel_world_size() -> int:
+    """Ranks in the data parallel group."""
+    if mesh_device is None and hasattr(mpu, "get_data_parallel_world_size") and not _mpu.is_sequence_only(mpu):
+        return int(mpu.get_data_parallel_world_size())
+    return 1 if _unassigned() and alone() else dist.get_world_size(_get_data_parallel_group())
+
+
+def _get_data_parallel_rank() -> int:
+    """This rank's place in the data parallel group."""
+    return 0 if _unassigned() and alone() else dist.get_rank(_get_data_parallel_group())
+
+
+def _get_model_parallel_world_size() -> int:
+    """Ranks that hold one copy of the model together, as ``mpu`` says; 1 without one."""
+    return 1 if mpu is None or _mpu.is_sequence_only(mpu) else int(mpu.get_model_parallel_world_size())
+
+
+def _get_sequence_parallel_world_size() -> int:
+    """Ranks in the sequence parallel group; 1 without one."""
+    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
+    if group is not None:
+        return dist.get_world_size(group)
+    return int(mpu.get_sequence_parallel_world_size()) if hasattr(mpu, "get_sequence_parallel_world_size") else 1
+
+
+def _get_sequence_parallel_rank() -> int:
+    """This rank's place in the sequence parallel group; 0 without one."""
+    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
+    if group is not None:
+        return dist.get_rank(group)
+    return int(mpu.get_sequence_parallel_rank()) if hasattr(mpu, "get_sequence_parallel_rank") else 0
+
+
+def _get_sequence_parallel_group() -> Group:
+    """This rank's sequence parallel group."""
+    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
+    if group is None and hasattr(mpu, "get_sequence_parallel_group"):
+        group = mpu.get_sequence_parallel_group()
+    if group is None:
+        raise NotInitializedError("no sequence parallel group: assign groups.mpu or groups.mesh_device that has one")
+    return group
+
+
+def _get_sequence_data_parallel_group() -> Group:
+    """The group over data and sequence parallel ranks, over which ZeRO shards and gradients are reduced."""
+    if _mpu.mesh_group(mesh_device, "sequence_parallel") is not None:
+        return _state.share(("mesh", mesh_device), lambda: _mpu.mesh_layout(mesh_device)).groups["both"]
+    if mesh_device is None and hasattr(mpu, "get_sequence_data_parallel_group"):
+        group: Group = mpu.get_sequence_data_parallel_group()
+        return group
+    return _get_data_parallel_group()
+
+
+def _get_sequence_data_parallel_world_size() -> int:
+    """Ranks in the data and sequence parallel group."""
+    return 1 if _unassigned() and alone() else dist.get_world_size(_get_sequence_data_parallel_group())
+
+
+def _get_sequence_data_parallel_rank() -> int:
+    """This rank's place in the data and sequence parallel group."""
+    return 0 if _unassigned() and alone() else dist.get_rank(_get_sequence_data_parallel_group())
+
+
+def _get_broadcast_src_rank() -> int:
+    """Global rank of the first member of the data and sequence parallel group."""
+    if _unassigned() and alone():
+        return 0
+    return dist.get_global_rank(_get_sequence_data_parallel_group(), 0)
+
+
+def _unassigned() -> bool:
+    return mpu is None and mesh_device is None

@@ -1,0 +1,47 @@
+"""Importing is silent, and rank arithmetic needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ds_groups
+import pytest
+
+ROOT = str(Path(ds_groups.__file__).parents[1])
+
+
+def python(code):
+    setup = f"import sys; sys.path.insert(0, {ROOT!r})\n"
+    command = [sys.executable, "-W", "error", "-c", setup + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def test_arithmetic_without_torch():
+    code = (
+        "sys.modules['torch'] = None\n"
+        "from ds_groups import ParallelTopology, TopologyError\n"
+        "print(ParallelTopology(8, tp=2).ranks('tp', 5))"
+    )
+    assert python(code) == "(4, 5)\n"
+
+
+def test_parallel_state_without_a_process_group():
+    code = (
+        "from ds_groups import parallel_state as groups\n"
+        "import torch, torch.distributed as dist\n"
+        "assert not dist.is_initialized() and not torch.cuda.is_initialized()\n"
+        "print(groups._get_data_parallel_world_size())"
+    )
+    assert python(code) == "1\n"
+
+
+def test_exports():
+    assert all(hasattr(ds_groups, name) for name in ds_groups.__all__)
+    assert ds_groups.BoundTopology.__name__ == "BoundTopology"
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = ds_groups.nothing_here

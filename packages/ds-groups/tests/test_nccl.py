@@ -1,0 +1,81 @@
+"""The same groups over NCCL, with and without a device bound to the default group. Needs two GPUs; run by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ds_groups import ParallelTopology, parallel_state as groups
+from ranks import run_ranks
+
+WORLD = min(torch.cuda.device_count(), 4)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WORLD < 2, reason="needs two GPUs")]
+
+
+def start(rank, folder, bound, backend):
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank) if bound else None
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=WORLD, device_id=device)
+
+
+def total(rank, group, device="cuda"):
+    value = torch.tensor([10.0**rank], device=device)
+    dist.all_reduce(value, group=group)
+    return value.item()
+
+
+def work(rank, folder, bound, backend):
+    start(rank, folder, bound, backend)
+    dist.new_group([0], backend="gloo", use_local_synchronization=True)  # names of PyTorch differ from now on
+    sums = []
+    for _ in range(2):
+        plan = ParallelTopology(WORLD, tp=2, ep=2, order="pp-tp-cp-dp").bind(timeout=60)
+        plan.verify(timeout=60)
+        plan.create("tp", "dp", "ep")
+        sums += [total(rank, plan.group(axis)) for axis in ("tp", "dp", "ep", "tp_dp")]
+        torch.cuda.synchronize()
+        dist.barrier()
+        plan.close()
+    groups._create_expert_and_data_parallel(WORLD)
+    sums.append(total(rank, groups._get_expert_parallel_group(f"ep_size_{WORLD}")))
+    cpu = ParallelTopology(WORLD, tp=2).bind(backend="gloo", timeout=60)
+    sums.append(total(rank, cpu.group("tp"), "cpu"))
+    cpu_mode = cpu.mode
+    mesh = ParallelTopology(WORLD, tp=2).bind(timeout=60).to_device_mesh("dp", "tp")
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+    return plan.mode, cpu_mode, mesh.device_type, sums
+
+
+def expected(rank):
+    def add(ranks):
+        return sum(10.0**member for member in ranks)
+
+    pair = add((rank // 2 * 2, rank // 2 * 2 + 1))
+    turn = [pair, add(range(rank % 2, WORLD, 2)), pair, add(range(WORLD))]
+    return [*turn, *turn, add(range(WORLD)), pair]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+@pytest.mark.parametrize(("bound", "mode"), [(False, "members"), (True, "split")])
+def test_groups_work(tmp_path, bound, mode, backend):
+    answers = run_ranks(work, WORLD, str(tmp_path), bound, backend, init=False, timeout=120)
+    for rank, answer in enumerate(answers):
+        assert answer == (mode, "members", "cuda", expected(rank))
+
+
+def lonely(rank, folder):
+    """One rank makes and uses a group of its own while the other does nothing: no one waits."""
+    start(rank, folder, False, "nccl")
+    plan = ParallelTopology(WORLD, tp=WORLD).bind(timeout=60)
+    answer = total(rank, plan.group("dp")) if rank == 0 else None
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+    return answer
+
+
+def test_members_only(tmp_path):
+    assert run_ranks(lonely, WORLD, str(tmp_path), init=False, timeout=120)[0] == 1.0
