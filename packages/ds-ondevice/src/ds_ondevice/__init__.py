@@ -1,0 +1,22 @@
+"""Build a PyTorch model on any device and dtype, and materialize it from meta.
+
+``OnDevice`` decides where construction puts tensors; ``materialize`` gives a module on meta real memory and values.
+"""
+
+from __future__ import annotations
+
+from ds_ondevice.__about__ import __version__
+from ds_ondevice._materialize import MaterializeReport, materialize
+from ds_ondevice.errors import MaterializeError, MetaValueError, ReplayError, UnrestorableError
+from ds_ondevice.init_on_device import OnDevice
+
+__all__ = [
+    "MaterializeError",
+    "MaterializeReport",
+    "MetaValueError",
+    "OnDevice",
+    "ReplayError",
+    "UnrestorableError",
+    "__version__",
+    "materialize",
+]

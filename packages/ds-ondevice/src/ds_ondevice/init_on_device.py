@@ -1,0 +1,112 @@
+"""``OnDevice``: build a model on a device and in a dtype, or on meta to be materialized later."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from ds_ondevice._factories import FactoryMode
+from ds_ondevice._legacy import LegacyMode
+from ds_ondevice._recording import Recorder, active_recorder
+
+__all__ = ["OnDevice"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class OnDevice:
+    """Context manager and decorator: new tensors get a device, and floating-point ones a dtype.
+
+    Inside, every function of torch that makes a tensor makes what it would make after
+    ``torch.set_default_dtype(dtype)`` and inside ``with torch.device(device)``: integers, booleans and complex numbers
+    get the device only, and an explicit ``dtype=`` or ``device=`` wins, as does a ``with torch.device(...)`` opened
+    inside. Other threads notice nothing, blocks nest, nothing of torch is patched.
+
+    On meta it also records what is computed, for ``materialize`` to compute again on a real device; and small values
+    that construction needs (``.item()``, ``.tolist()``, ``.cpu()``) are computed on the CPU at once.
+
+    Args:
+        dtype: a floating-point dtype.
+        device: any device: "meta", "cpu", "cuda:1", ...
+        enabled: False makes it do nothing.
+
+    Raises:
+        TypeError: ``dtype`` is not a floating-point dtype.
+        ValueError: ``device`` names none.
+
+    Example:
+        >>> import torch
+        >>> from ds_ondevice import OnDevice
+        >>> with OnDevice(dtype=torch.float16, device="meta"):
+        ...     model = torch.nn.Embedding(10, 4)
+        >>> model.weight.dtype, model.weight.device.type
+        (torch.float16, 'meta')
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str | int = "meta", enabled: bool = True) -> None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, not {dtype!r}")
+        try:
+            self.device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"device must name a torch device such as 'meta' or 'cuda:0', not {device!r}: {error}"
+            ) from None
+        self.dtype = dtype
+        self.enabled = enabled
+        self._open = threading.local()  # .stacks: the blocks that this thread has open on this object
+
+    def __enter__(self) -> OnDevice:
+        with contextlib.ExitStack() as stack:
+            if self.enabled:
+                if self.device.type == "meta" and active_recorder() is None:
+                    stack.enter_context(Recorder())
+                factory = FactoryMode(self.dtype, self.device)
+                stack.enter_context(LegacyMode(factory))
+                stack.enter_context(factory)
+            self._stacks().append(stack.pop_all())
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stacks().pop().__exit__(exc_type, exc_value, traceback)
+
+    def __call__(self, fn: _F) -> _F:
+        """Decorate ``fn``: every call runs inside a block of its own."""
+
+        @functools.wraps(fn)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return fn(*args, **kwargs)
+
+        return inside  # type: ignore[return-value]
+
+    def fp_tensor_constructor(self, fn: Callable[..., Any], target_fp_dtype: torch.dtype) -> Callable[..., Any]:
+        """Wrap a function that makes tensors, so that it makes them on this device and in ``target_fp_dtype``."""
+        return OnDevice(target_fp_dtype, self.device)(fn)
+
+    def get_new_tensor_fn_for_dtype(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """A function ``(cls, *args)`` that does what ``torch.Tensor(*args)`` does, on this device and in ``dtype``."""
+
+        @OnDevice(dtype, self.device)
+        def new_tensor(cls: type[torch.Tensor], *args: Any) -> torch.Tensor:
+            made = torch.Tensor(*args)
+            return made if cls is torch.Tensor else made.as_subclass(cls)
+
+        return new_tensor
+
+    def _stacks(self) -> list[contextlib.ExitStack]:
+        stacks: list[contextlib.ExitStack] | None = getattr(self._open, "stacks", None)
+        if stacks is None:
+            stacks = self._open.stacks = []
+        return stacks
