@@ -20,7 +20,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("engine", ["flat", "fsdp2"])
 def test_the_demo_proves_what_it_says(engine: str, tmp_path: Path) -> None:
-    done = _run("--engine", engine, "--steps", "8", "--batch", "2", "--bytes", "8000", "--out", str(tmp_path))
+    done = _run("--engine", engine, "--steps", "8", "--batch", "2", "--bytes", "3000", "--out", str(tmp_path))
     text = done.stderr
     assert done.returncode == 0, text
     assert text.count("as it must be") == 2, text  # the head set to zero, and the dense model from the file
