@@ -79,8 +79,9 @@ def run_ranks(
             if answer is None and rank in killed:
                 continue
             if answer is None:
-                stack = Path(folder, f"stack-{rank}").read_text() if Path(folder, f"stack-{rank}").exists() else ""
-                problems.append(f"rank {rank}: no answer within {timeout} s (exit code {processes[rank].exitcode})\n{stack}")
+                stack = Path(folder, f"stack-{rank}")
+                where = stack.read_text() if stack.exists() else ""
+                problems.append(f"rank {rank}: no answer in {timeout} s (exit code {processes[rank].exitcode})\n{where}")
             elif not answer[0]:
                 problems.append(f"rank {rank}:\n{answer[1]}")
         if problems:

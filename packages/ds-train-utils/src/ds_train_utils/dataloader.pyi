@@ -1,0 +1,1 @@
+from ds_loader.dataloader import *

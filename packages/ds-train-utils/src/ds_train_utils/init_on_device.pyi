@@ -1,0 +1,1 @@
+from ds_ondevice.init_on_device import *

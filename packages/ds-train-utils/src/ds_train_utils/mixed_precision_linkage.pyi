@@ -1,0 +1,1 @@
+from ds_fragment.mixed_precision_linkage import *

@@ -1,0 +1,1 @@
+from ds_fragment.tensor_fragment import *

@@ -1,0 +1,1 @@
+from ds_z3leaf.leaf import *
