@@ -81,7 +81,8 @@ def run_ranks(
             if answer is None:
                 stack = Path(folder, f"stack-{rank}")
                 where = stack.read_text() if stack.exists() else ""
-                problems.append(f"rank {rank}: no answer in {timeout} s (exit code {processes[rank].exitcode})\n{where}")
+                code = processes[rank].exitcode
+                problems.append(f"rank {rank}: no answer within {timeout} s (exit code {code})\n{where}")
             elif not answer[0]:
                 problems.append(f"rank {rank}:\n{answer[1]}")
         if problems:
