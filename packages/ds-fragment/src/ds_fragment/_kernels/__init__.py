@@ -1,5 +1,21 @@
-"""Moving many ragged pieces at once: one call for any number of them."""
+"""Moving many ragged pieces at once: one launch for any number of them in CUDA, torch elsewhere."""
 
-from ds_fragment._kernels._reference import copy
+from ds_fragment._kernels._choice import use_kernels
+from ds_fragment._kernels._fragments import Fragments
+from ds_fragment._kernels._functions import copy, gather_grads, norm, publish
+from ds_fragment._kernels._report import report, why_reference
+from ds_fragment._kernels._stats import Stats
+from ds_fragment._kernels.errors import KernelError
 
-__all__ = ["copy"]
+__all__ = [
+    "Fragments",
+    "KernelError",
+    "Stats",
+    "copy",
+    "gather_grads",
+    "norm",
+    "publish",
+    "report",
+    "use_kernels",
+    "why_reference",
+]

@@ -1,0 +1,276 @@
+"""Read all values, gradients and optimizer state of a sharded model: ds-fragment beside the engines' own ways.
+
+    python packages/ds-fragment/benchmarks/bench_exchange.py --out docs/benchmarks/exchange_cpu.json
+    python packages/ds-fragment/benchmarks/bench_exchange.py --cases llama small --engines fsdp2 flat --out ...
+
+It starts its own ranks (2, or --ranks) through torchrun, on GPUs where there are some. All is timed in one run, one
+round after the other over all contestants, after two rounds that do not count; a time is the slowest rank's. Printed
+are medians in milliseconds, and the ratio to the fastest contestant that is not ds-fragment. DeepSpeed takes part where
+it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ds_fragment
+import torch
+import torch.distributed as dist
+from ds_fragment.tensor_fragment import safe_get_full_fp32_param as safe_get_full
+from torch import nn
+
+Read = Callable[[], Any]
+
+
+def shapes_of(case: str) -> list[tuple[int, ...]]:
+    """The shapes of a case."""
+    if case == "mixed":  # 100 parameters, 20 M elements
+        return [(1000, 384)] * 50 + [(384,)] * 25 + [(40, 768)] * 25
+    if case == "tiny":  # 2,000 tensors of 1,000 elements, where latency rules
+        return [(1000,)] * 2000
+    if case == "small":  # 600 small tensors, 236 M elements
+        return [(768, 512)] * 600
+    if case == "llama":  # Llama-3.2-1B: 146 tensors, 1.24 G elements
+        layer = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
+        return [(128256, 2048), *[shape for _ in range(16) for shape in (*layer, (2048,), (2048,))], (2048,)]
+    raise ValueError(f"case is {case!r}, expected mixed, tiny, small or llama")
+
+
+class Bag(nn.Module):
+    """Parameters, and a loss that gives each of them a gradient."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator(device).manual_seed(0)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(shape, generator=generator, device=device, dtype=dtype)) for shape in shapes
+        )
+
+    def forward(self, factor: torch.Tensor) -> torch.Tensor:
+        """A scalar from a scalar."""
+        return torch.stack([(weight * factor).sum().float() for weight in self.weights]).sum()
+
+
+def flat(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[str, Read]]:
+    """FlatPartition; there is no other reader of it."""
+    model = Bag(shapes, device, torch.bfloat16)
+    partition = ds_fragment.FlatPartition(model.parameters())
+    optimizer = torch.optim.AdamW([partition.hp_param])
+    ds_fragment.attach(model, optimizer)
+    for _ in range(2):
+        model(torch.full((), 1e-3, device=device)).backward()
+        partition.reduce_gradients()
+        optimizer.step()
+    alive = (partition, optimizer)  # nothing else holds them
+    return {what: {"ds-fragment, FlatPartition": lambda what=what: drain(model, what, alive)} for what in QUANTITIES}
+
+
+def fsdp2(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[str, Read]]:
+    """FSDP2: full_tensor() one by one, and PyTorch's consolidated state dicts."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    model = Bag(shapes, device)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ds_fragment.attach(model, optimizer)
+    model(torch.full((), 1e-3, device=device)).backward()
+    optimizer.step()
+    params = list(model.parameters())
+    full = StateDictOptions(full_state_dict=True)
+    return {
+        "value": {
+            "full_tensor() loop": lambda: [p.full_tensor() for p in params],
+            "get_model_state_dict": lambda: get_model_state_dict(model, options=full),
+            "ds-fragment, FSDP2": lambda: drain(model, "value"),
+            "ds-fragment, FSDP2, one by one": lambda: [safe_get_full(p) for p in params],
+        },
+        "grad": {
+            "full_tensor() loop": lambda: [p.grad.full_tensor() for p in params],
+            "ds-fragment, FSDP2": lambda: drain(model, "grad"),
+        },
+        "exp_avg": {
+            "full_tensor() loop": lambda: [optimizer.state[p]["exp_avg"].full_tensor() for p in params],
+            "get_optimizer_state_dict (all states)": lambda: get_optimizer_state_dict(model, optimizer, options=full),
+            "ds-fragment, FSDP2": lambda: drain(model, "exp_avg", optimizer),
+        },
+    }
+
+
+def deepspeed(stage: int, shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[str, Read]]:
+    """DeepSpeed ZeRO: its own functions one by one, and ds-fragment on the same engine."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+
+    model = Bag(shapes, device, torch.bfloat16)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ds_fragment.attach(engine)
+    engine.backward(engine(torch.full((), 1e-3, device=device)))
+    engine.step()
+    engine.backward(engine(torch.full((), 1e-3, device=device)))
+    params = list(model.parameters())
+    name = f"DeepSpeed ZeRO-{stage} loop"
+    mine = f"ds-fragment, ZeRO-{stage}"
+    return {
+        "value": {
+            name: lambda: [safe_get_full_fp32_param(p) for p in params],
+            mine: lambda: drain(model, "value"),
+            f"{mine}, one by one": lambda: [safe_get_full(p) for p in params],
+        },
+        "grad": {name: lambda: [safe_get_full_grad(p) for p in params], mine: lambda: drain(model, "grad")},
+        "exp_avg": {
+            name: lambda: [safe_get_full_optimizer_state(p, "exp_avg") for p in params],
+            mine: lambda: drain(model, "exp_avg", optimizer),
+        },
+    }
+
+
+def bare(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[str, Read]]:
+    """One all-gather of as many bytes, which nothing can beat that moves them at once."""
+    world_size = dist.get_world_size()
+    numel = -(-sum(torch.Size(shape).numel() for shape in shapes) // world_size)
+    mine = torch.randn(numel, device=device)
+    out = torch.empty(world_size * numel, device=device)
+
+    def gather() -> None:
+        dist.all_gather_into_tensor(out, mine)
+
+    return {what: {"one bare all-gather": gather} for what in QUANTITIES}
+
+
+QUANTITIES = ("value", "grad", "exp_avg")
+
+
+def drain(model: nn.Module, what: str, alive: object = None) -> None:
+    """Read everything, as a caller does who uses one tensor after the other."""
+    for _ in ds_fragment.iter_full(model, what):
+        pass
+
+
+def contestants(engines: list[str], case: str, device: torch.device) -> Iterator[tuple[str, str, Read]]:
+    """(quantity, name, function) of everything that takes part."""
+    shapes = shapes_of(case)
+    makers: dict[str, Callable[[], dict[str, dict[str, Read]]]] = {
+        "bare": lambda: bare(shapes, device),
+        "flat": lambda: flat(shapes, device),
+        "fsdp2": lambda: fsdp2(shapes, device),
+        **{f"zero{stage}": lambda stage=stage: deepspeed(stage, shapes, device) for stage in (1, 2, 3)},
+    }
+    for engine in engines:
+        for what, reads in makers[engine]().items():
+            for name, read in reads.items():
+                yield what, name, read
+
+
+def measure(read: Read, device: torch.device) -> float:
+    """Milliseconds on the slowest rank."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    read()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    spent = torch.tensor([(time.perf_counter() - begin) * 1e3], device=device)
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return float(spent)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """All rows of the table."""
+    rows = []
+    for case in options.cases:
+        reads = list(contestants(options.engines, case, device))
+        times: dict[tuple[str, str], list[float]] = {(what, name): [] for what, name, _ in reads}
+        gc.disable()
+        for number in range(options.rounds + 2):
+            for what, name, read in reads:
+                spent = measure(read, device)
+                if number >= 2:
+                    times[what, name].append(spent)
+            gc.collect()
+        gc.enable()
+        for what in QUANTITIES:
+            medians = {name: statistics.median(spent) for (w, name), spent in times.items() if w == what}
+            peers = [m for name, m in medians.items() if not name.startswith(("ds-fragment", "one bare"))]
+            for name, median in sorted(medians.items(), key=lambda item: item[1]):
+                rows.append(
+                    {
+                        "case": case,
+                        "quantity": what,
+                        "contestant": name,
+                        "median_ms": round(median, 3),
+                        "min_ms": round(min(times[what, name]), 3),
+                        "to_fastest_peer": round(median / min(peers), 3) if peers else None,
+                        "to_bare": round(median / medians["one bare all-gather"], 3),
+                    }
+                )
+        del reads
+        gc.collect()
+    return rows
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--cases", nargs="+", default=["mixed", "tiny"])
+    parser.add_argument("--engines", nargs="+")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    if "LOCAL_RANK" not in os.environ:
+        environment = {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "0", **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks or gpus or 2}"]
+        os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], {**environment, **os.environ})
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    options.engines = ["bare", *(options.engines or ["flat", "fsdp2", *(["zero1", "zero2", "zero3"] * has_deepspeed)])]
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpus else "gloo")
+    rows = run(options, device)
+    if dist.get_rank() == 0:
+        for row in rows:
+            print(f"{row['case']:6} {row['quantity']:8} {row['contestant']:40} {row['median_ms']:9.2f} ms", end="")
+            print(f"  {row['to_fastest_peer'] or 0:6.2f} x fastest peer  {row['to_bare']:6.2f} x bare all-gather")
+        if options.out:
+            name = torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU"
+            about = {
+                "command": "python " + " ".join(sys.argv),
+                "machine": f"{dist.get_world_size()}x {name}",
+                "torch": torch.__version__,
+                "backend": dist.get_backend(),
+                "rounds": options.rounds,
+            }
+            options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
