@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ds_fragment._adapters import adapter_of
-from ds_fragment._attach import registry
 from ds_fragment._read import check_what, read_one
+from ds_fragment._registry import registry
 from ds_fragment._write import set_local, set_many, update_many
 from ds_fragment.errors import UnlinkedParameterError
 

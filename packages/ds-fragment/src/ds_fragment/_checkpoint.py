@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment import _safetensors
-from ds_fragment._attach import clean_name
 from ds_fragment._exchange import agree
-from ds_fragment._read import BUCKET_BYTES, Quantity
+from ds_fragment._read import Quantity, sharded
+from ds_fragment._registry import clean_name
 from ds_fragment._write import commit, refresh
 from ds_fragment.errors import FragmentError, InvalidValueError
 
@@ -53,7 +53,7 @@ def save_full(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = torch.float32,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | bool = False,
@@ -70,7 +70,7 @@ def save_full(
         path: ``model.safetensors``, say, in a folder that exists. Above ``max_shard_bytes`` there are several files
             beside it, and ``model.safetensors.index.json`` says what is where, as Hugging Face's loaders expect.
         dtype: what floating-point parameters are stored as; None keeps the master's dtype. Buffers keep theirs.
-        bucket_bytes: how much travels at once.
+        bucket_bytes: how much travels at once; see `iter_full`.
         max_shard_bytes: the largest file.
         metadata: strings to store in the header.
         progress: True for a bar (or, without rich, log lines) on rank 0, or a function called there with bytes
@@ -79,7 +79,7 @@ def save_full(
     Raises:
         FragmentError: a piece could not be read, or rank 0 could not write; the same on every rank.
     """
-    entries, tied, quantity = _entries(model, dtype)
+    entries, tied, quantity = _entries(model, dtype, "save_full")
     target = Path(path)
     group = _everyone()
     writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -130,7 +130,7 @@ def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         InvalidValueError: the file does not fit the model; on every rank, and nothing is written.
         ImportError: safetensors is not installed: ``pip install ds-fragment[safetensors]``.
     """
-    entries, tied, quantity = _entries(model, None)
+    entries, tied, quantity = _entries(model, None, "load_full")
     group = _everyone()
     error: Exception | None = None
     sums: list[int] = []
@@ -156,11 +156,12 @@ def _everyone() -> list[dist.ProcessGroup]:
     return [] if world is None else [world]
 
 
-def _entries(model: nn.Module, dtype: torch.dtype | None) -> tuple[list[_Entry], dict[str, str], Quantity]:
+def _entries(model: nn.Module, dtype: torch.dtype | None, call: str) -> tuple[list[_Entry], dict[str, str], Quantity]:
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     params: list[torch.Tensor] = []
     names: list[str] = []
+    model = sharded(model)
     for name, param in model.named_parameters(remove_duplicate=False):
         if id(param) in first:
             tied[clean_name(name)] = first[id(param)]
@@ -168,7 +169,7 @@ def _entries(model: nn.Module, dtype: torch.dtype | None) -> tuple[list[_Entry],
         first[id(param)] = clean_name(name)
         names.append(clean_name(name))
         params.append(param)
-    quantity = Quantity(params, "value")
+    quantity = Quantity(params, "value", call)
     entries = [
         _Entry(name, place.shape, dtype if dtype and place.dtype.is_floating_point else place.dtype, item, None)
         for item, (name, place) in enumerate(zip(names, quantity.places, strict=True))

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import adapter_of
-from ds_fragment._attach import clean_name, registry
-from ds_fragment._exchange import Place
 from ds_fragment._layout import Fragment
+from ds_fragment._place import Place
+from ds_fragment._read import sharded
+from ds_fragment._registry import clean_name, registry
 
 _COLUMNS = ("parameter", "shape", "engine", "dtype", "master", "ranks", "this rank holds")
 
@@ -82,7 +83,9 @@ def describe(target: torch.Tensor | nn.Module) -> Description | ModelDescription
         TypeError: it is neither.
     """
     if isinstance(target, nn.Module):
-        return ModelDescription(tuple(_describe(param, clean_name(n)) for n, param in target.named_parameters()))
+        return ModelDescription(
+            tuple(_describe(param, clean_name(n)) for n, param in sharded(target).named_parameters())
+        )
     return _describe(target, None)
 
 
@@ -148,9 +151,11 @@ def plot_partition(model: nn.Module, path: str | os.PathLike[str], *, title: str
     described = describe(model)
     assert isinstance(described, ModelDescription)
     ranks = sorted({rank for parameter in described for rank in parameter.ranks} or {0})
-    colours = dict(zip(ranks, (colormaps["tab20"](i % 20) for i in range(len(ranks))), strict=True))
+    palette = colormaps["tab10" if len(ranks) <= 10 else "tab20"]
+    colours = dict(zip(ranks, (palette(i % palette.N) for i in range(len(ranks))), strict=True))
     heights = [1.0 + 2.0 * (torch.Size(p.shape).numel() / _largest(described)) ** 0.5 for p in described]
-    figure = Figure(figsize=(10, 1.6 + 0.17 * sum(heights)), layout="constrained")
+    inches = min(0.17 * sum(heights), max(9.0, 0.12 * len(heights)))  # at least room for a small label in each row
+    figure = Figure(figsize=(10, 1.6 + inches), layout="constrained")
     axes = figure.add_subplot()
     top = 0.0
     for parameter, height in zip(described, heights, strict=True):
@@ -167,7 +172,7 @@ def plot_partition(model: nn.Module, path: str | os.PathLike[str], *, title: str
     centres = [sum(heights[:i]) + height * 0.45 for i, height in enumerate(heights)]
     labels = [f"{parameter.name}  {tuple(parameter.shape)}" for parameter in described]
     axes.set(xlim=(0, 1), ylim=(top, 0), xlabel="part of the parameter", title=title or "Which rank holds what")
-    axes.set_yticks(centres, labels, fontsize=6)
+    axes.set_yticks(centres, labels, fontsize=6 if len(labels) < 40 else 5)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[:].set_visible(False)
     handles = [Patch(facecolor=colours[rank], label=f"rank {rank}") for rank in ranks]

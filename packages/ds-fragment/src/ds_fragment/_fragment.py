@@ -140,7 +140,7 @@ class tensor_fragment:
         table = self.offload_gradient_dict if self.use_offload else self.gradient_dict
         try:
             found: torch.Tensor | None = table[self.param_group_index][index_in_param_group]
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ReferenceError):  # the last: the table is held weakly, and gone
             found = None
         if found is None:
             raise GradientUnavailableError(

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_fragment._exchange import Place
 from ds_fragment._layout import Layout
+from ds_fragment._place import Place
 
 
 class FlatOwner(Protocol):
@@ -34,6 +34,8 @@ class FlatLink:
         layout: over the flattened parameter, by group rank.
         group: the ranks that the partition is cut over; None for one rank without torch.distributed.
         flat: this rank's flat fp32 partition, weakly.
+        dtype: of the partition.
+        device: of the partition.
         owner: what made the link, weakly; None for `link_hp_params` called alone.
         places: by quantity, made on first use.
     """
@@ -41,6 +43,8 @@ class FlatLink:
     layout: Layout
     group: dist.ProcessGroup | None
     flat: weakref.ref[torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
     owner: weakref.ref[Any] | None = None
     places: dict[str, Place] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Who optimizes what: parameters do not know their optimizer, so `attach` records it, weakly and by identity."""
+"""What is known of parameters beside themselves: their optimizer, fp32 master and name, weakly and by identity."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Iterable, MutableMapping
 
 import torch
-from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 # What wrappers put into parameter names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 class Registry:
@@ -50,7 +49,11 @@ class Registry:
     def name_of(self, param: torch.Tensor) -> str:
         """The parameter's name for messages: its own where known, else its shape."""
         name = self._names.get(param)
-        return f"parameter '{name}'" if name is not None else f"a parameter of shape {tuple(param.shape)}"
+        return (
+            f"parameter '{name}'"
+            if name is not None
+            else f"a parameter of shape {tuple(getattr(param, 'ds_shape', param.shape))}"
+        )
 
 
 registry = Registry()
@@ -62,42 +65,4 @@ def clean_name(name: str) -> str:
     >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def attach(
-    model: nn.Module | None,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    masters: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
-) -> None:
-    """Record which optimizer updates which parameters, so that its state can be read and written.
-
-    Everything is recorded by identity and weakly: nothing is kept alive, and calling it again is harmless. No
-    communication; every rank that reads state must have called it.
-
-    Args:
-        model: gives the parameters their names in messages; None leaves them unnamed.
-        optimizer: any `torch.optim` optimizer, over the model's parameters or over the fp32 parameters of
-            `FlatPartition`.
-        masters: (parameter, fp32 master) pairs of equal shapes, for a mixed-precision scheme of your own: the master
-            is then what is read and written as the parameter's value, and what the optimizer is asked about.
-
-    Raises:
-        ValueError: a master's shape is not its parameter's.
-    """
-    pairs = list(masters)
-    for param, master in pairs:
-        if param.shape != master.shape:
-            raise ValueError(
-                f"masters: a master of shape {tuple(master.shape)} for {registry.name_of(param)} of shape "
-                f"{tuple(param.shape)}; give each parameter the fp32 copy of the same shape"
-            )
-    if model is not None:
-        registry.add_names(model.named_parameters())
-    if optimizer is not None:
-        registry.add_optimizer(optimizer)
-    for param, master in pairs:
-        registry.add_master(param, master)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import nn
 from ds_fragment._exchange import Place, Plan, gather
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._read import Named, Quantity, check_what, named
+from ds_fragment.errors import GradientUnavailableError, StateKeyError, StateNotReadyError
 
 
 def norms(
@@ -50,6 +52,41 @@ def count_nonfinite(
     return {key: int(count) for key, count in counts.items()}
 
 
+@overload
+def available(params: nn.Module | Iterable[Named], what: str = "grad") -> list[Named]: ...
+@overload
+def available(params: Iterable[torch.Tensor], what: str = "grad") -> list[torch.Tensor]: ...
+def available(
+    params: nn.Module | Iterable[torch.Tensor] | Iterable[Named], what: str = "grad"
+) -> list[Named] | list[torch.Tensor]:
+    """The parameters of which a quantity can be read now, the same list on every rank.
+
+    A mixture of experts leaves some experts without a gradient in some steps: ``norms(available(model), "grad")`` is
+    the norms of the others. All ranks of the parameters' groups must call it; one small collective for each group.
+
+    Args:
+        params: a module, parameters, or (name, parameter) pairs.
+        what: ``"grad"``, or the key of an optimizer state.
+
+    Returns:
+        (name, parameter) pairs where names were given, else parameters: those that no rank would raise
+        `GradientUnavailableError`, `StateNotReadyError` or `StateKeyError` for.
+    """
+    names, tensors = named(params)
+    quantity = Quantity(tensors, "value", "available")
+
+    def missing(item: int) -> torch.Tensor:
+        try:
+            quantity.adapters[item].local(tensors[item], check_what(what))
+        except (GradientUnavailableError, StateNotReadyError, StateKeyError):
+            return torch.ones(())
+        return torch.zeros(())
+
+    counts = _over_ranks(quantity.places, missing, lambda rows: rows.sum(dim=0))
+    chosen = [item for item, count in enumerate(counts) if not count]
+    return [tensors[i] for i in chosen] if names is None else [(names[i], tensors[i]) for i in chosen]
+
+
 def _sum_of_squares(piece: torch.Tensor) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(piece, dtype=torch.float64)
     return norm.square()
@@ -66,34 +103,50 @@ def _reduced(
     combine: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str | torch.Tensor, float]:
     names, tensors = named(params)
-    quantity = Quantity(tensors, check_what(what))
-    result: dict[int, float] = {}
+    quantity = Quantity(tensors, check_what(what), "norms or count_nonfinite")
+
+    def share(item: int) -> torch.Tensor:
+        place, piece = quantity.places[item], quantity.local(item)
+        counts = piece is not None and place.rank not in place.layout.copies
+        return measure(piece) if counts and piece is not None else torch.zeros((), device=place.device)
+
+    totals = _over_ranks(quantity.places, share, combine)
+    keys: list[str | torch.Tensor] = list(tensors if names is None else names)
+    return dict(zip(keys, totals, strict=True))
+
+
+def _over_ranks(
+    places: Sequence[Place],
+    share: Callable[[int], torch.Tensor],
+    combine: Callable[[torch.Tensor], torch.Tensor],
+) -> list[float]:
+    """One number for each place, made from one of each rank of its group; one collective for each group.
+
+    Args:
+        places: of the parameters.
+        share: this rank's number for the i-th, 0-dimensional.
+        combine: makes one row, fp64 (parameters,), of a row for each rank, (ranks, parameters).
+    """
     by_group: dict[dist.ProcessGroup | None, list[int]] = {}
-    for item, place in enumerate(quantity.places):
+    for item, place in enumerate(places):
         by_group.setdefault(None if place.alone else place.group, []).append(item)
 
-    def row(items: list[int]) -> torch.Tensor:
-        """This rank's share, fp64, (1, items); a copy of what another rank has counts nothing."""
-        shares = []
-        for item in items:
-            place, piece = quantity.places[item], quantity.local(item)
-            counts = piece is not None and place.rank not in place.layout.copies
-            share = measure(piece) if counts and piece is not None else torch.zeros((), device=place.device)
-            shares.append(share.to(device=place.device, dtype=torch.float64))
-        return torch.stack(shares).view(1, -1)
-
     # One row a rank, brought together like a parameter that is sharded by rows.
-    groups = list(by_group)
-    places = []
+    groups, tables = list(by_group), []
     for group in groups:
         ranks, count = 1 if group is None else group.size(), len(by_group[group])
         rows = Layout((ranks, count), tuple(Fragment((rank, 0), (1, count)) for rank in range(ranks)))
-        device = quantity.places[by_group[group][0]].device
-        places.append(Place(torch.Size((ranks, count)), torch.float64, device, rows, group))
-    plan = Plan(places, bucket_bytes=1 << 30)
-    for bucket in gather(plan, lambda i: row(by_group[groups[i]])):
-        for group, rows_of in zip(groups, bucket, strict=True):
-            assert rows_of is not None
-            result.update(zip(by_group[group], combine(rows_of).tolist(), strict=True))
-    keys: list[str | torch.Tensor] = list(tensors if names is None else names)
-    return {key: result[item] for item, key in enumerate(keys)}
+        device = places[by_group[group][0]].device
+        tables.append(Place(torch.Size((ranks, count)), torch.float64, device, rows, group))
+
+    def row(table: int) -> torch.Tensor:
+        items, device = by_group[groups[table]], tables[table].device
+        return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
+
+    totals = [0.0] * len(places)
+    for bucket in gather(Plan(tables, bucket_bytes=1 << 30), row):
+        for group, table in zip(groups, bucket, strict=True):
+            assert table is not None
+            for item, total in zip(by_group[group], combine(table).tolist(), strict=True):
+                totals[item] = total
+    return totals

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters import Adapter
-from ds_fragment._attach import registry
-from ds_fragment._exchange import Place, agree
-from ds_fragment._read import BUCKET_BYTES, Named, Quantity, check_what, named
+from ds_fragment._exchange import agree
+from ds_fragment._read import Named, Quantity, check_what, named
+from ds_fragment._registry import registry
 from ds_fragment.errors import FragmentError, InvalidValueError
+
+_SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
 
 Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
 
@@ -36,7 +38,7 @@ def set_many(
         FragmentError: there is nothing to write to (no such state, no gradient).
     """
     pairs = list(values)
-    quantity = Quantity([param for param, _ in pairs], check_what(what))
+    quantity = Quantity([param for param, _ in pairs], check_what(what), "set_many")
     wholes: list[torch.Tensor] = []
     sums: list[int] = []
 
@@ -51,7 +53,7 @@ def set_many(
         return pieces
 
     targets, pieces = _agreed(quantity, prepare, sums)
-    commit(targets, pieces)
+    _hand_over(quantity, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(quantity, wholes)
 
@@ -69,7 +71,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         InvalidValueError: the value has the wrong shape or dtype.
         FragmentError: there is nothing to write to.
     """
-    quantity = Quantity([param], check_what(what))
+    quantity = Quantity([param], check_what(what), "set_local")
 
     def prepare() -> list[torch.Tensor | None]:
         piece = quantity.local(0)
@@ -77,7 +79,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         return [_checked(param, value, shape, "value of this rank's piece")]
 
     targets, pieces = _agreed(quantity, prepare, [])
-    commit(targets, pieces)
+    _hand_over(quantity, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(quantity, None)
 
@@ -87,7 +89,7 @@ def update_many(
     fn: Update,
     what: str = "value",
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     refresh_lp: bool = True,
 ) -> None:
     """Read, apply and write back, bucket by bucket; nothing is written before every result is there and right.
@@ -109,27 +111,34 @@ def update_many(
         Exception: what ``fn`` raises, as a `FragmentError` on every rank.
     """
     names, tensors = named(params)
-    quantity = Quantity(tensors, check_what(what))
+    quantity = Quantity(tensors, check_what(what), "update_many")
     sums: list[int] = []
     pieces: list[torch.Tensor | None] = []
     failure: list[Exception] = []
-    for item, tensor in quantity.full(bucket_bytes):
-        assert tensor is not None
-        piece: torch.Tensor | None = None
-        if not failure:
-            try:
-                key = tensors[item] if names is None else names[item]
-                result = fn(key, tensor)
-                sums.append(0)
-                if result is not None:
-                    place = quantity.places[item]
-                    whole = _checked(tensors[item], result, place.shape, "result of fn").to(place.dtype).contiguous()
-                    sums[-1] = _checksum(whole)
-                    cut = place.cut(whole)
-                    piece = None if cut is None else cut.clone()
-            except Exception as error:
-                failure.append(error)
-        pieces.append(piece)
+
+    def updated(item: int, tensor: torch.Tensor) -> torch.Tensor | None:
+        result = fn(tensors[item] if names is None else names[item], tensor)
+        if result is None:
+            sums.append(-1)
+            return None
+        place = quantity.places[item]
+        whole = _checked(tensors[item], result, place.shape, "result of fn").to(place.dtype).contiguous()
+        sums.append(_checksum(whole))
+        cut = place.cut(whole)
+        return None if cut is None else cut.clone()
+
+    try:
+        for item, tensor in quantity.full(bucket_bytes):
+            assert tensor is not None
+            piece: torch.Tensor | None = None
+            if not failure:
+                try:
+                    piece = updated(item, tensor)
+                except Exception as error:
+                    failure.append(error)
+            pieces.append(piece)
+    except FragmentError as error:  # the ranks of other groups may not know of it yet
+        failure.append(error)
 
     def prepare() -> list[torch.Tensor | None]:
         if failure:
@@ -137,7 +146,7 @@ def update_many(
         return pieces
 
     targets, pieces = _agreed(quantity, prepare, sums)
-    commit(targets, pieces)
+    _hand_over(quantity, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(quantity, None)
 
@@ -152,19 +161,36 @@ def _agreed(
     try:
         targets = [quantity.local(item) for item in range(len(quantity.params))]
         pieces = prepare()
-        for param, place, target in zip(quantity.params, quantity.places, targets, strict=True):
-            _check_target(param, place, target)
+        for item, target in enumerate(targets):
+            if target is not None and target.dim() == 0:
+                _check_view(quantity, item, target)
     except Exception as caught:
         error = caught
-    agree(error, quantity.groups(), quantity.device(), sums, lambda i: registry.name_of(quantity.params[i]))
+    scopes = quantity.scopes()
+    groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+    with quantity.named_if_broken(range(len(quantity.params))):
+        agree(error, groups, quantity.device(), sums, quantity.name, scopes)
     return targets, pieces
 
 
-def _check_target(param: torch.Tensor, place: Place, target: torch.Tensor | None) -> None:
-    held = 0 if target is None else target.numel()
-    expected = place.layout.held(place.rank)
-    if held != expected:
-        raise FragmentError(f"{registry.name_of(param)}: {held} elements are here where its layout says {expected}")
+def _check_view(quantity: Quantity, item: int, target: torch.Tensor) -> None:
+    """State that is a Python number comes as a fresh tensor each time: what is written to that is lost."""
+    again = None if quantity.what in ("value", "grad") else quantity.local(item)
+    if again is not None and again.data_ptr() != target.data_ptr():
+        raise InvalidValueError(
+            f"'{quantity.what}' of {quantity.name(item)} is a Python number, which cannot be written: assign it in "
+            "optimizer.state on each rank"
+        )
+
+
+def _hand_over(
+    quantity: Quantity, targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]
+) -> None:
+    """Have each engine write its pieces; what is None on either side stays as it is."""
+    with torch.no_grad():
+        for item, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
+            if target is not None and piece is not None and piece.numel():
+                quantity.adapters[item].write(quantity.params[item], quantity.what, piece)
 
 
 def commit(targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]) -> None:
@@ -193,17 +219,25 @@ def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -
         raise InvalidValueError(
             f"{name} for {registry.name_of(param)} has shape {tuple(value.shape)}, expected {tuple(shape)}"
         )
-    if not value.dtype.is_floating_point and shape.numel() > 1:
+    if value.dtype.is_complex or (not value.dtype.is_floating_point and shape.numel() > 1):
         raise InvalidValueError(
             f"{name} for {registry.name_of(param)} has dtype {value.dtype}, expected a floating-point one: "
             "convert it first"
+        )
+    if hasattr(value, "full_tensor") or value.layout != torch.strided:
+        raise InvalidValueError(
+            f"{name} for {registry.name_of(param)} is a {type(value).__name__} of layout {value.layout}, expected a "
+            "dense tensor: pass value.full_tensor() or value.to_dense()"
         )
     return value.detach()
 
 
 def _checksum(whole: torch.Tensor) -> int:
-    """A sum over the bits, to tell different values apart; equal bits give equal sums."""
-    if not whole.numel():
-        return 0
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
-    return int(whole.reshape(-1).view(width).sum(dtype=torch.int64))
+    """A sum over the bits weighted by position, to tell different values apart; equal bits give equal sums."""
+    width = {1: torch.uint8, 2: torch.int16}.get(whole.dtype.itemsize, torch.int32)  # no more: products are 64 bits
+    bits = whole.view(-1).view(width)
+    weights = torch.arange(1, min(len(bits), _SUM_AT_ONCE) + 1, device=whole.device)
+    total = torch.zeros((), dtype=torch.int64, device=whole.device)
+    for part in torch.split(bits, _SUM_AT_ONCE):
+        total = total * 31 + (part * weights[: len(part)]).sum()
+    return int(total)

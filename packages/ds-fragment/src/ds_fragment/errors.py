@@ -16,6 +16,8 @@ __all__ = [
 class FragmentError(Exception):
     """Base of every error that ds-fragment raises on purpose."""
 
+    status = b""  # the error as another rank sent it, where one did
+
 
 class UnlinkedParameterError(FragmentError, ValueError):
     """The parameter is not tied to what was asked for: no fp32 partition, or no optimizer (see `attach`)."""

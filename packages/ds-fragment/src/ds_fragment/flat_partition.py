@@ -27,7 +27,8 @@ from ds_fragment import _collectives, _kernels
 from ds_fragment._adapters._flat import publish
 from ds_fragment._exchange import agree, wire_device
 from ds_fragment._links import link_of
-from ds_fragment.errors import InvalidValueError
+from ds_fragment._registry import registry
+from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
 
 __all__ = ["FlatPartition"]
@@ -64,20 +65,24 @@ class FlatPartition:
     ) -> None:
         if group is None and dist.is_initialized():
             group = dist.group.WORLD
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise InvalidValueError(f"group is {group!r}, expected a process group that this rank is a member of")
         self.group = group
+        self._groups = [] if group is None else [group]
         self.world_size, self.rank = (1, 0) if group is None else (group.size(), group.rank())
         candidates = list(dict.fromkeys(params))
-        self.params = [param for param in candidates if param.requires_grad]
-        groups = [] if group is None else [group]
-        device = candidates[0].device if candidates else torch.device("cpu")
-        shapes = [hash(tuple(param.shape)) for param in self.params]
-        agree(_fault(self.params), groups, device, shapes, lambda i: f"the shape of params[{i}]")
+        self.params = [param for param in candidates if not isinstance(param, torch.Tensor) or param.requires_grad]
+        fault = _fault(self.params)
+        device = self.params[0].device if fault is None else torch.device("cpu")
+        shapes = [hash(tuple(param.shape)) for param in self.params] if fault is None else []
+        agree(fault, self._groups, device, shapes, lambda i: f"the shape of params[{i}]")
 
         self.numel = sum(param.numel() for param in self.params)
         self.partition_size = max(1, -(-self.numel // self.world_size))
         flat = torch.zeros(self.partition_size, dtype=torch.float32, device=device)
         self.hp_param = nn.Parameter(flat)
         self._gradients = _GradientTable()
+        self._positions = {param: i for i, param in enumerate(self.params)}
         self._used: list[bool] | None = None
         self._consumed = False
         link_hp_params(
@@ -93,10 +98,14 @@ class FlatPartition:
         )
         self._index = index
         self._fragments = [p._hp_mapping for p in self.params if p._hp_mapping is not None]  # type: ignore[attr-defined]
+        self._spans: list[tuple[int, int]] = []  # in the partition, by _index_in_param_group; empty ones too
         for param in self.params:
             link = link_of(param)
             assert link is not None
             link.owner = weakref.ref(self)
+            if hasattr(param, "_index_in_param_group"):
+                address = param._hp_mapping and param._hp_mapping.get_hp_fragment_address()  # type: ignore[attr-defined]
+                self._spans.append((address.start, address.numel) if address else (0, 0))
         with torch.no_grad():
             _kernels.copy(
                 [fragment.hp_fragment for fragment in self._fragments],
@@ -114,14 +123,14 @@ class FlatPartition:
             accumulate: add to the gradient that is there instead of replacing it.
 
         Raises:
-            InvalidValueError: ``scale`` is not a positive finite number; on every rank, and nothing changes.
+            InvalidValueError: ``scale`` is not a positive finite number, or a gradient is sparse; on every rank, and
+                nothing changes.
+            UnlinkedParameterError: the parameters were unlinked, or linked to another partition.
         """
         device = self.hp_param.device
-        groups = [] if self.group is None else [self.group]
-        error = None
-        if not (scale > 0 and scale != float("inf")):
-            error = InvalidValueError(f"scale is {scale}, expected a positive number: what the loss was scaled by")
-        agree(error, groups, device)
+        error = self._unlinked() or self._bad_gradients(scale)
+        sums = [] if error is not None else [hash(float(scale)), int(accumulate)]
+        agree(error, self._groups, device, sums, lambda i: ("scale", "accumulate")[i])
         flat = torch.zeros(self.world_size * self.partition_size, dtype=torch.float32, device=device)
         views = flat[: self.numel].split_with_sizes([param.numel() for param in self.params])
         here = [i for i, param in enumerate(self.params) if param.grad is not None]
@@ -138,16 +147,16 @@ class FlatPartition:
             dist.all_reduce(used, group=self.group)
             reduced = reduced.to(device)
         reduced.div_(self.world_size * scale)
+        before = [False] * len(self.params)
         if accumulate and self.hp_param.grad is not None:
             self.hp_param.grad.add_(reduced)
+            before = self._used or before
         else:
             self.hp_param.grad = reduced
-        before = self._used if accumulate and self._used is not None else [False] * len(self.params)
         self._used = [old or bool(new) for old, new in zip(before, used.tolist(), strict=True)]
         self._consumed = False
         gradient = self.hp_param.grad
-        addresses = [fragment.get_hp_fragment_address() for fragment in self._fragments]
-        self._gradients[self._index] = [gradient.narrow(0, a.start, a.numel) for a in addresses]
+        self._gradients[self._index] = [gradient.narrow(0, start, numel) for start, numel in self._spans]
         for param in self.params:
             param.grad = None
 
@@ -155,27 +164,54 @@ class FlatPartition:
         """Write the fp32 slices into the whole lp parameters of every rank, and clear the consumed gradient.
 
         All ranks of the group must call it, after the optimizer's step.
+
+        Raises:
+            UnlinkedParameterError: the parameters were unlinked, or linked to another partition; on every rank.
         """
+        agree(self._unlinked(), self._groups, self.hp_param.device)
         publish(self.params)
         self.hp_param.grad = None
         self._gradients.clear()
-        self._consumed = self._used is not None
+        self._consumed = self._consumed or self._used is not None
         self._used = None
 
     def unlink(self) -> None:
-        """Take the linkage off the lp parameters; afterwards they are plain ones."""
-        unlink_hp_params(self.params)
+        """Take the linkage off the lp parameters, but for those linked anew since; afterwards they are plain ones."""
+        unlink_hp_params([param for param in self.params if self._owns(param)])
+
+    def _owns(self, param: torch.Tensor) -> bool:
+        link = link_of(param)
+        return link is not None and link.flat() is self.hp_param
+
+    def _unlinked(self) -> UnlinkedParameterError | None:
+        i = next((i for i, param in enumerate(self.params) if not self._owns(param)), None)
+        if i is None:
+            return None
+        return UnlinkedParameterError(
+            f"params[{i}], {registry.name_of(self.params[i])}, is not linked to this partition any more: it was "
+            "unlinked, or a later FlatPartition took it over"
+        )
+
+    def _bad_gradients(self, scale: float) -> InvalidValueError | None:
+        if not (isinstance(scale, int | float) and 0 < scale < float("inf")):
+            return InvalidValueError(f"scale is {scale!r}, expected a positive number: what the loss was scaled by")
+        for i, param in enumerate(self.params):
+            if param.grad is not None and param.grad.layout != torch.strided:
+                return InvalidValueError(
+                    f"params[{i}], {registry.name_of(param)}, has a gradient of layout {param.grad.layout}, expected a "
+                    "dense one: make the embedding with sparse=False"
+                )
+        return None
 
     def why_no_gradient(self, param: torch.Tensor) -> str | None:
         """Why there is no reduced gradient of a parameter now, or None if there is one."""
         if param.grad is not None:
             return "it is not reduced yet: call reduce_gradients() on every rank after the last backward pass"
-        if self._used is None:
-            if self._consumed:
+        if self._used is None or self.hp_param.grad is None:
+            if self._consumed or self._used is not None:
                 return "it was consumed by the last step: read it between reduce_gradients() and publish()"
             return "no backward pass was reduced yet"
-        position = next(i for i, mine in enumerate(self.params) if mine is param)
-        return None if self._used[position] else "no rank used the parameter in this backward pass"
+        return None if self._used[self._positions[param]] else "no rank used the parameter in this backward pass"
 
     def __repr__(self) -> str:
         return (
@@ -189,6 +225,10 @@ def _fault(params: list[torch.Tensor]) -> InvalidValueError | None:
     if not params:
         return InvalidValueError("params is empty, or all of it is frozen: pass the parameters that require a gradient")
     for i, param in enumerate(params):
+        if not isinstance(param, torch.Tensor) or hasattr(param, "full_tensor"):
+            return InvalidValueError(
+                f"params[{i}] is a {type(param).__name__}, expected a parameter that is not sharded"
+            )
         if not param.dtype.is_floating_point:
             return InvalidValueError(f"params[{i}] has dtype {param.dtype}, expected a floating-point one")
         if not param.is_contiguous():

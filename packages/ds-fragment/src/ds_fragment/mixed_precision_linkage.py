@@ -52,7 +52,8 @@ def link_hp_params(
         dp_group: the ranks that the concatenation is cut over; None for one rank alone.
 
     Raises:
-        InvalidValueError: the partition is not where ``partition_start`` says, or too short; nothing was linked.
+        InvalidValueError: a parameter is not contiguous, or the partition is not where ``partition_start`` says or too
+            short; nothing was linked.
     """
     world_size, rank = (1, 0) if dp_group is None else (dp_group.size(), dp_group.rank())
     total = sum(param.numel() for param in lp_param_list)
@@ -72,6 +73,11 @@ def link_hp_params(
             f"flat_hp_partition has shape {tuple(flat_hp_partition.shape)}, expected 1-D with at least {needed} "
             f"elements on group rank {rank}"
         )
+    for i, param in enumerate(lp_param_list):
+        if not param.is_contiguous():
+            raise InvalidValueError(
+                f"lp_param_list[{i}] of shape {tuple(param.shape)} is not contiguous: make it so before linking"
+            )
     index, offset = 0, 0
     flat = weakref.ref(flat_hp_partition)
     for param in lp_param_list:
@@ -95,7 +101,8 @@ def link_hp_params(
             attributes[method] = _Bound(param, method)
         for name, value in attributes.items():
             setattr(param, name, value)
-        set_link(param, FlatLink(flat_layout(offset, param.numel(), partition_size, world_size), dp_group, flat))
+        layout = flat_layout(offset, param.numel(), partition_size, world_size)
+        set_link(param, FlatLink(layout, dp_group, flat, flat_hp_partition.dtype, flat_hp_partition.device))
         offset += param.numel()
 
 
@@ -114,6 +121,9 @@ def lazy_init_hp_params_optimizer_state(
 ) -> None:
     """Link the optimizer's state to the parameters' fragments, after the optimizer has made it. No communication.
 
+    Where the optimizer has no state for the partition (yet, or ever: SGD without momentum) nothing is linked, and
+    reading state raises `StateNotReadyError`.
+
     Args:
         lp_param_list: parameters that were linked with `link_hp_params`.
         flat_hp_partition: this rank's flat partition, the key into ``optimizer_state``.
@@ -121,17 +131,16 @@ def lazy_init_hp_params_optimizer_state(
 
     Raises:
         UnlinkedParameterError: a parameter was never linked; nothing was written.
-        KeyError: the optimizer has no state for the partition yet.
     """
     for param in lp_param_list:
         if not hasattr(param, "_hp_mapping"):
             raise UnlinkedParameterError(
                 f"lp_param_list: a parameter of shape {tuple(param.shape)} is not linked: call link_hp_params first"
             )
-    state = optimizer_state[flat_hp_partition]
+    state = optimizer_state.get(flat_hp_partition)  # [] would make an entry: torch's `state` is a defaultdict
     for param in lp_param_list:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
-        if mapping is not None:
+        if mapping is not None and state:
             mapping.set_optim_state_fragment(flat_hp_partition, state)
 
 

@@ -5,12 +5,27 @@ same answer on every rank, computed and not communicated); which piece is here (
 low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, or the key of an optimizer state.
 """
 
-from ds_fragment._adapters._base import Adapter, adapter_of, register_adapter
+from ds_fragment._adapters._base import Adapter, adapter_of, adapters, register_adapter
+from ds_fragment._adapters._deepspeed_flat import DeepSpeedFlatAdapter
 from ds_fragment._adapters._dtensor import DTensorAdapter
 from ds_fragment._adapters._flat import FlatAdapter
+from ds_fragment._adapters._fsdp1 import Fsdp1Adapter
+from ds_fragment._adapters._fsdp2 import Fsdp2Adapter
 from ds_fragment._adapters._plain import PlainAdapter
+from ds_fragment._adapters._zero3 import Zero3Adapter
+from ds_fragment._adapters._zero_redundancy import ZeroRedundancyAdapter
 
-__all__ = ["Adapter", "adapter_of", "register_adapter"]
+__all__ = ["Adapter", "adapter_of", "adapters", "register_adapter"]
 
-for _adapter in (PlainAdapter(), DTensorAdapter(), FlatAdapter()):
+# Asked from the last to the first.
+for _adapter in (
+    PlainAdapter(),
+    ZeroRedundancyAdapter(),
+    DTensorAdapter(),
+    Fsdp2Adapter(),
+    Fsdp1Adapter(),
+    Zero3Adapter(),
+    DeepSpeedFlatAdapter(),
+    FlatAdapter(),
+):
     register_adapter(_adapter)

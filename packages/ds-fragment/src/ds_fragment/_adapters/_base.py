@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from ds_fragment._attach import registry
-from ds_fragment._exchange import Place
+from ds_fragment._exchange import Locate, Place, Plan, gather
+from ds_fragment._layout import Fragment, Layout
+from ds_fragment._registry import registry
 from ds_fragment.errors import StateKeyError, StateNotReadyError, UnlinkedParameterError
 
+_REFRESH_BYTES = 64 << 20
 
-class Adapter(Protocol):
+
+class Adapter(ABC):
     """Reads and writes the pieces of one engine's parameters."""
 
     name: str
 
+    @abstractmethod
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter is held by this engine."""
 
+    @abstractmethod
     def place(self, param: torch.Tensor, what: str) -> Place:
         """Where a quantity is, the same answer on every rank; the same object as long as it does not move."""
 
+    @abstractmethod
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
-        """This rank's piece of a quantity as a view, of its fragment's size; None where this rank holds nothing.
+        """This rank's piece of a quantity, of its fragment's size; None where this rank holds nothing.
+
+        A view of what the engine holds, or, where the engine keeps something else (a scaled gradient), a fresh tensor.
 
         Raises:
             FragmentError: it cannot be had here, now; the exchange tells every rank.
         """
 
+    @abstractmethod
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The optimizer states of the parameter that this rank knows of."""
 
+    @abstractmethod
     def master(self, param: torch.Tensor) -> str:
         """Where the fp32 value comes from: ``"fp32"``, or ``"upcast"`` where only a low-precision one exists."""
 
+    def learn(self, model: nn.Module) -> None:
+        """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
+        return
+
+    def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
+        """Replace this rank's piece of a quantity; every rank's input is known to be right by then."""
+        target = self.local(param, what)
+        assert target is not None
+        target.copy_(piece.view(target.shape))
+
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Bring the low-precision weights up to date with the fp32 pieces.
+        """Bring the low-precision weights up to date with the fp32 pieces, where the engine does not by itself.
 
         Args:
             params: all of this engine's.
             values: the whole values where the caller has them, the same on every rank; without them the ranks tell
                 each other, and all must call.
         """
+        return
 
 
 _adapters: list[Adapter] = []
@@ -52,6 +76,11 @@ _adapters: list[Adapter] = []
 def register_adapter(adapter: Adapter) -> None:
     """Ask ``adapter`` about parameters from now on, before those that were registered earlier."""
     _adapters.insert(0, adapter)
+
+
+def adapters() -> Sequence[Adapter]:
+    """All adapters, in the order in which they are asked."""
+    return tuple(_adapters)
 
 
 def adapter_of(param: Any) -> Adapter:
@@ -77,6 +106,15 @@ def state_of(owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:
         raise UnlinkedParameterError(
             f"{registry.name_of(param)} has no optimizer: call attach(model, optimizer) on every rank first"
         )
+    return ready_state(optimizer, owned, param)
+
+
+def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:
+    """The state that an optimizer keeps for a tensor.
+
+    Raises:
+        StateNotReadyError: the optimizer has not stepped yet.
+    """
     state: dict[str, Any] = optimizer.state.get(owned, {})
     if not state:
         raise StateNotReadyError(
@@ -90,14 +128,54 @@ def state_entry(state: dict[str, Any], param: torch.Tensor, key: str) -> torch.T
     """One optimizer state as a tensor; Python numbers become 0-dimensional ones.
 
     Raises:
-        StateKeyError: the optimizer keeps no such state.
+        StateKeyError: the optimizer keeps no such state, or it is neither a tensor nor a number.
     """
     if key not in state:
         raise StateKeyError(
             f"optim_state_key '{key}' is not kept for {registry.name_of(param)}; its optimizer keeps {sorted(state)}"
         )
     entry = state[key]
+    if not isinstance(entry, torch.Tensor | int | float):
+        raise StateKeyError(
+            f"optim_state_key '{key}' of {registry.name_of(param)} is a {type(entry).__name__}, neither a tensor nor a "
+            "number: read it in optimizer.state"
+        )
     return entry if isinstance(entry, torch.Tensor) else torch.tensor(entry)
+
+
+def spread(params: Sequence[torch.Tensor], places: Sequence[Place], locate: Locate) -> None:
+    """Write the fp32 pieces into the whole lp parameters of every rank, cast by their holders.
+
+    All ranks of the places' groups must call it.
+
+    Args:
+        params: the lp parameters, whole and contiguous on every rank.
+        places: where their pieces are, of the lp dtype.
+        locate: this rank's fp32 piece of the i-th.
+    """
+    for _ in gather(Plan(places, _REFRESH_BYTES), locate, out=lambda i: params[i].data):
+        pass
+
+
+def scalar_place(key: str, group: dist.ProcessGroup | None, ranks: Sequence[bool], device: torch.device) -> Place:
+    """Where an optimizer state that is one number is, when only some ranks have it: the first of them sends it.
+
+    Args:
+        key: the state's.
+        group: whose ranks are meant.
+        ranks: whether each has the number, by group rank.
+        device: the parameter's.
+    """
+    fragments = tuple(Fragment((), ()) if has else None for has in ranks)
+    first = next((rank for rank, has in enumerate(ranks) if has), 0)
+    copies = frozenset(rank for rank, has in enumerate(ranks) if has and rank != first)
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return Place(torch.Size(()), dtype, device, Layout((), fragments, copies), group)
+
+
+def is_number(key: str) -> bool:
+    """Whether torch's optimizers keep one number for the whole parameter under that key."""
+    return key == "step"
 
 
 def value_kind(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ do, the ranks of all of them.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_fragment._adapters._base import state_entry, state_of, value_kind
-from ds_fragment._attach import registry
-from ds_fragment._exchange import Place
+from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
 from ds_fragment._layout import Layout, mesh_layout, whole
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
 
-class DTensorAdapter:
+class DTensorAdapter(Adapter):
     """Claims every DTensor."""
 
     name = "dtensor"
@@ -42,7 +42,8 @@ class DTensorAdapter:
             return self._like(param, param.dtype)
         entry = state_entry(state_of(param, param), param, what)
         if isinstance(entry, DTensor):
-            return self._like(entry if entry.placements != param.placements else param, entry.dtype)
+            alike = entry.placements == param.placements and entry.shape == param.shape
+            return self._like(param if alike else entry, entry.dtype)
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def _like(self, tensor: DTensor, dtype: torch.dtype) -> Place:
@@ -51,8 +52,8 @@ class DTensorAdapter:
             places = {}
             self._places[tensor] = (tensor._spec, places)
         if dtype not in places:
-            layout, group = mesh_place(tensor)
-            places[dtype] = Place(tensor.shape, dtype, tensor.device, layout, group)
+            layout, group, replicas = mesh_place(tensor)
+            places[dtype] = Place(tensor.shape, dtype, tensor.device, layout, group, replicas)
         return places[dtype]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
@@ -84,12 +85,9 @@ class DTensorAdapter:
         """``"upcast"`` for a low-precision parameter."""
         return value_kind(param.dtype)
 
-    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Nothing: the engine casts the sharded parameter anew at the next forward."""
 
-
-def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
-    """The layout of a DTensor and the group whose ranks it runs over; None where all is replicated.
+def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None, tuple[dist.ProcessGroup, ...]]:
+    """The layout of a DTensor, the group whose ranks it runs over (None where all is replicated), and the replicas'.
 
     Raises:
         InvalidValueError: a placement is a partial sum, which no rank holds the value of.
@@ -100,13 +98,14 @@ def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
             f"a DTensor placed {placements} is a partial sum: redistribute it to Shard or Replicate first"
         )
     dims = [_dim_of(placement, tensor.dim()) for placement in placements]
-    sharding = [axis for axis, dim in enumerate(dims) if dim is not None]
     sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
+    sharding = [axis for axis, dim in enumerate(dims) if dim is not None and sizes[axis] > 1]
+    replicas = tuple(mesh.get_group(axis) for axis, dim in enumerate(dims) if dim is None and sizes[axis] > 1)
     if not sharding:
-        return whole(tensor.shape), None
+        return whole(tensor.shape), None, replicas
     if len(sharding) == 1:
         axis = sharding[0]
-        return mesh_layout(tensor.shape, [sizes[axis]], [dims[axis]]), mesh.get_group(axis)
+        return mesh_layout(tensor.shape, [sizes[axis]], [dims[axis]]), mesh.get_group(axis), replicas
     # An axis that shards what the axes to its right have sharded already cuts after them.
     strided = [axis for axis in sharding if type(placements[axis]).__name__ == "_StridedShard"]
     if mesh.size() == dist.get_world_size():
@@ -115,11 +114,11 @@ def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
         ranks = mesh.mesh.flatten().tolist()  # by position in the mesh
         fragments = [layout.fragments[ranks.index(rank)] for rank in range(len(ranks))]
         copies = frozenset(ranks[position] for position in layout.copies)
-        return Layout(layout.shape, tuple(fragments), copies), dist.group.WORLD
+        return Layout(layout.shape, tuple(fragments), copies), dist.group.WORLD, ()
     order = [i for i, axis in enumerate(sharding) if axis not in strided]
     order += [i for i, axis in reversed(list(enumerate(sharding))) if axis in strided]
     layout = mesh_layout(tensor.shape, [sizes[axis] for axis in sharding], [dims[axis] for axis in sharding], order)
-    return layout, _group_over(mesh, sharding)
+    return layout, _group_over(mesh, sharding), replicas
 
 
 def _dim_of(placement: Placement, ndim: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Flat partitions: parameters linked with `link_hp_params`, by `FlatPartition` or by an engine.
+"""Flat partitions: parameters linked with `link_hp_params`, by `FlatPartition` or by an engine of the user's.
 
 `param._hp_mapping` says where this rank's fragment is, the `FlatLink` beside it where every rank's are.
 """
@@ -10,41 +10,40 @@ from typing import Any
 
 import torch
 
-from ds_fragment._adapters._base import state_entry, state_of
-from ds_fragment._attach import registry
-from ds_fragment._exchange import Place, Plan, gather
+from ds_fragment._adapters._base import Adapter, spread, state_entry, state_of
 from ds_fragment._layout import whole
 from ds_fragment._links import FlatLink, link_of
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 
-_REFRESH_BYTES = 64 << 20
 
-
-class FlatAdapter:
-    """Claims every parameter with ``_hp_mapping``."""
+class FlatAdapter(Adapter):
+    """Claims every parameter that was linked here; those that DeepSpeed linked are not its own."""
 
     name = "flat partition"
 
     def claims(self, param: torch.Tensor) -> bool:
-        """Whether the parameter was linked."""
-        return hasattr(param, "_hp_mapping")
+        """Whether the parameter was linked by `link_hp_params` or a `FlatPartition`."""
+        return hasattr(param, "_hp_mapping") and link_of(param) is not None
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """An interval of the flattened parameter on each rank; optimizer state that is one number is whole on each."""
         link = _link(param)
-        flat = _flat(link, param)
         if what not in ("value", "grad"):
+            flat = _flat(link, param)
             entry = _attached_entry(flat, param, what)
             if entry is not None and entry.shape != flat.shape:
                 return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
             what = "state"
         if what not in link.places:
-            link.places[what] = Place(param.shape, flat.dtype, flat.device, link.layout, link.group)
+            link.places[what] = Place(param.shape, link.dtype, link.device, link.layout, link.group)
         return link.places[what]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment."""
         link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
+        _flat(link, param)
         if what == "grad":
             self._check_gradient(param, link)
         if what not in ("value", "grad"):
@@ -100,7 +99,7 @@ class FlatAdapter:
         """Cast the fp32 fragments and gather them into the lp parameters, or cast the whole values."""
         if values is not None:
             for param, value in zip(params, values, strict=True):
-                param.data.copy_(value.to(_flat(_link(param), param).dtype))
+                param.data.copy_(value.to(_link(param).dtype))
             return
         publish(params)
 
@@ -117,9 +116,7 @@ def publish(params: Sequence[torch.Tensor]) -> None:
             link.places["lp"] = Place(param.shape, param.dtype, param.device, link.layout, link.group)
         places.append(link.places["lp"])
     adapter = FlatAdapter()
-    plan = Plan(places, _REFRESH_BYTES)
-    for _ in gather(plan, lambda i: adapter.local(params[i], "value"), out=lambda i: params[i].data):
-        pass
+    spread(params, places, lambda i: adapter.local(params[i], "value"))
 
 
 def _link(param: torch.Tensor) -> FlatLink:

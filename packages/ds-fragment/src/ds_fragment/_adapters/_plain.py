@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_fragment._adapters._base import state_entry, state_of, value_kind
-from ds_fragment._attach import registry
-from ds_fragment._exchange import Place
+from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
 from ds_fragment._layout import whole
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError
 
 
-class PlainAdapter:
+class PlainAdapter(Adapter):
     """Claims every tensor that nobody else does: nothing to communicate, the whole is here."""
 
     name = "plain"
+
+    def __init__(self) -> None:
+        self._ddp: MutableMapping[torch.Tensor, weakref.ref[DistributedDataParallel]] = WeakIdKeyDictionary()
+
+    def learn(self, model: nn.Module) -> None:
+        """Which parameters a DistributedDataParallel reduces the gradients of."""
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                reference = weakref.ref(module)
+                for param in module.parameters():
+                    self._ddp[param] = reference
 
     def claims(self, param: torch.Tensor) -> bool:
         """Every tensor."""
@@ -33,6 +48,13 @@ class PlainAdapter:
         if what == "value":
             return owned.detach()
         if what == "grad":
+            ddp = self._ddp.get(param)
+            wrapper = None if ddp is None else ddp()
+            if wrapper is not None and not wrapper.require_forward_param_sync:
+                raise GradientUnavailableError(
+                    f"{registry.name_of(param)} has a gradient of this rank alone: the last backward pass ran under "
+                    "DistributedDataParallel.no_sync(); read it after one that reduces"
+                )
             grad = owned.grad if owned.grad is not None else param.grad
             if grad is None:
                 raise GradientUnavailableError(

@@ -1,0 +1,263 @@
+"""What DeepSpeed's ZeRO optimizers have in common. DeepSpeed itself is never imported.
+
+[Note: flat fp32] Every ZeRO stage keeps, for each group of parameters, one flat fp32 tensor on each rank, and optimizes
+that: the state of the base optimizer belongs to flat tensors, and is cut like them. A number such as ``step`` belongs
+to all parameters of a flat tensor at once.
+
+[Note: window] The micro batches between two optimizer steps. Gradients are summed over a window, and multiplied by
+the loss scale until the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._adapters._base import Adapter, ready_state, state_entry, value_kind
+from ds_fragment._layout import Layout, whole
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
+from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError, UnlinkedParameterError
+
+UNUSED = "no backward pass used it since the last optimizer step"
+UNREDUCED = (
+    "what is here is this rank's own, not reduced over the ranks; read it after the backward pass of the last micro "
+    "batch, before step()"
+)
+MIXED = (
+    "the first backward pass after the last optimizer step did not use it, and DeepSpeed then added its gradient to "
+    "what an earlier step had left there"
+)
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where the engine keeps one parameter.
+
+    Attributes:
+        shape: of the whole parameter.
+        layout: over the flattened parameter, by group rank.
+        group: the ranks that it is cut over; None where each holds the whole.
+        optimizer: DeepSpeed's, weakly; None where there is none.
+        index: which of the optimizer's flat fp32 tensors it is in.
+        start: where this rank's piece begins there.
+        untrained: why there is no fp32 value; empty where there is one.
+        position: where its gradient is in the engine's lists.
+        places: by quantity, made on first use.
+    """
+
+    shape: torch.Size
+    layout: Layout
+    group: dist.ProcessGroup | None
+    optimizer: weakref.ref[Any] | None
+    index: int = -1
+    start: int = 0
+    untrained: str = ""
+    position: int = -1
+    places: dict[object, Place] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Elements that this rank holds."""
+        return self.layout.held(0 if self.group is None else self.group.rank())
+
+    def place(self, key: object, dtype: torch.dtype, device: torch.device) -> Place:
+        """The place of a quantity that is cut like the parameter."""
+        if key not in self.places:
+            self.places[key] = Place(self.shape, dtype, device, self.layout, self.group)
+        return self.places[key]
+
+
+class DeepSpeedAdapter(Adapter):
+    """Reads and writes what a ZeRO optimizer keeps; each stage says where that is."""
+
+    def __init__(self) -> None:
+        self._mixed: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
+        self._watches: MutableMapping[torch.Tensor, RemovableHandle] = WeakIdKeyDictionary()
+
+    @abstractmethod
+    def _slot(self, param: torch.Tensor) -> Slot:
+        """Where the parameter is.
+
+        Raises:
+            UnlinkedParameterError: nothing is known of it.
+        """
+
+    @abstractmethod
+    def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
+        """This rank's flat fp32 tensor, 1-D."""
+
+    @abstractmethod
+    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """This rank's piece of a parameter that has no fp32 value."""
+
+    @abstractmethod
+    def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
+        """This rank's piece of the reduced gradient as it is stored, loss scale and all; any shape.
+
+        Raises:
+            GradientUnavailableError: there is none.
+        """
+
+    @abstractmethod
+    def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
+        """Tell the engine what it remembers of the gradient, now that it was written."""
+
+    def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
+        found: torch.optim.Optimizer = optimizer.optimizer
+        return found
+
+    def _optimizer(self, param: torch.Tensor, slot: Slot) -> Any:
+        optimizer = None if slot.optimizer is None else slot.optimizer()
+        if optimizer is None or slot.untrained:
+            raise UnlinkedParameterError(
+                f"{registry.name_of(param)} is in no optimizer of DeepSpeed's: {slot.untrained or 'the engine is gone'}"
+            )
+        return optimizer
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """An interval of the flattened parameter on each rank; state that is one number is whole on each."""
+        slot = self._slot(param)
+        if what == "grad":
+            return slot.place(what, torch.float32, param.device)
+        if what == "value":
+            held = self._untrained(param, slot) if slot.untrained else self._master(param, slot)
+            return slot.place((what, held.dtype), held.dtype, param.device)
+        entry = self._entry(param, slot, what)
+        if entry.dim():
+            return slot.place(("state", entry.dtype), entry.dtype, param.device)
+        key = ("number", entry.dtype)
+        if key not in slot.places:
+            slot.places[key] = Place(entry.shape, entry.dtype, entry.device, whole(()), None)
+        return slot.places[key]
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
+        """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
+        slot = self._slot(param)
+        if what == "grad":
+            stored, scale = self._scaled_gradient(param, slot)
+            if stored is None or (scale == 1.0 and stored.dtype == torch.float32):
+                return None if stored is None else stored.detach().view(-1)
+            return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
+        if what == "value":
+            if slot.untrained:
+                return self._untrained(param, slot)
+            held = self._master(param, slot)
+        else:
+            held = self._entry(param, slot, what)
+        if not held.dim():
+            return held
+        return held.narrow(0, slot.start, slot.numel) if slot.numel else None
+
+    def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
+        """Replace this rank's piece; a gradient is stored times the loss scale, in the engine's own dtype."""
+        if what != "grad":
+            super().write(param, what, piece)
+            return
+        slot = self._slot(param)
+        stored, scale = self._scaled_gradient(param, slot)
+        assert stored is not None
+        stored.detach().copy_(piece.reshape(stored.shape).float() * scale)
+        self._after_gradient(param, slot, self._optimizer(param, slot), stored)
+
+    def _scaled_gradient(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor | None, float]:
+        if slot.untrained:
+            raise no_gradient(param, slot.untrained)
+        optimizer = self._optimizer(param, slot)
+        return self._gradient(param, slot, optimizer), loss_scale(optimizer)
+
+    def _master(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+        return self._flat(self._optimizer(param, slot), slot.index).detach()
+
+    def _state(self, param: torch.Tensor, slot: Slot) -> dict[str, Any]:
+        optimizer = self._optimizer(param, slot)
+        return ready_state(self._base_optimizer(optimizer, slot.index), self._flat(optimizer, slot.index), param)
+
+    def _entry(self, param: torch.Tensor, slot: Slot, key: str) -> torch.Tensor:
+        entry, flat = state_entry(self._state(param, slot), param, key), self._master(param, slot)
+        if entry.dim() and entry.shape != flat.shape:
+            raise StateKeyError(
+                f"optim_state_key '{key}' of {registry.name_of(param)} has shape {tuple(entry.shape)} for the flat "
+                f"{tuple(flat.shape)} of its parameter group: it is no number of each element, nor one of all"
+            )
+        return entry
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        """The keys of the base optimizer's state, the same on every rank."""
+        return list(self._state(param, self._slot(param)))
+
+    def master(self, param: torch.Tensor) -> str:
+        """A true master, but for parameters that are not trained."""
+        return value_kind(self.place(param, "value").dtype)
+
+    def _watch(
+        self, param: torch.Tensor, optimizer: Any, begins_on: Callable[[torch.Tensor, Any], torch.Tensor | bool | None]
+    ) -> None:
+        """Note at each backward pass whether the window's gradient of the parameter begins on old remains.
+
+        Args:
+            param: the parameter.
+            optimizer: DeepSpeed's.
+            begins_on: called with both before the engine sees the gradient; returns what the gradient will be added
+                to, False if to nothing, None if this is not the window's first.
+        """
+        held_param, held_optimizer = weakref.ref(param), weakref.ref(optimizer)
+
+        def note(_gradient: torch.Tensor) -> None:
+            param, optimizer = held_param(), held_optimizer()
+            remains = None if param is None or optimizer is None else begins_on(param, optimizer)
+            if param is not None and remains is not None:
+                self._mixed[param] = bool(remains.any()) if isinstance(remains, torch.Tensor) else remains
+
+        earlier = self._watches.pop(param, None)
+        if earlier is not None:
+            earlier.remove()
+        self._mixed.pop(param, None)
+        if param.requires_grad:
+            self._watches[param] = param.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def no_gradient(param: torch.Tensor, reason: str) -> GradientUnavailableError:
+    """The error for a gradient that cannot be had."""
+    return GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
+
+
+def loss_scale(optimizer: Any) -> float:
+    """What the engine multiplied the loss of this window by."""
+    scaler = getattr(optimizer, "torch_autocast_gradscaler", None)
+    if scaler is not None and not optimizer.custom_loss_scaler:
+        return float(scaler.get_scale())
+    return float(getattr(optimizer, "loss_scale", None) or 1.0)
+
+
+def remembered(optimizer: Any, name: str) -> Any:
+    """What the engine notes of its gradients.
+
+    Raises:
+        FragmentError: an older DeepSpeed, which cannot tell old gradients from new ones.
+    """
+    if not hasattr(optimizer, name):
+        raise FragmentError(
+            f"this DeepSpeed does not keep {type(optimizer).__name__}.{name}, without which gradients of the last step "
+            "look like new ones: reading gradients of this engine needs DeepSpeed 0.19 or later"
+        )
+    return getattr(optimizer, name)
+
+
+def settle(param: torch.Tensor, optimizer: Any, *, offloaded: bool) -> None:
+    """Wait for what the engine does with gradients beside the current CUDA stream."""
+    if not param.is_cuda:
+        return
+    if offloaded:
+        torch.cuda.synchronize(param.device)
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)
+    if stream is not None:
+        torch.cuda.current_stream(param.device).wait_stream(stream)

@@ -1,0 +1,229 @@
+"""DeepSpeed ZeRO-1, ZeRO-2 and BF16_Optimizer: flat fp32 partitions that DeepSpeed itself linked to its parameters.
+
+The optimizer concatenates the trained parameters of each group, pads the end, and cuts evenly over the ranks. Where a
+parameter is follows from the optimizer's own lists. `param._hp_mapping` says it as well, but wrongly under
+``round_robin_gradients``, and does not know the state of later groups: only its being there is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._adapters._base import spread
+from ds_fragment._adapters._deepspeed import (
+    MIXED,
+    UNREDUCED,
+    UNUSED,
+    DeepSpeedAdapter,
+    Slot,
+    no_gradient,
+    remembered,
+    settle,
+)
+from ds_fragment._layout import flat_layout, whole
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
+from ds_fragment.errors import UnlinkedParameterError
+
+_UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
+
+
+class DeepSpeedFlatAdapter(DeepSpeedAdapter):
+    """Claims what DeepSpeed linked, and what an attached engine leaves untrained beside it."""
+
+    name = "deepspeed zero-1/2"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slots: MutableMapping[torch.Tensor, Slot] = WeakIdKeyDictionary()
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Whether DeepSpeed linked the parameter; those linked here are asked about before."""
+        if hasattr(param, "_hp_mapping"):
+            return True
+        slot = self._slots.get(param)
+        return slot is not None and slot.optimizer is not None and slot.optimizer() is not None
+
+    def learn(self, model: nn.Module) -> None:
+        """The optimizer of a DeepSpeedEngine."""
+        optimizer = getattr(model, "optimizer", None)
+        if not _is_flat(optimizer):
+            return
+        self._learn_optimizer(optimizer)
+        for param in model.parameters():
+            if not hasattr(param, "_hp_mapping"):
+                self._slots[param] = Slot(
+                    param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=_UNTRAINED
+                )
+
+    def _learn_optimizer(self, optimizer: Any) -> None:
+        reference = weakref.ref(optimizer)
+        for index, params in enumerate(_params(optimizer)):
+            group, size = optimizer.real_dp_process_group[index], self._flat(optimizer, index).numel()
+            held = params if _is_bf16(optimizer) else optimizer.params_in_partition[index]
+            positions = {id(param): position for position, param in enumerate(held)}
+            start = 0
+            for param in params:
+                layout = flat_layout(start, param.numel(), size, group.size())
+                fragment = layout.fragments[group.rank()]
+                self._slots[param] = Slot(
+                    param.shape,
+                    layout,
+                    group,
+                    reference,
+                    index,
+                    start + fragment.offset[0] - group.rank() * size if fragment is not None else 0,
+                    position=positions.get(id(param), -1),
+                )
+                start += param.numel()
+                if getattr(optimizer, "cpu_offload", False):
+                    self._watch(param, optimizer, self._begins_on)
+
+    def _slot(self, param: torch.Tensor) -> Slot:
+        slot = self._slots.get(param)
+        if slot is None or slot.optimizer is None or slot.optimizer() is None:
+            optimizer = _discovered(param)
+            if optimizer is not None:
+                self._learn_optimizer(optimizer)
+            slot = None if optimizer is None else self._slots.get(param)
+        if slot is None:
+            raise UnlinkedParameterError(
+                f"{registry.name_of(param)} is held by a DeepSpeed engine that it does not know, or that is gone: "
+                "call attach(engine) on every rank first"
+            )
+        return slot
+
+    def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
+        bf16 = _is_bf16(optimizer)
+        flats = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
+        found: torch.Tensor = flats[index]
+        return found
+
+    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+        return param.detach()
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """As for every stage, but BF16_Optimizer keeps the whole of each gradient on every rank."""
+        slot = self._slot(param)
+        if what == "grad" and not slot.untrained and _is_bf16(self._optimizer(param, slot)):
+            if what not in slot.places:
+                everything = flat_layout(0, param.numel(), param.numel(), 1)
+                slot.places[what] = Place(slot.shape, torch.float32, param.device, everything, None)
+            return slot.places[what]
+        return super().place(param, what)
+
+    def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
+        if _is_bf16(optimizer):
+            return _gradient_bf16(param, slot, optimizer)
+        if optimizer.cpu_offload:
+            return self._gradient_offloaded(param, slot, optimizer)
+        offset = _offset(slot)
+        reduced = optimizer.averaged_gradients.get(slot.index)
+        if reduced is not None:
+            found: torch.Tensor | None = reduced[slot.position] if slot.numel else None
+            return found
+        running = optimizer.all_grad_tensors.get(slot.index) if optimizer.partition_gradients else None
+        if running is not None:  # whole tensors, of which only this rank's fragment is reduced
+            return running[slot.position].view(-1).narrow(0, offset, slot.numel) if slot.numel else None
+        raise no_gradient(param, _why_none(param, optimizer))
+
+    def _gradient_offloaded(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
+        if optimizer.use_grad_accum_attribute and slot.group is not None and slot.group.size() > 1:
+            raise no_gradient(
+                param, "ZeRO-1 with grad_accum_dtype fp32 and CPU offload steps with each rank's own, never averaged"
+            )
+        if not slot.numel:
+            return None  # the ranks that hold it say whether there is one
+        settle(param, optimizer, offloaded=True)
+        identity = optimizer.get_param_id(param)
+        summed = identity in remembered(optimizer, "_offload_accumulated_param_ids")
+        if identity not in optimizer.norm_for_param_grads and not summed:
+            raise no_gradient(param, _why_none(param, optimizer))
+        if self._mixed.get(param, False):
+            raise no_gradient(param, MIXED)
+        if identity in optimizer.norm_for_param_grads:
+            flat: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
+            return flat.narrow(0, slot.start, slot.numel)
+        running: torch.Tensor = optimizer.accumulated_grads_in_cpu[identity].view(-1)
+        if optimizer.low_precision_master_weights_and_grads:
+            return running
+        return running.narrow(0, _offset(slot), slot.numel)
+
+    def _begins_on(self, param: torch.Tensor, optimizer: Any) -> torch.Tensor | bool | None:
+        identity = optimizer.get_param_id(param)
+        earlier = optimizer.micro_step_id + (0 if optimizer.ready_for_gradients else 1)  # backward passes in the window
+        remains: torch.Tensor | None = optimizer.accumulated_grads_in_cpu.get(identity)
+        if earlier <= 0 or remains is None:
+            return False
+        return None if identity in remembered(optimizer, "_offload_accumulated_param_ids") else remains
+
+    def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
+        if getattr(optimizer, "cpu_offload", False):
+            identity = optimizer.get_param_id(param)
+            if identity in optimizer.norm_for_param_grads:
+                optimizer.norm_for_param_grads[identity] = stored.norm()
+            optimizer.update_offload_overflow_tracker(stored)
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Round the new values into the lp parameters, in their place in the flat lp tensor."""
+        slots = [self._slot(param) for param in params]
+        if values is not None:
+            for param, value, slot in zip(params, values, slots, strict=True):
+                if not slot.untrained:
+                    param.data.copy_(value)
+            return
+        chosen = [(param, slot) for param, slot in zip(params, slots, strict=True) if not slot.untrained]
+        places = [slot.place("lp", param.dtype, param.device) for param, slot in chosen]
+        spread([param for param, _ in chosen], places, lambda i: self.local(chosen[i][0], "value"))
+
+
+def _is_bf16(optimizer: Any) -> bool:
+    return hasattr(optimizer, "bf16_groups")
+
+
+def _is_flat(optimizer: Any) -> bool:
+    return _is_bf16(optimizer) or hasattr(optimizer, "single_partition_of_fp32_groups")
+
+
+def _params(optimizer: Any) -> list[list[torch.Tensor]]:
+    """The trained parameters of each group, in the order in which they are concatenated."""
+    found: list[list[torch.Tensor]]
+    found = optimizer.bf16_groups if _is_bf16(optimizer) else optimizer.round_robin_bit16_groups
+    return found
+
+
+def _discovered(param: torch.Tensor) -> Any:
+    """The optimizer that put a gradient hook on the parameter (ZeRO-1 and 2 do), or None."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for hook in hooks.values():
+        for cell in getattr(hook, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                if _is_flat(cell.cell_contents):
+                    return cell.cell_contents
+    return None
+
+
+def _offset(slot: Slot) -> int:
+    """Where this rank's fragment begins in the flattened parameter."""
+    fragment = slot.layout.fragments[0 if slot.group is None else slot.group.rank()]
+    return 0 if fragment is None else fragment.offset[0]
+
+
+def _gradient_bf16(param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:
+    if not any(any(used) for used in optimizer.fp32_groups_has_gradients):
+        raise no_gradient(param, UNUSED)
+    if not optimizer.is_gradient_accumulation_boundary():
+        raise no_gradient(param, UNREDUCED)
+    found: torch.Tensor = optimizer.fp32_groups_gradients[slot.index][slot.position]
+    return found
+
+
+def _why_none(param: torch.Tensor, optimizer: Any) -> str:
+    return UNUSED if optimizer.get_param_gradient_attribute(param) is None else UNREDUCED

@@ -1,0 +1,141 @@
+"""FSDP1 (`FullyShardedDataParallel`) with ``use_orig_params=True``.
+
+FSDP1 concatenates the parameters of a unit with padding between them, pads the end, and cuts evenly: each original
+parameter is an interval of that flat parameter, and a rank may hold none of it. The layout follows from the sizes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._adapters._base import Adapter, is_number, scalar_place, state_entry, state_of, value_kind
+from ds_fragment._layout import flat_layout
+from ds_fragment._place import Place
+from ds_fragment._registry import registry
+from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError
+
+
+@dataclass(slots=True)
+class _Record:
+    """Where one original parameter is in its unit's flat parameter."""
+
+    handle: weakref.ref[Any]
+    start: int  # in the flat parameter with its padding, in elements
+    shape: torch.Size
+    places: dict[str, Place] = field(default_factory=dict)
+
+
+class Fsdp1Adapter(Adapter):
+    """Claims the original parameters of FSDP1 modules; the model must be attached."""
+
+    name = "fsdp1"
+
+    def __init__(self) -> None:
+        self._records: MutableMapping[torch.Tensor, _Record] = WeakIdKeyDictionary()
+
+    def learn(self, model: nn.Module) -> None:
+        """Where each original parameter is."""
+        for module in model.modules():
+            handle = getattr(module, "_handle", None)
+            flat = getattr(handle, "flat_param", None)
+            if handle is None or flat is None or getattr(flat, "_params", None) is None:
+                continue
+            starts, position = [], 0
+            for numel, padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+                if not padding:
+                    starts.append(position)
+                position += numel
+            for param, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
+                if param not in self._records:
+                    self._records[param] = _Record(weakref.ref(handle), start, torch.Size(shape))
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Whether FSDP1 flattened it."""
+        return bool(getattr(param, "_fsdp_flattened", False))
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        """An interval of the flattened parameter on each rank of the shard group."""
+        record, handle = self._known(param)
+        kind = what if what in ("value", "grad") or is_number(what) else "state"
+        if kind not in record.places:
+            group, flat = handle.process_group, handle.flat_param
+            if handle.uses_sharded_strategy:
+                layout = flat_layout(record.start, record.shape.numel(), flat._sharded_size.numel(), group.size())
+            else:
+                layout, group = flat_layout(0, record.shape.numel(), record.shape.numel(), 1), None
+            shard = _shard(handle)
+            if is_number(kind):
+                holds = [fragment is not None for fragment in layout.fragments]
+                record.places[kind] = scalar_place(what, group, holds, shard.device)
+            else:
+                record.places[kind] = Place(record.shape, shard.dtype, shard.device, layout, group)
+        return record.places[kind]
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
+        """This rank's interval."""
+        record, handle = self._known(param)
+        place = self.place(param, "value")
+        fragment = place.layout.fragments[place.rank]
+        if what == "grad":
+            self._check_reduced(param, handle)
+        if fragment is None:
+            return None
+        if what == "value":
+            begin = record.start + fragment.offset[0] - place.rank * handle.flat_param._sharded_size.numel()
+            return _shard(handle).detach().narrow(0, begin if place.group else record.start, fragment.numel)
+        if what == "grad":
+            if param.grad is None:
+                raise GradientUnavailableError(
+                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
+                    "cleared"
+                )
+            return param.grad.detach().reshape(-1)
+        entry = state_entry(state_of(param, param), param, what)
+        if entry.numel() != (1 if is_number(what) else fragment.numel):
+            raise InvalidValueError(
+                f"optim_state_key '{what}' of {registry.name_of(param)} has {entry.numel()} numbers for the "
+                f"{fragment.numel} elements here: only state that is one number an element can be read under FSDP1"
+            )
+        return entry if is_number(what) else entry.reshape(-1)
+
+    def _check_reduced(self, param: torch.Tensor, handle: Any) -> None:
+        flat = handle.flat_param
+        unreduced = flat.grad is not None and flat.grad.numel() != flat._sharded_size.numel()
+        if handle.uses_sharded_strategy and unreduced:
+            raise GradientUnavailableError(
+                f"{registry.name_of(param)} has no reduced gradient: the last backward pass ran under no_sync() and is "
+                "kept unreduced on each rank; read it after one that reduces"
+            )
+
+    def _known(self, param: torch.Tensor) -> tuple[_Record, Any]:
+        record = self._records.get(param)
+        handle = None if record is None else record.handle()
+        if record is None or handle is None:
+            raise UnlinkedParameterError(
+                f"{registry.name_of(param)} is held by FSDP1, which parameters do not know: call attach(model, "
+                "optimizer) with the FSDP module on every rank first"
+            )
+        return record, handle
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        """The keys of the optimizer's state; none on a rank that holds nothing."""
+        place = self.place(param, "value")
+        return [] if place.layout.fragments[place.rank] is None else list(state_of(param, param))
+
+    def master(self, param: torch.Tensor) -> str:
+        """``"upcast"`` for a flat parameter of low precision."""
+        return value_kind(_shard(self._known(param)[1]).dtype)
+
+
+def _shard(handle: Any) -> torch.Tensor:
+    """This rank's part of the flat parameter, whatever state the unit is in."""
+    flat = handle.flat_param
+    found: torch.Tensor = getattr(flat, "_local_shard", flat)
+    return found

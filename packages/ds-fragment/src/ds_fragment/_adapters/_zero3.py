@@ -1,0 +1,168 @@
+"""DeepSpeed ZeRO-3: each parameter is cut alone, in equal parts rounded up.
+
+The ends of the last parts are padding, which DeepSpeed never initialises, neither in the low-precision parts
+(`param.ds_tensor`) nor in the flat fp32 tensors: nothing here reads past the end of a parameter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._adapters._base import spread
+from ds_fragment._adapters._deepspeed import (
+    MIXED,
+    UNREDUCED,
+    UNUSED,
+    DeepSpeedAdapter,
+    Slot,
+    no_gradient,
+    remembered,
+    settle,
+)
+from ds_fragment._layout import even_layout
+from ds_fragment._registry import registry
+from ds_fragment.errors import FragmentError
+
+# By ds_id, this rank's part of the reduced gradient, padding included; a private name of the class.
+_GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+_UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
+_NO_ENGINE = "it was partitioned by zero.Init, and deepspeed.initialize has made no optimizer for it"
+
+
+class Zero3Adapter(DeepSpeedAdapter):
+    """Claims partitioned parameters, which know their optimizer."""
+
+    name = "deepspeed zero-3"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slots: MutableMapping[torch.Tensor, Slot] = WeakIdKeyDictionary()
+
+    def claims(self, param: torch.Tensor) -> bool:
+        """Whether ZeRO-3 partitioned the parameter."""
+        return hasattr(param, "ds_id")
+
+    def learn(self, model: nn.Module) -> None:
+        """Nothing is needed but to tell gradients that began on an earlier step's from those that did not."""
+        for param in model.parameters():
+            if self.claims(param):
+                slot = self._slot(param)
+                if slot.optimizer is not None and not slot.untrained and slot.numel:
+                    self._watch(param, slot.optimizer(), self._begins_on)
+
+    def _slot(self, param: torch.Tensor) -> Slot:
+        optimizer = getattr(param, "_z3_optimizer", None)
+        slot = self._slots.get(param)
+        if slot is None or (None if slot.optimizer is None else slot.optimizer()) is not optimizer:
+            slot = self._slots[param] = _slot_of(param, optimizer)
+        return slot
+
+    def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
+        if getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(index):
+            raise FragmentError("the fp32 values of this parameter are swapped out to NVMe, where they cannot be read")
+        found: torch.Tensor = optimizer.fp32_partitioned_groups_flat[index]
+        return found
+
+    def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
+        devices = getattr(optimizer, "subgroup_to_device", {})  # some stay on the device where ratio < 1
+        kept = optimizer.offload_optimizer and devices.get(index, "cpu") != "cpu"
+        found: torch.optim.Optimizer = optimizer.backup_optimizer if kept else optimizer.optimizer
+        return found
+
+    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+        return _part(param, slot)
+
+    def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
+        if not slot.numel:
+            return None  # the ranks that hold it say whether there is one
+        if _identity(param) not in remembered(optimizer, "_offload_boundary_param_ids"):
+            raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
+        if self._mixed.get(param, False):
+            raise no_gradient(param, MIXED)
+        settle(param, optimizer, offloaded=bool(optimizer.offload_optimizer))
+        return self._stepped(slot, optimizer) if _at_boundary(optimizer) else self._running(param, slot, optimizer)
+
+    def _stepped(self, slot: Slot, optimizer: Any) -> torch.Tensor:
+        """What an offloaded optimizer will step with."""
+        gradient: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
+        return gradient.narrow(0, slot.start, slot.numel)
+
+    def _running(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:
+        """The sum over the window so far, which an optimizer on the device will step with."""
+        found: torch.Tensor = getattr(optimizer, _GRADIENTS)[_identity(param)]
+        return found.narrow(0, 0, slot.numel)
+
+    def _begins_on(self, param: torch.Tensor, optimizer: Any) -> torch.Tensor | bool | None:
+        if optimizer.micro_step_id == 0:
+            return False
+        if _identity(param) in remembered(optimizer, "_offload_boundary_param_ids"):
+            return None
+        return self._running(param, self._slot(param), optimizer)
+
+    def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
+        if _at_boundary(optimizer):
+            self._running(param, slot, optimizer).copy_(stored)  # where DeepSpeed looks for overflows
+            optimizer.norm_for_param_grads[_identity(param)] = stored.norm()
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Round the new values into the low-precision parts, and into parameters that are gathered right now."""
+        gathered = []
+        for item, param in enumerate(params):
+            slot: Any = self._slot(param)
+            part, master = _part(param, slot), self.local(param, "value")
+            if master is not None and not slot.untrained:
+                part.copy_(master)
+            handle: Any = param
+            handle.ds_secondary_tensor = None  # a second copy of the part, within a node
+            if handle.ds_status.name == "AVAILABLE":
+                gathered.append(item)
+        if values is not None:
+            for item in gathered:
+                params[item].data.copy_(values[item])
+            return
+        slots = [self._slot(params[item]) for item in gathered]
+        chosen = [params[item] for item in gathered]
+        places = [slot.place("lp", param.dtype, param.device) for param, slot in zip(chosen, slots, strict=True)]
+        spread(chosen, places, lambda i: self.local(chosen[i], "value"))
+
+
+def _slot_of(param: Any, optimizer: Any) -> Slot:
+    group: dist.ProcessGroup = param.ds_process_group
+    slot = Slot(torch.Size(param.ds_shape), even_layout(param.ds_numel, group.size()), group, None)
+    if optimizer is None:
+        slot.untrained = _NO_ENGINE
+        return slot
+    slot.optimizer = weakref.ref(optimizer)
+    if param.ds_id in optimizer.grad_position:
+        slot.index, slot.start, _ = optimizer.grad_position[param.ds_id]
+    else:
+        slot.untrained = _UNTRAINED
+    return slot
+
+
+def _identity(param: Any) -> int:
+    identity: int = param.ds_id
+    return identity
+
+
+def _at_boundary(optimizer: Any) -> bool:
+    """Whether the gradients are in the fp32 tensors of an offloaded optimizer already."""
+    return bool(optimizer.offload_optimizer and optimizer.is_gradient_accumulation_boundary())
+
+
+def _part(param: Any, slot: Slot) -> torch.Tensor:
+    """This rank's low-precision part without its padding."""
+    part: torch.Tensor = param.ds_tensor
+    name = registry.name_of(param)
+    if hasattr(part, "ds_quant_scale"):
+        raise FragmentError(f"{name} is quantised (zero_quantized_nontrainable_weights): it has no readable value")
+    if part.numel() < slot.numel or getattr(getattr(part, "status", None), "name", "AVAILABLE") != "AVAILABLE":
+        raise FragmentError(f"{name} is swapped out to NVMe or offloaded: bring it back first")
+    return part.detach().narrow(0, 0, slot.numel)

@@ -1,0 +1,138 @@
+"""How adapters are found, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from ds_fragment import attach, register_adapter, state_keys
+from ds_fragment._adapters import Adapter, _base, adapter_of, adapters
+from ds_fragment._adapters._base import state_entry, state_of, value_kind
+from ds_fragment._exchange import Place
+from ds_fragment._layout import whole
+from ds_fragment.errors import InvalidValueError, StateKeyError, StateNotReadyError, UnlinkedParameterError
+from ds_fragment.tensor_fragment import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from fragment_oracle import assert_same
+from torch import nn
+
+
+class Halved(Adapter):
+    """An engine of somebody else's: it keeps values elsewhere, at half their size."""
+
+    name = "halved"
+
+    def __init__(self) -> None:
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def claims(self, param: torch.Tensor) -> bool:
+        return id(param) in self.kept
+
+    def place(self, param: torch.Tensor, what: str) -> Place:
+        return Place(param.shape, torch.float32, param.device, whole(param.shape), None)
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
+        return self.kept[id(param)]
+
+    def state_keys(self, param: torch.Tensor) -> list[str]:
+        return ["half"]
+
+    def master(self, param: torch.Tensor) -> str:
+        return "fp32"
+
+
+@pytest.fixture
+def halved() -> Iterator[Halved]:
+    adapter = Halved()
+    before = list(_base._adapters)
+    register_adapter(adapter)
+    yield adapter
+    _base._adapters[:] = before
+
+
+def test_a_registered_adapter_is_asked_first(halved: Halved) -> None:
+    mine, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    halved.kept[id(mine)] = torch.full((3,), 0.5)
+    assert adapters()[0] is halved
+    assert adapter_of(mine) is halved
+    assert adapter_of(other).name == "plain"
+    assert state_keys(mine) == ["half"]
+    assert_same(safe_get_full_fp32_param(mine), torch.full((3,), 0.5))
+    safe_set_full_fp32_param(mine, torch.full((3,), 4.0))
+    assert_same(halved.kept[id(mine)], torch.full((3,), 4.0))
+    assert_same(mine.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("thing", [None, 3, "weight", [torch.ones(2)], nn.Linear(2, 2)])
+def test_what_is_no_tensor_is_named(thing: object) -> None:
+    with pytest.raises(TypeError, match=f"param is a {type(thing).__name__}, expected a parameter"):
+        safe_get_full_fp32_param(thing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (torch.bfloat16, "upcast"),
+        (torch.float16, "upcast"),
+        (torch.float8_e5m2, "upcast"),
+        (torch.float32, "fp32"),
+        (torch.float64, "fp32"),
+    ],
+)
+def test_an_upcast_is_told_from_a_true_master(dtype: torch.dtype, kind: str) -> None:
+    param = nn.Parameter(torch.zeros(2, dtype=dtype))
+    assert value_kind(dtype) == kind
+    assert adapter_of(param).master(param) == kind
+
+
+def test_state_of_says_what_is_missing() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UnlinkedParameterError, match=r"has no optimizer: call attach\(model, optimizer\)"):
+        state_of(param, param)
+    optimizer = torch.optim.Adagrad([param])
+    attach(None, optimizer)
+    assert set(state_of(param, param)) == {"step", "sum"}  # made at once by this one
+    sgd = torch.optim.SGD([param], momentum=0.9)
+    attach(None, sgd)
+    with pytest.raises(StateNotReadyError, match="SGD makes it at its first step"):
+        state_of(param, param)
+
+
+def test_state_that_is_a_number_is_read_and_not_silently_lost_when_written() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([param], momentum=0.9)
+    optimizer.state[param].update(step=3, rate=0.5, name="x", nothing=None, momentum_buffer=torch.ones(2))
+    attach(None, optimizer)
+    assert_same(safe_get_full_optimizer_state(param, "step"), torch.tensor(3))
+    assert_same(safe_get_full_optimizer_state(param, "rate"), torch.tensor(0.5))
+    with pytest.raises(InvalidValueError, match=r"'step' of .* is a Python number, which cannot be written"):
+        safe_set_full_optimizer_state(param, torch.tensor(4.0), "step")
+    assert optimizer.state[param]["step"] == 3
+    for key, kind in (("name", "str"), ("nothing", "NoneType")):
+        with pytest.raises(StateKeyError, match=f"'{key}' of .* is a {kind}, neither a tensor nor a number"):
+            safe_get_full_optimizer_state(param, key)
+
+
+def test_state_entry_lists_what_there_is() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    with pytest.raises(StateKeyError, match=r"'nope' is not kept for .* keeps \['a', 'b'\]"):
+        state_entry({"b": 1, "a": 2}, param, "nope")
+
+
+def test_a_step_is_read_and_written() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([param])
+    attach(None, optimizer)
+    param.grad = torch.ones(2)
+    for _ in range(3):
+        optimizer.step()
+    assert_same(safe_get_full_optimizer_state(param, "step"), torch.tensor(3.0))
+    safe_set_full_optimizer_state(param, torch.tensor(10), "step")
+    assert_same(optimizer.state[param]["step"], torch.tensor(10.0))
+    assert_same(safe_get_full_grad(param), torch.ones(2))

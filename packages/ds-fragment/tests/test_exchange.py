@@ -1,0 +1,364 @@
+"""The exchange against dense tensors: random layouts over 1 to 4 ranks, thousands of them, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ds_fragment import _exchange, _kernels, _wire
+from ds_fragment._exchange import Place, Plan, agree, box, gather
+from ds_fragment._layout import Fragment, Layout, flat_layout, mesh_layout, whole
+from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
+from fragment_oracle import assert_same, bits, raised
+from ranks import run_ranks
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int32, torch.float8_e4m3fn]
+
+
+def noise(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Random bytes: NaN payloads, infinities, subnormals and all."""
+    raw = torch.randint(0, 256, (shape.numel() * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(shape) if shape.numel() else torch.empty(shape, dtype=dtype)
+
+
+def random_layout(chance: random.Random, shape: torch.Size, ranks: int) -> Layout:
+    kind = chance.choice(["flat", "ragged", "box", "mesh", "copies", "one"])
+    numel = shape.numel()
+    if kind == "flat":  # within a longer buffer, cut evenly, padding behind
+        start = chance.randint(0, 9)
+        return flat_layout(start, numel, -(-(start + numel + chance.randint(0, 9)) // ranks) or 1, ranks)
+    if kind == "ragged":  # any cuts, in any order of ranks, some empty
+        cuts = [0, *sorted(chance.randint(0, numel) for _ in range(ranks - 1)), numel]
+        spans = [(a, b - a) for a, b in pairwise(cuts)]
+        chance.shuffle(spans)
+        return Layout((numel,), tuple(Fragment((a,), (n,)) if n else None for a, n in spans))
+    if kind == "one" or not numel or not shape:
+        holder = chance.randrange(ranks)
+        everything = Fragment((0,) * len(shape), tuple(shape))
+        return Layout(tuple(shape), tuple(everything if r == holder and numel else None for r in range(ranks)))
+    mesh = (2, 2) if ranks == 4 and chance.random() < 0.6 else (ranks,)
+    if kind == "copies":
+        return mesh_layout(shape, mesh, [None] * len(mesh))
+    dims: list[int | None] = [chance.randrange(len(shape)) for _ in mesh]
+    if kind == "mesh" and len(mesh) == 2:
+        dims[chance.randrange(2)] = None
+    return mesh_layout(shape, mesh, dims, chance.sample(range(len(mesh)), len(mesh)))
+
+
+def cut_by_hand(dense: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor | None:
+    """A rank's piece by fancy indexing, which the exchange does not use; sometimes in an odd memory order."""
+    fragment = layout.fragments[rank]
+    if fragment is None:
+        return None
+    numbers = torch.arange(layout.numel).view(layout.shape)
+    for dim, (offset, size) in enumerate(zip(fragment.offset, fragment.size, strict=True)):
+        numbers = numbers.index_select(dim, torch.arange(offset, offset + size))
+    return bits(dense).reshape(-1)[numbers].view(dense.dtype)
+
+
+def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
+    chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
+    groups: list[Any] = [dist.group.WORLD]
+    layouts = 0
+    for _ in range(rounds):
+        denses, places, pieces = [], [], []
+        for _ in range(chance.randint(0, 12)):
+            shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
+            dense = noise(shape, chance.choice(DTYPES), generator)
+            layout, group = random_layout(chance, shape, ranks), groups[0]
+            if chance.random() < 0.1:
+                layout, group = whole(shape), None
+            places.append(Place(shape, dense.dtype, CPU, layout, group))
+            denses.append(dense)
+            piece = cut_by_hand(dense, layout, rank if group is not None else 0)
+            transposed = chance.random() < 0.5
+            if piece is not None and piece.dim() == 2 and transposed:
+                piece = piece.t().contiguous().t()
+            pieces.append(piece)
+        layouts += len(places)
+        # Every way of travelling, also for tensors as small as these.
+        _wire._IN_PLACE, _wire._LITTLE = chance.choice([0, 20, 1 << 20]), chance.choice([0, 1 << 20])
+        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
+        dst = chance.choice([None, chance.randrange(ranks)])
+        outs = [torch.empty_like(dense) for dense in denses] if chance.random() < 0.3 else None
+        got = [
+            tensor
+            for bucket in gather(plan, pieces.__getitem__, dst=dst, out=None if outs is None else outs.__getitem__)
+            for tensor in bucket
+        ]
+        assert len(got) == len(denses)
+        for item, (tensor, dense) in enumerate(zip(got, denses, strict=True)):
+            if dst is not None and rank != dst:
+                assert tensor is None
+            else:
+                assert_same(tensor, dense, (places[item].layout, dst))
+                assert outs is None or tensor is outs[item]
+                assert places[item].alone or pieces[item] is None or tensor.data_ptr() != pieces[item].data_ptr()
+    return layouts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_random_layouts_arrive_bit_for_bit(ranks: int) -> None:
+    counts = run_ranks(_random_layouts, ranks, ranks, 250)
+    assert counts[0] > 1200
+    assert len(set(counts)) == 1
+
+
+def _cut_is_what_was_gathered(rank: int) -> None:
+    """Place.cut, which writing uses, gives the piece that reading would send."""
+    chance, generator = random.Random(7), torch.Generator().manual_seed(7)
+    for _ in range(300):
+        shape = torch.Size(chance.choice([0, 1, 2, 3, 5]) for _ in range(chance.randint(0, 3)))
+        dense = noise(shape, torch.float32, generator)
+        place = Place(shape, dense.dtype, CPU, random_layout(chance, shape, 4), dist.group.WORLD)
+        mine, by_hand = place.cut(dense), cut_by_hand(dense, place.layout, rank)
+        assert (mine is None) == (by_hand is None)
+        if mine is not None:
+            assert_same(mine, by_hand)
+            assert mine.data_ptr() >= dense.data_ptr()  # a view
+
+
+def test_cut_is_what_was_gathered() -> None:
+    run_ranks(_cut_is_what_was_gathered, 4)
+
+
+def test_box_is_a_view_of_the_slices() -> None:
+    dense = torch.arange(60.0).view(3, 4, 5)
+    fragment = Fragment((1, 0, 2), (2, 4, 3))
+    assert torch.equal(box(dense, (3, 4, 5), fragment), dense[1:3, 0:4, 2:5])
+    assert torch.equal(box(dense, (60,), Fragment((7,), (9,))), dense.view(-1)[7:16])
+
+
+def simple_places(count: int, numel: int, group: Any, ranks: int) -> list[Place]:
+    layout = flat_layout(0, numel, -(-numel // ranks), ranks)
+    return [Place(torch.Size((numel,)), torch.float32, CPU, layout, group) for _ in range(count)]
+
+
+def test_buckets_keep_the_order_and_the_limit() -> None:
+    places = [Place(torch.Size((n,)), torch.float32, CPU, whole((n,)), None) for n in (1, 2, 3, 50, 1, 1, 0, 9)]
+    plan = Plan(places, bucket_bytes=24)
+    assert [item for bucket in plan.buckets for item in bucket] == list(range(8))
+    assert plan.buckets == [[0, 1, 2], [3], [4, 5, 6], [7]]
+
+
+def _two_buckets_at_most(rank: int) -> None:
+    under_way = peak = 0
+    start, land = _exchange.Flight.start.__func__, _exchange.Flight.land
+
+    def counted_start(cls: Any, *args: Any) -> Any:
+        nonlocal under_way, peak
+        under_way += 1
+        peak = max(peak, under_way)
+        return start(cls, *args)
+
+    def counted_land(self: Any) -> None:
+        nonlocal under_way
+        land(self)
+        under_way -= 1
+
+    _exchange.Flight.start = classmethod(counted_start)
+    _exchange.Flight.land = counted_land
+    plan = Plan(simple_places(12, 8, dist.group.WORLD, 2), bucket_bytes=64)
+    for turn, bucket in enumerate(gather(plan, lambda item: torch.full((4,), float(item)))):
+        assert under_way == (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
+        assert all(tensor is not None and bool((tensor == tensor[0]).all()) for tensor in bucket)
+    assert len(plan.buckets) == 6
+    assert peak == 2
+
+
+def test_two_buckets_are_the_most_that_are_under_way() -> None:
+    run_ranks(_two_buckets_at_most, 2)
+
+
+def failing_locate(at: int, error: Exception, size: int) -> Any:
+    def locate(item: int) -> torch.Tensor:
+        if item == at:
+            raise error
+        return torch.ones(size)
+
+    return locate
+
+
+def _every_failure_is_everybodys(rank: int) -> list[Any]:
+    found = []
+    plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=64)
+    assert len(plan.buckets) == 4
+    for at, dst in product(range(7), [None, 0, 1]):
+        locate = (
+            failing_locate(at, InvalidValueError(f"item {at}"), 4) if rank == 1 else failing_locate(-1, OSError(), 4)
+        )
+        found.append(raised(lambda locate=locate, dst=dst: list(gather(plan, locate, dst=dst))))
+        # Nothing is left behind: the next exchange is the right one.
+        (*_, last) = gather(plan, lambda item: torch.full((4,), 5.0))
+        assert_same(last[-1], torch.full((8,), 5.0))
+    return found
+
+
+def test_a_failure_at_any_item_is_raised_on_every_rank() -> None:
+    mine, other = run_ranks(_every_failure_is_everybodys, 2)
+    assert mine == other
+    assert mine == [("InvalidValueError", f"rank 1: item {at}") for at in range(7) for _ in range(3)]
+
+
+def _wrong_sizes(rank: int) -> list[Any]:
+    plan = Plan(simple_places(1, 8, dist.group.WORLD, 2), 1 << 20)
+    wrong: list[torch.Tensor | None] = [torch.ones(3), torch.ones(5), None]
+    return [
+        raised(lambda piece=piece: list(gather(plan, lambda _: torch.ones(4) if rank else piece))) for piece in wrong
+    ]
+
+
+def test_a_piece_of_the_wrong_size_is_an_error_on_every_rank() -> None:
+    mine, other = run_ranks(_wrong_sizes, 2)
+    assert mine == other
+    assert [text for _, text in mine] == [
+        f"rank 0: item 0: {held} elements are here where the layout says 4" for held in (3, 5, 0)
+    ]
+
+
+def _left_early(rank: int) -> None:
+    plan = Plan(simple_places(6, 8, dist.group.WORLD, 2), bucket_bytes=32)
+    for turn in range(20):
+        for bucket in gather(plan, lambda item: torch.full((4,), float(item))):
+            if turn % 6 == int(bucket[0][0]):
+                break
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total == 2
+
+
+def test_leaving_early_on_every_rank_leaves_nothing_behind() -> None:
+    run_ranks(_left_early, 2)
+
+
+def subgroups() -> tuple[Any, Any]:
+    """My pair and my row of the ranks 0..3, as a two by two mesh."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rows = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return pairs[dist.get_rank() // 2], rows[dist.get_rank() % 2]
+
+
+def _several_groups(rank: int) -> list[Any]:
+    pair, row = subgroups()
+    places = [simple_places(1, 8, group, group.size())[0] for group in (pair, dist.group.WORLD, row, pair)]
+    value = {pair: 10.0 + rank // 2, row: 20.0 + rank % 2, dist.group.WORLD: 30.0}
+
+    def locate(item: int) -> torch.Tensor:
+        place = places[item]
+        return torch.full((8 // place.group.size(),), value[place.group])
+
+    for bucket_bytes in (1, 64, 1 << 20):
+        plan = Plan(places, bucket_bytes)
+        got = [tensor for bucket in gather(plan, locate) for tensor in bucket]
+        for tensor, place in zip(got, places, strict=True):
+            assert_same(tensor, torch.full((8,), value[place.group]))
+        # A receiver outside of some groups: those deliver to nobody, and nobody waits.
+        got = [tensor for bucket in gather(plan, locate, dst=1) for tensor in bucket]
+        assert all((tensor is not None) == (rank == 1) for tensor in got)
+        if rank == 1:
+            assert_same(got[0], torch.full((8,), 10.0))
+            assert_same(got[2], torch.full((8,), 21.0))
+
+    # A failure in one pair reaches whoever shares a later bucket with it.
+    plan = Plan(places, 1)
+
+    def bad(item: int) -> torch.Tensor:
+        if item == 0:
+            raise FragmentError("here")
+        return locate(item)
+
+    return [raised(lambda: list(gather(plan, bad if rank == 3 else locate)))]
+
+
+def test_several_groups_at_once() -> None:
+    found = run_ranks(_several_groups, 4)
+    assert found == [[("FragmentError", "rank 3: here")]] * 4
+
+
+def _agree(rank: int, ranks: int) -> list[Any]:
+    world = [dist.group.WORLD]
+    agree(None, world, CPU)
+    agree(None, world, CPU, [1, -(2**63), 2**63 - 1])
+    found = []
+    for failing in range(ranks):
+        error = ValueError("bad") if rank == failing else None
+        found.append(raised(lambda error=error: agree(error, world, CPU, [1] if error is None else [])))
+    many = list(range(1000))
+    for at in (0, 1, 126, 500, 999):
+        mine = [*many[:at], -1, *many[at + 1 :]] if rank == ranks - 1 else many
+        found.append(raised(lambda mine=mine: agree(None, world, CPU, mine, lambda i: f"thing {i}")))
+    found.append(raised(lambda: agree(None, world, CPU, [rank] * 5, lambda i: f"thing {i}")))
+    found.append(raised(lambda: agree(None, world, CPU, [1] * (1 + rank))))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_agree_raises_the_same_on_every_rank(ranks: int) -> None:
+    found = run_ranks(_agree, ranks, ranks)
+    assert all(one == found[0] for one in found)
+    failing, different = found[0][:ranks], found[0][ranks:]
+    assert failing == [("FragmentError", f"rank {rank}: ValueError: bad") for rank in range(ranks)]
+    assert {kind for kind, _ in different} == {RankMismatchError.__name__}
+    for at, (_, text) in zip((0, 1, 126, 500, 999), different, strict=False):
+        assert f"different values for thing {at}:" in text
+    assert "thing 0, thing 1, thing 2 and 2 more" in different[5][1]
+    assert str(list(range(1, ranks + 1))) in different[6][1]
+
+
+def _agree_over_a_mesh(rank: int) -> list[Any]:
+    pair, row = subgroups()
+    found = []
+    for failing in range(4):
+        error = InvalidValueError("bad") if rank == failing else None
+        found.append(raised(lambda error=error: agree(error, [pair, row], CPU)))
+    # A number that is the pair's own differs between the pairs, and that is right.
+    agree(None, [pair, row], CPU, [rank // 2, rank % 2, 7], scopes=[[pair], [row], [pair, row]])
+    number = [rank // 2, rank % 2, int(rank == 3)]
+    found.append(raised(lambda: agree(None, [pair, row], CPU, number, "{}".format, [[pair], [row], [pair, row]])))
+    return found
+
+
+def test_agree_carries_an_error_over_both_axes_of_a_mesh() -> None:
+    found = run_ranks(_agree_over_a_mesh, 4)
+    assert all(one == found[0] for one in found)
+    assert found[0][:4] == [("InvalidValueError", f"rank {rank}: bad") for rank in range(4)]
+    assert found[0][4][0] == "RankMismatchError"
+    assert "values for 2" in found[0][4][1]
+
+
+def test_agree_without_a_group_is_about_this_rank_alone() -> None:
+    agree(None, [], CPU, [1, 2, 3])
+    with pytest.raises(InvalidValueError, match=r"^bad$"):
+        agree(InvalidValueError("bad"), [], CPU)
+
+
+def test_gather_without_a_process_group() -> None:
+    dense = [torch.arange(5.0), torch.tensor(3.0), torch.empty(0, 2)]
+    places = [Place(t.shape, t.dtype, CPU, whole(t.shape), None) for t in dense]
+
+    def tensors() -> Iterator[torch.Tensor | None]:
+        for bucket in gather(Plan(places, 1), dense.__getitem__):
+            yield from bucket
+
+    for got, expected in zip(tensors(), dense, strict=True):
+        assert got is not None
+        assert_same(got, expected)
+        assert got is not expected
+    with pytest.raises(FragmentError, match="2 elements are here where the whole has 5"):
+        list(gather(Plan(places[:1], 1), lambda _: torch.ones(2)))
+
+
+def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
+    _kernels.copy([], [])
+    source = torch.tensor([1.0, 1.00390625, 1.01171875, float("nan"), -0.0])
+    target = torch.empty(5, dtype=torch.bfloat16)
+    _kernels.copy([target], [source])
+    assert torch.equal(bits(target)[:3], torch.tensor([0x3F80, 0x3F80, 0x3F82], dtype=torch.int16))
+    assert target[3].isnan()
+    assert bits(target)[4] == -0x8000

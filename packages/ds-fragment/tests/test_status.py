@@ -1,0 +1,117 @@
+"""Statuses: an error survives the wire by type, rank and text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ds_fragment import _status, errors
+from ranks import run_ranks
+
+TYPES = [
+    errors.UnlinkedParameterError,
+    errors.InvalidValueError,
+    errors.StateKeyError,
+    errors.StateNotReadyError,
+    errors.GradientUnavailableError,
+    errors.RankMismatchError,
+    errors.FragmentError,
+]
+FINE = torch.zeros(_status.STATUS_BYTES, dtype=torch.uint8)
+
+
+def decoded(*statuses: torch.Tensor) -> errors.FragmentError:
+    with pytest.raises(errors.FragmentError) as caught:
+        _status.check(torch.stack(statuses))
+    return caught.value
+
+
+def sent_by(rank: int, error: Exception) -> torch.Tensor:
+    status = _status.encode(error)
+    status[1:5] = torch.frombuffer(bytearray(rank.to_bytes(4, "little", signed=True)), dtype=torch.uint8)
+    return status
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_keeps_its_type_and_text(kind: type[errors.FragmentError]) -> None:
+    error = decoded(FINE, _status.encode(kind("the reason")))
+    assert type(error) is kind
+    assert str(error) == "the reason"
+
+
+def test_every_error_of_the_package_has_a_code() -> None:
+    public = {getattr(errors, name) for name in errors.__all__}
+    assert public == set(TYPES)
+
+
+def test_any_other_exception_becomes_a_fragment_error_with_its_name() -> None:
+    error = decoded(_status.encode(ZeroDivisionError("division by zero")))
+    assert type(error) is errors.FragmentError
+    assert str(error) == "ZeroDivisionError: division by zero"
+
+
+def test_no_error_raises_nothing() -> None:
+    _status.check(torch.stack([FINE, FINE]))
+    _status.check(torch.stack([_status.encode_sums([1, 2]), _status.encode_sums([])]))
+
+
+def test_the_lowest_rank_is_named() -> None:
+    five, two = sent_by(5, errors.StateKeyError("five")), sent_by(2, errors.InvalidValueError("two"))
+    assert str(decoded(FINE, five)) == "rank 5: five"
+    error = decoded(five, FINE, two, five)
+    assert type(error) is errors.InvalidValueError
+    assert str(error) == "rank 2: two"
+
+
+def test_what_is_about_all_ranks_names_none() -> None:
+    assert str(decoded(sent_by(3, errors.RankMismatchError("different")))) == "different"
+
+
+def test_an_error_that_came_from_another_rank_is_passed_on_as_it_came() -> None:
+    first = decoded(sent_by(5, errors.StateKeyError("five")))
+    again = decoded(_status.encode(first))
+    assert str(again) == str(first) == "rank 5: five"
+    assert type(again) is errors.StateKeyError
+
+
+@pytest.mark.parametrize("text", ["", "é", "ends in é", "日本", "x" * 2000, "é" * 2000, "日" * 2000, "a" + "é" * 2000])
+def test_text_is_cut_between_characters_and_only_if_it_is_too_long(text: str) -> None:
+    back = str(decoded(_status.encode(errors.FragmentError(text))))
+    assert text.startswith(back)
+    assert "\ufffd" not in back
+    assert back == text or len(back.encode()) > _status.STATUS_BYTES - 16
+
+
+def test_this_ranks_own_exception_is_the_cause() -> None:
+    own = ValueError("mine")
+    with pytest.raises(errors.FragmentError) as caught:
+        _status.check(torch.stack([_status.encode(own)]), cause=own)
+    assert caught.value.__cause__ is own
+
+
+def test_a_status_is_aligned_and_carries_sums_as_a_digest() -> None:
+    one, other = _status.encode_sums([1, 2, 3]), _status.encode_sums([1, 2, 3])
+    assert torch.equal(one, other)
+    for different in ([1, 2], [1, 2, 4], [3, 2, 1], [-1, 2, 3], [-2, 2, 3], []):
+        assert not torch.equal(one, _status.encode_sums(different))
+    assert not torch.equal(_status.encode_sums([-1]), _status.encode_sums([-2]))
+    assert one.shape == (_status.STATUS_BYTES,)
+    assert _status.STATUS_BYTES % 16 == 0
+    assert _status.counts(torch.stack([one, _status.encode_sums([])])) == [3, 0]
+
+
+def test_sums_may_be_as_large_as_64_bits_hold() -> None:
+    extremes = [-(2**63), 2**63 - 1]
+    assert not torch.equal(_status.encode_sums(extremes), _status.encode_sums(extremes[::-1]))
+
+
+def _the_rank_is_the_global_one(rank: int) -> str:
+    status = _status.encode(errors.FragmentError("x"))
+    try:
+        _status.check(status.view(1, -1))
+    except errors.FragmentError as error:
+        return str(error)
+    return ""
+
+
+def test_the_rank_is_the_global_one() -> None:
+    assert run_ranks(_the_rank_is_the_global_one, 2) == ["rank 0: x", "rank 1: x"]
