@@ -164,7 +164,7 @@ def _two_buckets_at_most(rank: int) -> None:
 
     _exchange.Flight.start = classmethod(counted_start)
     _exchange.Flight.land = counted_land
-    plan = Plan(simple_places(12, 8, dist.group.WORLD, 2), bucket_bytes=64)
+    plan = Plan(simple_places(12, 8, dist.group.WORLD, 2), bucket_bytes=128)
     for turn, bucket in enumerate(gather(plan, lambda item: torch.full((4,), float(item)))):
         assert under_way == (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
         assert all(tensor is not None and bool((tensor == tensor[0]).all()) for tensor in bucket)
@@ -187,7 +187,7 @@ def failing_locate(at: int, error: Exception, size: int) -> Any:
 
 def _every_failure_is_everybodys(rank: int) -> list[Any]:
     found = []
-    plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=64)
+    plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=128)
     assert len(plan.buckets) == 4
     for at, dst in product(range(7), [None, 0, 1]):
         locate = (

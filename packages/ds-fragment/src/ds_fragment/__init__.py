@@ -7,15 +7,12 @@ from ds_fragment._attach import attach
 from ds_fragment._check import checked
 from ds_fragment._checkpoint import load_full, save_full
 from ds_fragment._describe import describe, plot_partition
+from ds_fragment._kernels import use_kernels
 from ds_fragment._read import iter_full
 from ds_fragment._stats import available, count_nonfinite, norms
 from ds_fragment._write import set_local, set_many, update_many
 from ds_fragment.flat_partition import FlatPartition
-from ds_fragment.mixed_precision_linkage import (
-    lazy_init_hp_params_optimizer_state,
-    link_hp_params,
-    unlink_hp_params,
-)
+from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params, unlink_hp_params
 
 __all__ = [
     "FlatPartition",
@@ -39,4 +36,5 @@ __all__ = [
     "state_keys",
     "unlink_hp_params",
     "update_many",
+    "use_kernels",
 ]

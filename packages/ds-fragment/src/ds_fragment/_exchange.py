@@ -1,9 +1,8 @@
 """Bring the fragments of many parameters together, bucket by bucket; and have all ranks agree before a write.
 
 [Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
-in flight while the caller works on this one. What is received stands in the whole tensors themselves or, for small
-parameters, in a buffer as long: two buckets are the most memory an exchange takes. How one bucket travels over one
-group is `_wire`'s.
+in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
+much again until it is unpacked, so it counts twice. How one bucket travels over one group is `_wire`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from ds_fragment import _collectives, _status
 from ds_fragment._place import Place, box, wire_device
-from ds_fragment._wire import Flight, Locate, Wire
+from ds_fragment._wire import Flight, Locate, Wire, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
 __all__ = ["Locate", "Place", "Plan", "agree", "box", "gather", "wire_device"]
@@ -30,11 +29,12 @@ class Plan:
         self.buckets: list[list[int]] = []
         filled = 0
         for item, place in enumerate(places):
-            if not self.buckets or filled + place.nbytes > bucket_bytes:
+            taken = place.nbytes if place.alone or stretches_of(place) else 2 * place.nbytes
+            if not self.buckets or filled + taken > bucket_bytes:
                 self.buckets.append([])
                 filled = 0
             self.buckets[-1].append(item)
-            filled += place.nbytes
+            filled += taken
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = len({wire.group for wires in self.wires for wire in wires})
 
@@ -77,37 +77,42 @@ def gather(
 
     def start(locate: Locate) -> None:
         nonlocal started
-        items = plan.buckets[started]
-        wholes = {item: _room(plan.places[item], item, out) for item in items} if here else {}
+        in_place = [item for wire in plan.wires[started] for item in wire.in_place] if here else []
+        wholes = {item: _room(plan.places[item], item, out) for item in in_place}
         flights.append(([Flight.start(wire, locate, wholes, dst) for wire in plan.wires[started]], wholes))
         started += 1
+
+    def land(items: list[int]) -> list[torch.Tensor | None]:
+        """The oldest bucket under way, which nothing refers to any more afterwards."""
+        landing, wholes = flights.pop(0)
+        shared = True  # whether the other ranks of the group learn of a failure with this bucket
+        try:
+            for flight in landing:
+                flight.land()
+            shared = False
+            for item in items if here else ():
+                if item not in wholes:
+                    wholes[item] = _room(plan.places[item], item, out)
+                if plan.places[item].alone:
+                    _fill(wholes[item], locate(item), item)
+            for flight in landing:
+                flight.deliver()
+        except Exception as error:
+            for flight in landing:
+                flight.wait()
+            # Ranks that learn of it with a later bucket only must not wait for that in vain.
+            while started < len(plan.buckets) and (plan.groups > 1 or not shared):
+                start(partial(_raise, error))
+            if isinstance(error, FragmentError):  # say it here in the words in which the others will hear it
+                _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
+            raise
+        return [wholes.get(item) for item in items]
 
     try:
         for bucket, items in enumerate(plan.buckets):
             while started < min(bucket + 2, len(plan.buckets)):
                 start(locate)
-            landing, wholes = flights.pop(0)
-            shared = True  # whether the other ranks of the group learn of a failure with this bucket
-            try:
-                for flight in landing:
-                    flight.land()
-                shared = False
-                for item in items:
-                    if here and plan.places[item].alone:
-                        _fill(wholes[item], locate(item), item)
-            except Exception as error:
-                for flight in landing:
-                    flight.wait()
-                # Ranks that learn of it with a later bucket only must not wait for that in vain.
-                while started < len(plan.buckets) and (plan.groups > 1 or not shared):
-                    start(partial(_raise, error))
-                if isinstance(error, FragmentError):  # say it here in the words in which the others will hear it
-                    _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
-                raise
-            del landing
-            tensors = [wholes.pop(item) if here else None for item in items]
-            yield tensors
-            del tensors
+            yield land(items)
     finally:
         for flight in (f for left, _ in flights for f in left):
             flight.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import zlib
@@ -57,6 +58,7 @@ class _Plans:
 
 
 _plans = _Plans()
+atexit.register(_plans.clear)  # a gloo group that outlives the interpreter may abort it
 
 
 def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
@@ -219,7 +221,7 @@ def iter_full(
         params: a module, parameters, or (name, parameter) pairs.
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
         bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU and 256 MiB on a GPU. The memory taken is
-            at most two buckets, or two of the largest parameter where that is more.
+            about two buckets, or two of the largest parameter where that is more; three for a flat partition on gloo.
         dst: the global rank to deliver to; the others take part and are yielded nothing. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.
@@ -254,6 +256,7 @@ def _iterate(
         if tensor is not None:
             key = quantity.params[item] if names is None else names[item]
             yield key, tensor.to(device=device, dtype=dtype)
+        del tensor  # not to be held while the next bucket is received
 
 
 def check_what(what: object) -> str:

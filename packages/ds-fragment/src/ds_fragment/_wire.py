@@ -43,13 +43,10 @@ class Wire:
         self.device = wire_device(group, places[items[0]].device)
         self.global_ranks = dist.get_process_group_ranks(group)
         self.in_place: dict[int, list[tuple[int, int, int]]] = {}  # by item: (rank, start, bytes) of each stretch
-        threshold = _IN_PLACE if self.device.type == "cpu" else _IN_PLACE_GPU
         for item in items:
-            place = places[item]
-            if place.nbytes >= threshold and place.device == self.device:
-                stretches = _stretches(place.layout, place.dtype.itemsize)
-                if stretches:
-                    self.in_place[item] = stretches
+            stretches = stretches_of(places[item])
+            if stretches:
+                self.in_place[item] = stretches
         self.packed = [item for item in items if item not in self.in_place]
         lengths = [self._length(rank) for rank in range(self.size)]
         padded = self.size * max(lengths)
@@ -154,6 +151,16 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
+def stretches_of(place: Place) -> list[tuple[int, int, int]]:
+    """What travels in place of an item, as `_stretches` says; nothing where all of it is packed."""
+    if place.group is None:
+        return []
+    threshold = _IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU
+    if place.nbytes < threshold or place.device != wire_device(place.group, place.device):
+        return []
+    return _stretches(place.layout, place.dtype.itemsize) or []
+
+
 def _stretches(layout: Layout, itemsize: int) -> list[tuple[int, int, int]] | None:
     """(rank, start, bytes) in the flattened whole of each fragment that is sent; None where one is no stretch of it."""
     found = []
@@ -172,7 +179,7 @@ class Flight:
     """One exchange over a wire, under way."""
 
     wire: Wire
-    wholes: dict[int, torch.Tensor]  # by item; empty where another rank receives
+    wholes: dict[int, torch.Tensor]  # by item; in the beginning those that travel in place; none where others receive
     statuses: torch.Tensor  # uint8, (ranks, STATUS_BYTES)
     chunks: list[torch.Tensor | None]  # uint8, by rank; None for nothing
     works: list[dist.Work] = field(default_factory=list)
@@ -286,5 +293,9 @@ class Flight:
         """Wait for the data and raise what any rank has to say."""
         self.wait()
         _status.check(self.statuses.cpu(), cause=self.error)
+
+    def deliver(self) -> None:
+        """Copy what was packed into the whole tensors, which are all there by now."""
         if self.wholes:
             self.wire.unpack(self.chunks, self.wholes)
+            self.chunks.clear()

@@ -127,8 +127,7 @@ def _numa() -> str:
 
 
 def _kernels() -> str:
-    copy = import_module("ds_fragment._kernels").copy
-    return str(copy.__module__).rpartition(".")[2].strip("_")
+    return str(import_module("ds_fragment._kernels").report()["in use"])
 
 
 _PARTS: dict[str, Callable[[], Any]] = {
