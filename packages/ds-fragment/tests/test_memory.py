@@ -1,4 +1,4 @@
-"""The memory that an exchange takes: two buckets; three of a flat partition, as gloo keeps what it broadcasts a while."""
+"""The memory that an exchange takes: two buckets; three of a flat partition, as gloo lets go of broadcasts late."""
 
 from __future__ import annotations
 
