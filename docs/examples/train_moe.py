@@ -225,7 +225,8 @@ def finish(
 
     from safetensors.torch import load_file
 
-    dense = ByteTransformer(context=CONTEXT).to(device)
+    with torch.device(device):  # its rotary tables are computed where the sharded model's were
+        dense = ByteTransformer(context=CONTEXT)
     dense.load_state_dict(load_file(out / "model.safetensors", device=str(device)))
     dense.to(torch.bfloat16).eval()
     with torch.no_grad():

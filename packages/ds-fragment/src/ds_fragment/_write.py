@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import Adapter
@@ -145,16 +146,24 @@ def update_many(
             raise failure[0]
         return pieces
 
-    targets, pieces = _agreed(quantity, prepare, sums)
+    # Replicas read for themselves, and may differ by how their engine rounds: fn's results are theirs.
+    readers = [() if place.group is None else (place.group,) for place in quantity.places]
+    targets, pieces = _agreed(quantity, prepare, sums, readers)
     _hand_over(quantity, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(quantity, None)
 
 
 def _agreed(
-    quantity: Quantity, prepare: Callable[[], list[torch.Tensor | None]], sums: list[int]
+    quantity: Quantity,
+    prepare: Callable[[], list[torch.Tensor | None]],
+    sums: list[int],
+    among: Sequence[Sequence[dist.ProcessGroup]] | None = None,
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Targets and pieces of this rank, once every rank has all of its own and the sums are the same on all."""
+    """Targets and pieces of this rank, once every rank has all of its own and the sums are the same among the groups.
+
+    ``among`` is for each sum the groups in which it should be the same: all that write the parameter, unless told.
+    """
     error: Exception | None = None
     targets: list[torch.Tensor | None] = []
     pieces: list[torch.Tensor | None] = []
@@ -169,7 +178,7 @@ def _agreed(
     scopes = quantity.scopes()
     groups = list(dict.fromkeys(group for scope in scopes for group in scope))
     with quantity.named_if_broken(range(len(quantity.params))):
-        agree(error, groups, quantity.device(), sums, quantity.name, scopes)
+        agree(error, groups, quantity.device(), sums, quantity.name, scopes if among is None else among)
     return targets, pieces
 
 
