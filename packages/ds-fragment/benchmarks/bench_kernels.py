@@ -278,6 +278,9 @@ def main() -> None:
     if args.chart:
         chart(args.chart)
         return
+    if not torch.cuda.is_available():
+        print("bench_kernels.py measures a GPU, and there is none here")
+        return
     with _kernels.use_kernels("cuda"):
         if args.sweep:
             sweep(args.sweep, args.sets)

@@ -1,8 +1,8 @@
 """Materialize a model that was sharded by FSDP2 on meta: time and peak memory of each rank.
 
-    torchrun --nproc-per-node=2 fsdp2_meta.py [layers] [width]
+    python packages/ds-ondevice/benchmarks/fsdp2_meta.py [layers] [width]
 
-Checks the shards of the first and last layer against eager construction of the whole model from the same seed.
+It starts one rank a GPU through torchrun. Checks the shards of the first and last layer against eager construction of the whole model from the same seed.
 """
 
 import os
@@ -22,6 +22,12 @@ def build(layers: int, width: int) -> nn.Sequential:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        print("fsdp2_meta.py measures GPUs, and there is none here")
+        return
+    if "LOCAL_RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
     layers, width = (int(value) for value in (*sys.argv[1:], "8", "1024")[:2])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
