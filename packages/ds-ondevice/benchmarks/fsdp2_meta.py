@@ -2,7 +2,8 @@
 
     python packages/ds-ondevice/benchmarks/fsdp2_meta.py [layers] [width]
 
-It starts one rank a GPU through torchrun. Checks the shards of the first and last layer against eager construction of the whole model from the same seed.
+It starts one rank a GPU through torchrun. It checks the shards of the first and last layer against eager construction
+of the whole model from the same seed.
 """
 
 import os
