@@ -70,7 +70,7 @@ def _random_writes(rank: int, ranks: int, rounds: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_random_writes(ranks: int) -> None:
-    run_ranks(_random_writes, ranks, ranks, 120)
+    run_ranks(_random_writes, ranks, ranks, 60)
 
 
 def test_a_checksum_sees_every_change_of_order_sign_and_bit() -> None:
