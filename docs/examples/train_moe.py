@@ -29,6 +29,7 @@ import ds_fragment  # noqa: E402
 import ds_logging  # noqa: E402
 import ds_z3leaf  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  (optimizers import it; once a process group exists, that can abort torch 2.13 at exit)
 import torch.distributed as dist  # noqa: E402
 from ds_fragment.tensor_fragment import (  # noqa: E402
     safe_get_full_fp32_param,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fragment_oracle
 
-IMPORTED = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.parallel", "ds_fragment"]
+IMPORTED = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.parallel", "torch._dynamo", "ds_fragment"]
 
 if hasattr(forkserver, "ensure_running"):
     forkserver.set_forkserver_preload(["torch", "torch.distributed", *IMPORTED])
