@@ -37,6 +37,9 @@ MIXED = (
     "what an earlier step had left there"
 )
 
+# Why a parameter that an engine holds has no master, gradient or state.
+UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
+
 
 @dataclass(slots=True)
 class Slot:

@@ -20,6 +20,7 @@ from ds_fragment._adapters._base import spread
 from ds_fragment._adapters._deepspeed import (
     MIXED,
     UNREDUCED,
+    UNTRAINED,
     UNUSED,
     DeepSpeedAdapter,
     Slot,
@@ -31,8 +32,6 @@ from ds_fragment._layout import flat_layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import UnlinkedParameterError
-
-_UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
 
 
 class DeepSpeedFlatAdapter(DeepSpeedAdapter):
@@ -60,7 +59,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         for param in model.parameters():
             if not hasattr(param, "_hp_mapping"):
                 self._slots[param] = Slot(
-                    param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=_UNTRAINED
+                    param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED
                 )
 
     def _learn_optimizer(self, optimizer: Any) -> None:

@@ -19,6 +19,7 @@ from ds_fragment._adapters._base import spread
 from ds_fragment._adapters._deepspeed import (
     MIXED,
     UNREDUCED,
+    UNTRAINED,
     UNUSED,
     DeepSpeedAdapter,
     Slot,
@@ -32,7 +33,6 @@ from ds_fragment.errors import FragmentError
 
 # By ds_id, this rank's part of the reduced gradient, padding included; a private name of the class.
 _GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
-_UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
 _NO_ENGINE = "it was partitioned by zero.Init, and deepspeed.initialize has made no optimizer for it"
 
 
@@ -143,7 +143,7 @@ def _slot_of(param: Any, optimizer: Any) -> Slot:
     if param.ds_id in optimizer.grad_position:
         slot.index, slot.start, _ = optimizer.grad_position[param.ds_id]
     else:
-        slot.untrained = _UNTRAINED
+        slot.untrained = UNTRAINED
     return slot
 
 

@@ -130,10 +130,6 @@ def all_plain(tensors: Sequence[torch.Tensor], device: torch.device) -> bool:
     )
 
 
-def _pair(kind: int | None, dst: torch.Tensor, src: torch.Tensor, device: torch.device) -> bool:
-    return kind is not None and plain(dst, device) and plain(src, device)
-
-
 class Plan:
     """The work table of one list of pieces on one device."""
 
