@@ -27,7 +27,7 @@ from typing import Any
 import ds_fragment
 import torch
 import torch.distributed as dist
-from ds_fragment.tensor_fragment import safe_get_full_fp32_param as safe_get_full
+from ds_fragment import tensor_fragment
 from torch import nn
 
 Read = Callable[[], Any]
@@ -72,8 +72,14 @@ def flat(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[
         model(torch.full((), 1e-3, device=device)).backward()
         partition.reduce_gradients()
         optimizer.step()
-    alive = (partition, optimizer)  # nothing else holds them
-    return {what: {"ds-fragment, FlatPartition": lambda what=what: drain(model, what, alive)} for what in QUANTITIES}
+    params = list(model.parameters())
+    return {
+        what: {
+            **mine("FlatPartition", params, what, (model, partition, optimizer)),
+            "ds-fragment, FlatPartition, one bucket": lambda what=what: drain(params, what, bucket_bytes=1 << 40),
+        }
+        for what in QUANTITIES
+    }
 
 
 def fsdp2(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[str, Read]]:
@@ -97,17 +103,17 @@ def fsdp2(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict
         "value": {
             "full_tensor() loop": lambda: [p.full_tensor() for p in params],
             "get_model_state_dict": lambda: get_model_state_dict(model, options=full),
-            "ds-fragment, FSDP2": lambda: drain(model, "value"),
-            "ds-fragment, FSDP2, one by one": lambda: [safe_get_full(p) for p in params],
+            **mine("FSDP2", params, "value", (model, optimizer)),
+            "ds-fragment, FSDP2, checked": lambda: drain_checked(params, "value"),
         },
         "grad": {
             "full_tensor() loop": lambda: [p.grad.full_tensor() for p in params],
-            "ds-fragment, FSDP2": lambda: drain(model, "grad"),
+            **mine("FSDP2", params, "grad", (model, optimizer)),
         },
         "exp_avg": {
             "full_tensor() loop": lambda: [optimizer.state[p]["exp_avg"].full_tensor() for p in params],
             "get_optimizer_state_dict (all states)": lambda: get_optimizer_state_dict(model, optimizer, options=full),
-            "ds-fragment, FSDP2": lambda: drain(model, "exp_avg", optimizer),
+            **mine("FSDP2", params, "exp_avg", (model, optimizer)),
         },
     }
 
@@ -134,18 +140,13 @@ def deepspeed(stage: int, shapes: list[tuple[int, ...]], device: torch.device) -
     engine.backward(engine(torch.full((), 1e-3, device=device)))
     params = list(model.parameters())
     name = f"DeepSpeed ZeRO-{stage} loop"
-    mine = f"ds-fragment, ZeRO-{stage}"
+    theirs: dict[str, Read] = {
+        "value": lambda: [safe_get_full_fp32_param(p) for p in params],
+        "grad": lambda: [safe_get_full_grad(p) for p in params],
+        "exp_avg": lambda: [safe_get_full_optimizer_state(p, "exp_avg") for p in params],
+    }
     return {
-        "value": {
-            name: lambda: [safe_get_full_fp32_param(p) for p in params],
-            mine: lambda: drain(model, "value"),
-            f"{mine}, one by one": lambda: [safe_get_full(p) for p in params],
-        },
-        "grad": {name: lambda: [safe_get_full_grad(p) for p in params], mine: lambda: drain(model, "grad")},
-        "exp_avg": {
-            name: lambda: [safe_get_full_optimizer_state(p, "exp_avg") for p in params],
-            mine: lambda: drain(model, "exp_avg", optimizer),
-        },
+        what: {name: theirs[what], **mine(f"ZeRO-{stage}", params, what, (engine, optimizer))} for what in QUANTITIES
     }
 
 
@@ -165,10 +166,29 @@ def bare(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[
 QUANTITIES = ("value", "grad", "exp_avg")
 
 
-def drain(model: nn.Module, what: str, alive: object = None) -> None:
+def mine(engine: str, params: list[nn.Parameter], what: str, alive: object) -> dict[str, Read]:
+    """ds-fragment's ways of reading: all at once, and one by one; ``alive`` is what nothing else holds."""
+    one: dict[str, Callable[[nn.Parameter], torch.Tensor]] = {
+        "value": tensor_fragment.safe_get_full_fp32_param,
+        "grad": tensor_fragment.safe_get_full_grad,
+        "exp_avg": lambda param: tensor_fragment.safe_get_full_optimizer_state(param, "exp_avg"),
+    }
+    return {
+        f"ds-fragment, {engine}": lambda: drain(params, what, alive),
+        f"ds-fragment, {engine}, one by one": lambda: [one[what](p) for p in params],
+    }
+
+
+def drain(params: list[nn.Parameter], what: str, alive: object = None, bucket_bytes: int | None = None) -> None:
     """Read everything, as a caller does who uses one tensor after the other."""
-    for _ in ds_fragment.iter_full(model, what):
+    for _ in ds_fragment.iter_full(params, what, bucket_bytes=bucket_bytes):
         pass
+
+
+def drain_checked(params: list[nn.Parameter], what: str) -> None:
+    """As `drain`, with every call compared between the ranks first."""
+    with ds_fragment.checked():
+        drain(params, what)
 
 
 def contestants(engines: list[str], case: str, device: torch.device) -> Iterator[tuple[str, str, Read]]:

@@ -17,7 +17,7 @@
 
 namespace {
 
-static_assert(sizeof(dsf_work) == 48, "_library.py describes it");
+static_assert(sizeof(dsf_work) == 64, "_library.py describes it");
 static_assert(sizeof(Workspace) <= DSF_WORKSPACE, "what the reductions need");
 
 constexpr int kDevices = 64;
@@ -99,12 +99,14 @@ cudaError_t prepare(int device) {
 Table table_of(const dsf_work& work) {
     const auto* pieces = static_cast<const Piece*>(work.table);
     const auto* piece_of = reinterpret_cast<const uint32_t*>(pieces + work.pieces);
-    return Table{pieces, piece_of, static_cast<uint32_t>(work.chunks), work.groups};
+    return Table{pieces,        piece_of,     static_cast<uint32_t>(work.chunks), work.groups,
+                 work.dst_base, work.src_base};
 }
 
 cudaError_t launch(const dsf_work& work, int kernel, void** arguments, bool reduces) {
     Guard guard(work.device);
     if (guard.code != cudaSuccess) return guard.code;
+    if (work.dst_base % DSF_LINE != 0 || work.src_base % DSF_LINE != 0) return cudaErrorMisalignedAddress;
     cudaError_t code = prepare(work.device);
     if (code != cudaSuccess) return code;
     uint64_t blocks = work.chunks;

@@ -3,7 +3,8 @@
 // [Note: work table] One launch moves any number of pieces. A piece is a contiguous run of elements with a source, a
 // destination, a length and a kind (its dtypes). Pieces are cut into chunks of equal size; the table lists the pieces,
 // then for every chunk the piece that it belongs to. The table lies in device memory, is made once by dsf_plan, and
-// is read by every launch.
+// is read by every launch. Its addresses may be offsets into a buffer that is another one at every launch: dst_base and
+// src_base are added to them. A base is a multiple of DSF_LINE, so that the plan's alignment holds.
 //
 // Pointers travel as uint64_t or void*, sizes as 64-bit numbers. A function that returns int returns 0 or a CUDA error
 // code, to be given to dsf_error. No function changes the current device of the calling thread.
@@ -12,7 +13,7 @@
 
 #include <stdint.h>
 
-#define DSF_ABI 1  // raised with every change of this file
+#define DSF_ABI 2  // raised with every change of this file
 #define DSF_API __attribute__((visibility("default")))
 
 #if defined(__cplusplus)
@@ -44,6 +45,8 @@ DSF_API int dsf_keep(int device, const void* host, uint64_t bytes, uint64_t zero
 
 #define DSF_WORKSPACE 65536  // bytes of zeroed device memory that a reduction needs; one for each stream
 
+#define DSF_LINE 128  // bytes; what vectors are aligned to
+
 #define DSF_EACH_CHUNK 0xffffffffu
 #define DSF_MIXED 0xfeu
 
@@ -58,6 +61,8 @@ typedef struct {
     int32_t device;
     uint32_t kind;
     void* stream;
+    uint64_t dst_base;
+    uint64_t src_base;
 } dsf_work;
 
 // dst = (dst's type) src

@@ -25,6 +25,8 @@ struct Table {
     const uint32_t* piece_of;  // by chunk
     uint32_t chunks;
     uint32_t groups;  // vectors in a chunk
+    uint64_t dst_base;
+    uint64_t src_base;
 };
 
 // [Note: operation] What a sweep does with a vector. SRC and DST are the element types, V the elements of a vector,
@@ -245,7 +247,8 @@ __device__ __forceinline__ void sweep(const Table& table, Each&& each) {
     while (true) {
         const uint32_t ahead = table.chunks - chunk;
         const uint32_t next = ahead > gridDim.x ? __ldg(table.piece_of + chunk + gridDim.x) : 0;
-        const Piece piece = table.pieces[index];
+        Piece piece = table.pieces[index];
+        piece.dst += table.dst_base, piece.src += table.src_base;
         each(piece, index, static_cast<uint64_t>(chunk - piece.first_chunk));
         if (ahead <= gridDim.x) return;
         chunk += gridDim.x, index = next;

@@ -29,7 +29,6 @@ DSF_BOTH constexpr int dst_of(uint32_t kind) { return static_cast<int>(kind >> 4
 // Elements before the first vector, which starts where a line of the caches does: the vectors of a warp then fill
 // whole sectors of the memory, and no two warps write to the same one.
 DSF_BOTH uint64_t head_of(uint64_t address, int element_bytes, uint64_t numel) {
-    constexpr uint32_t kLine = 128;
-    const uint64_t head = (kLine - static_cast<uint32_t>(address % kLine)) % kLine / element_bytes;
+    const uint64_t head = (DSF_LINE - static_cast<uint32_t>(address % DSF_LINE)) % DSF_LINE / element_bytes;
     return head < numel ? head : numel;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, _wire, iter_full, load_full, save_full
+from ds_fragment import FlatPartition, _flight, iter_full, load_full, save_full
 from ds_fragment.errors import FragmentError, InvalidValueError
 from ranks import run_ranks
 from safetensors import safe_open
@@ -178,7 +178,7 @@ def _killed(rank: int, folder: str) -> str:
     with torch.no_grad():
         _partition.hp_param.zero_()
     if rank == 2:
-        start, calls = _wire.Flight.start.__func__, []
+        start, calls = _flight.Flight.start.__func__, []
 
         def dying(*args: object) -> object:
             calls.append(1)
@@ -186,7 +186,7 @@ def _killed(rank: int, folder: str) -> str:
                 os._exit(9)
             return start(*args)
 
-        _wire.Flight.start = classmethod(dying)
+        _flight.Flight.start = classmethod(dying)
     with pytest.raises((FragmentError, RuntimeError)) as caught:
         save_full(model, path, bucket_bytes=8)
     return str(caught.value)

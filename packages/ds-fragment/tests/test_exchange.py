@@ -51,6 +51,11 @@ def random_layout(chance: random.Random, shape: torch.Size, ranks: int) -> Layou
     return mesh_layout(shape, mesh, dims, chance.sample(range(len(mesh)), len(mesh)))
 
 
+def each(piece_of: Any) -> Any:
+    """The pieces of some items, from a function that gives one."""
+    return lambda items: [piece_of(item) for item in items]
+
+
 def cut_by_hand(dense: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor | None:
     """A rank's piece by fancy indexing, which the exchange does not use; sometimes in an odd memory order."""
     fragment = layout.fragments[rank]
@@ -87,11 +92,8 @@ def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
         plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
         dst = chance.choice([None, chance.randrange(ranks)])
         outs = [torch.empty_like(dense) for dense in denses] if chance.random() < 0.3 else None
-        got = [
-            tensor
-            for bucket in gather(plan, pieces.__getitem__, dst=dst, out=None if outs is None else outs.__getitem__)
-            for tensor in bucket
-        ]
+        out = None if outs is None else outs.__getitem__
+        got = [tensor for bucket in gather(plan, each(pieces.__getitem__), dst=dst, out=out) for tensor in bucket]
         assert len(got) == len(denses)
         for item, (tensor, dense) in enumerate(zip(got, denses, strict=True)):
             if dst is not None and rank != dst:
@@ -165,7 +167,7 @@ def _two_buckets_at_most(rank: int) -> None:
     _exchange.Flight.start = classmethod(counted_start)
     _exchange.Flight.land = counted_land
     plan = Plan(simple_places(12, 8, dist.group.WORLD, 2), bucket_bytes=128)
-    for turn, bucket in enumerate(gather(plan, lambda item: torch.full((4,), float(item)))):
+    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((4,), float(item))))):
         assert under_way == (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
         assert all(tensor is not None and bool((tensor == tensor[0]).all()) for tensor in bucket)
     assert len(plan.buckets) == 6
@@ -193,9 +195,9 @@ def _every_failure_is_everybodys(rank: int) -> list[Any]:
         locate = (
             failing_locate(at, InvalidValueError(f"item {at}"), 4) if rank == 1 else failing_locate(-1, OSError(), 4)
         )
-        found.append(raised(lambda locate=locate, dst=dst: list(gather(plan, locate, dst=dst))))
+        found.append(raised(lambda locate=locate, dst=dst: list(gather(plan, each(locate), dst=dst))))
         # Nothing is left behind: the next exchange is the right one.
-        (*_, last) = gather(plan, lambda item: torch.full((4,), 5.0))
+        (*_, last) = gather(plan, each(lambda item: torch.full((4,), 5.0)))
         assert_same(last[-1], torch.full((8,), 5.0))
     return found
 
@@ -209,9 +211,11 @@ def test_a_failure_at_any_item_is_raised_on_every_rank() -> None:
 def _wrong_sizes(rank: int) -> list[Any]:
     plan = Plan(simple_places(1, 8, dist.group.WORLD, 2), 1 << 20)
     wrong: list[torch.Tensor | None] = [torch.ones(3), torch.ones(5), None]
-    return [
-        raised(lambda piece=piece: list(gather(plan, lambda _: torch.ones(4) if rank else piece))) for piece in wrong
-    ]
+
+    def read(piece: torch.Tensor | None) -> Any:
+        return raised(lambda: list(gather(plan, each(lambda _: torch.ones(4) if rank else piece))))
+
+    return [read(piece) for piece in wrong]
 
 
 def test_a_piece_of_the_wrong_size_is_an_error_on_every_rank() -> None:
@@ -225,7 +229,7 @@ def test_a_piece_of_the_wrong_size_is_an_error_on_every_rank() -> None:
 def _left_early(rank: int) -> None:
     plan = Plan(simple_places(6, 8, dist.group.WORLD, 2), bucket_bytes=32)
     for turn in range(20):
-        for bucket in gather(plan, lambda item: torch.full((4,), float(item))):
+        for bucket in gather(plan, each(lambda item: torch.full((4,), float(item)))):
             if turn % 6 == int(bucket[0][0]):
                 break
         total = torch.ones(())
@@ -255,11 +259,11 @@ def _several_groups(rank: int) -> list[Any]:
 
     for bucket_bytes in (1, 64, 1 << 20):
         plan = Plan(places, bucket_bytes)
-        got = [tensor for bucket in gather(plan, locate) for tensor in bucket]
+        got = [tensor for bucket in gather(plan, each(locate)) for tensor in bucket]
         for tensor, place in zip(got, places, strict=True):
             assert_same(tensor, torch.full((8,), value[place.group]))
         # A receiver outside of some groups: those deliver to nobody, and nobody waits.
-        got = [tensor for bucket in gather(plan, locate, dst=1) for tensor in bucket]
+        got = [tensor for bucket in gather(plan, each(locate), dst=1) for tensor in bucket]
         assert all((tensor is not None) == (rank == 1) for tensor in got)
         if rank == 1:
             assert_same(got[0], torch.full((8,), 10.0))
@@ -273,7 +277,7 @@ def _several_groups(rank: int) -> list[Any]:
             raise FragmentError("here")
         return locate(item)
 
-    return [raised(lambda: list(gather(plan, bad if rank == 3 else locate)))]
+    return [raised(lambda: list(gather(plan, each(bad if rank == 3 else locate))))]
 
 
 def test_several_groups_at_once() -> None:
@@ -343,7 +347,7 @@ def test_gather_without_a_process_group() -> None:
     places = [Place(t.shape, t.dtype, CPU, whole(t.shape), None) for t in dense]
 
     def tensors() -> Iterator[torch.Tensor | None]:
-        for bucket in gather(Plan(places, 1), dense.__getitem__):
+        for bucket in gather(Plan(places, 1), each(dense.__getitem__)):
             yield from bucket
 
     for got, expected in zip(tensors(), dense, strict=True):
@@ -351,7 +355,7 @@ def test_gather_without_a_process_group() -> None:
         assert_same(got, expected)
         assert got is not expected
     with pytest.raises(FragmentError, match="2 elements are here where the whole has 5"):
-        list(gather(Plan(places[:1], 1), lambda _: torch.ones(2)))
+        list(gather(Plan(places[:1], 1), each(lambda _: torch.ones(2))))
 
 
 def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:

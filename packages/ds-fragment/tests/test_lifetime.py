@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, _read, attach, iter_full, set_many
+from ds_fragment import FlatPartition, _exchange, _read, attach, iter_full, set_many
 from ds_fragment.errors import UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from fragment_oracle import ragged, set_gradients
@@ -120,17 +120,19 @@ def test_a_partition_that_is_linked_anew_goes_at_once() -> None:
 
 
 def _plans(rank: int) -> None:
-    """Plans are kept for reuse, a few of them, and hold no tensors."""
+    """Plans and surveys are kept for reuse, a few of them, and hold no tensors."""
     model = ragged(torch.bfloat16)
     partition = used(model)
-    _read._plans.clear()
+    _exchange._plans.clear()
+    _read._surveys.clear()
     for _ in range(3):
         dict(iter_full(partition.params))
-    assert len(_read._plans) == 1
-    _read._ITEMS_PLANNED = 10 * len(partition.params)
+    assert len(_exchange._plans) == len(_read._surveys) == 1
+    _exchange._ITEMS_PLANNED = _read._ITEMS_SURVEYED = 10 * len(partition.params)
     for count in range(1, 40):
-        dict(iter_full(partition.params, bucket_bytes=count))
-    assert len(_read._plans) == 10
+        dict(iter_full(partition.params * count, bucket_bytes=count))
+    assert 1 <= len(_exchange._plans) <= 10
+    assert 1 <= len(_read._surveys) <= 10
     weight = weakref.ref(model.weight)
     with no_collector():
         del model, partition

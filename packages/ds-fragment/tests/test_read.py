@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, iter_full
-from ds_fragment._read import Quantity, named, plan_of
+from ds_fragment._exchange import plan_of
+from ds_fragment._read import Quantity, named
 from ds_fragment.errors import FragmentError, InvalidValueError
 from fragment_oracle import assert_same, ragged, raised
 from ranks import run_ranks

@@ -43,6 +43,7 @@ def attach(
                 f"masters: a master of shape {tuple(master.shape)} for {registry.name_of(param)} of shape "
                 f"{tuple(param.shape)}; give each parameter the fp32 copy of the same shape"
             )
+    registry.changed()
     if model is not None:
         for adapter in adapters():
             adapter.learn(model)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment import _safetensors
-from ds_fragment._exchange import agree
+from ds_fragment._exchange import Pieces, agree
 from ds_fragment._read import Quantity, sharded
 from ds_fragment._registry import clean_name
 from ds_fragment._write import commit, refresh
@@ -94,10 +94,10 @@ def save_full(
         report = stack.enter_context(_safetensors.reporter(progress if writes else False, target.name))
         failure: list[Exception] = []
 
-        def locate(item: int) -> torch.Tensor | None:
+        def locate(items: Sequence[int]) -> Pieces:
             if failure:
                 raise failure[0]  # travels to every rank with the next bucket
-            return quantity.local(item)
+            return quantity.pieces(items)
 
         try:
             for item, tensor in quantity.full(bucket_bytes, dst=0 if dist.is_initialized() else None, locate=locate):

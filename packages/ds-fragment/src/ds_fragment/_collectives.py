@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 # Renamed in torch 2.13; the old names stay for a while.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_many(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, later: bool
+) -> list[dist.Work]:
+    """Several all-gathers at once; on a GPU as one launch.
+
+    All ranks of the group must call it.
+
+    Args:
+        outputs: uint8, 1-D, for each the inputs of all ranks in rank order.
+        inputs: uint8, 1-D, as long on every rank.
+        group: the ranks.
+        later: come back before they are done.
+
+    Returns:
+        What is to be waited for.
+    """
+    if len(outputs) > 1 and outputs[0].is_cuda:
+        many = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
+        return [many(list(outputs), list(inputs))]
+    if len(outputs) == 1 and not later:
+        all_gather(outputs[0], inputs[0], group=group)
+        return []
+    pairs = zip(outputs, inputs, strict=True)
+    return [all_gather(output, given, group=group, async_op=True) for output, given in pairs]

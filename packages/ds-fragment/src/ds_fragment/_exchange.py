@@ -2,23 +2,27 @@
 
 [Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
 in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
-much again until it is unpacked, so it counts twice. How one bucket travels over one group is `_wire`'s.
+much again until it is unpacked, so it counts twice. How one bucket travels over one group is `_wire`'s and `_flight`'s.
 """
 
 from __future__ import annotations
 
+import atexit
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _collectives, _status
+from ds_fragment import _collectives, _kernels, _status
+from ds_fragment._flight import Flight
 from ds_fragment._place import Place, box, wire_device
-from ds_fragment._wire import Flight, Locate, Wire, stretches_of
+from ds_fragment._wire import Locate, Out, Pieces, Wire, room_for, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
-__all__ = ["Locate", "Place", "Plan", "agree", "box", "gather", "wire_device"]
+__all__ = ["Locate", "Pieces", "Place", "Plan", "agree", "box", "fetch", "gather", "plan_of", "wire_device"]
+
+_ITEMS_PLANNED = 20_000  # in the plans that are kept
 
 
 class Plan:
@@ -35,24 +39,61 @@ class Plan:
                 filled = 0
             self.buckets[-1].append(item)
             filled += taken
+        self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = len({wire.group for wires in self.wires for wire in wires})
 
     def _wires_of(self, bucket: list[int]) -> list[Wire]:
-        groups: dict[dist.ProcessGroup, list[int]] = {}
+        found: dict[tuple[dist.ProcessGroup, torch.device], list[int]] = {}
         for item in bucket:
             place = self.places[item]
             if place.group is not None and not place.alone:
-                groups.setdefault(place.group, []).append(item)
-        return [Wire(group, items, self.places) for group, items in groups.items()]
+                found.setdefault((place.group, place.device), []).append(item)
+        return [Wire(group, items, self.places) for (group, _), items in found.items()]
+
+
+class _Plans:
+    """The plans that were used last; they hold places and work tables, no parameters."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+        self._items = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, places: Sequence[Place], bucket_bytes: int) -> Plan:
+        """The plan for the places, made now unless it is one of them."""
+        key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
+        plan = self._kept.get(key)
+        if plan is None:
+            plan = self._kept[key] = Plan(places, bucket_bytes)
+            self._items += len(places)
+            while self._items > _ITEMS_PLANNED and len(self._kept) > 1:
+                self._items -= len(self._kept.popitem(last=False)[1].places)
+        else:
+            self._kept.move_to_end(key)
+        return plan
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+        self._items = 0
+
+
+_plans = _Plans()
+atexit.register(_plans.clear)  # a gloo group that outlives the interpreter may abort it
+
+
+def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
+    """A plan for the places, from the few that were used last if it is one of them."""
+    if all(place.alone for place in places):
+        return Plan(places, bucket_bytes)
+    return _plans.get(places, bucket_bytes)
 
 
 def gather(
-    plan: Plan,
-    locate: Locate,
-    *,
-    dst: int | None = None,
-    out: Callable[[int], torch.Tensor] | None = None,
+    plan: Plan, locate: Locate, *, dst: int | None = None, out: Out | None = None
 ) -> Iterator[list[torch.Tensor | None]]:
     """Bring the whole of every quantity to every rank (or to one), bucket by bucket, in order.
 
@@ -60,8 +101,8 @@ def gather(
 
     Args:
         plan: which quantities, and their buckets.
-        locate: this rank's piece of item i: a tensor of the fragment's size, any strides, or None. What it raises is
-            raised on every rank.
+        locate: this rank's pieces of some items: for each a tensor of the fragment's size, any strides, or None. What
+            it raises is raised on every rank.
         dst: the global rank that receives, or None for all.
         out: where item i is to be written, contiguous, of the whole shape; a fresh tensor unless told.
 
@@ -72,67 +113,73 @@ def gather(
         FragmentError: a rank could not deliver its piece; the same on every rank.
     """
     here = dst is None or dist.get_rank() == dst
-    flights: list[tuple[list[Flight], dict[int, torch.Tensor]]] = []
+    flights: list[list[Flight]] = []
     started = 0
 
     def start(locate: Locate) -> None:
         nonlocal started
-        in_place = [item for wire in plan.wires[started] for item in wire.in_place] if here else []
-        wholes = {item: _room(plan.places[item], item, out) for item in in_place}
-        flights.append(([Flight.start(wire, locate, wholes, dst) for wire in plan.wires[started]], wholes))
+        flights.append([Flight.start(wire, locate, out, dst) for wire in plan.wires[started]])
         started += 1
 
-    def land(items: list[int]) -> list[torch.Tensor | None]:
+    def land(bucket: int) -> list[torch.Tensor | None]:
         """The oldest bucket under way, which nothing refers to any more afterwards."""
-        landing, wholes = flights.pop(0)
+        landing = flights.pop(0)
         shared = True  # whether the other ranks of the group learn of a failure with this bucket
         try:
             for flight in landing:
                 flight.land()
             shared = False
-            for item in items if here else ():
-                if item not in wholes:
-                    wholes[item] = _room(plan.places[item], item, out)
-                if plan.places[item].alone:
-                    _fill(wholes[item], locate(item), item)
+            wholes = _copied(plan, plan.alone[bucket], locate, out) if here and plan.alone[bucket] else {}
             for flight in landing:
-                flight.deliver()
+                wholes.update(flight.deliver())
         except Exception as error:
             for flight in landing:
                 flight.wait()
             # Ranks that learn of it with a later bucket only must not wait for that in vain.
             while started < len(plan.buckets) and (plan.groups > 1 or not shared):
-                start(partial(_raise, error))
+                start(_raising(error))
             if isinstance(error, FragmentError):  # say it here in the words in which the others will hear it
                 _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
             raise
-        return [wholes.get(item) for item in items]
+        return [wholes.get(item) for item in plan.buckets[bucket]]
 
     try:
-        for bucket, items in enumerate(plan.buckets):
+        for bucket in range(len(plan.buckets)):
             while started < min(bucket + 2, len(plan.buckets)):
                 start(locate)
-            yield land(items)
+            yield land(bucket)
     finally:
-        for flight in (f for left, _ in flights for f in left):
+        for flight in (f for left in flights for f in left):
             flight.wait()
 
 
-def _raise(error: Exception, _item: int) -> torch.Tensor | None:
-    raise error
+def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
+    """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
+    flight = Flight.start(plan.wires[0][0], locate, None, None, at_once=True)
+    flight.land()
+    return flight.deliver()[0]
 
 
-def _room(place: Place, item: int, out: Callable[[int], torch.Tensor] | None) -> torch.Tensor:
-    return torch.empty(place.shape, dtype=place.dtype, device=place.device) if out is None else out(item)
+def _raising(error: Exception) -> Locate:
+    def locate(_items: Sequence[int]) -> Pieces:
+        raise error
+
+    return locate
 
 
-def _fill(target: torch.Tensor, piece: torch.Tensor | None, item: int) -> None:
-    """The whole from a piece that is the whole."""
-    held = 0 if piece is None else piece.numel()
-    if held != target.numel():
-        raise FragmentError(f"item {item}: {held} elements are here where the whole has {target.numel()}")
-    if piece is not None:
-        target.copy_(piece.detach().view(target.shape))
+def _copied(plan: Plan, items: Sequence[int], locate: Locate, out: Out | None) -> dict[int, torch.Tensor]:
+    """The wholes from pieces that are the wholes."""
+    wholes = {item: room_for(plan.places[item], item, out) for item in items}
+    dsts, srcs = [], []
+    for item, piece in zip(items, locate(items), strict=True):
+        held, expected = 0 if piece is None else piece.numel(), wholes[item].numel()
+        if held != expected:
+            raise FragmentError(f"item {item}: {held} elements are here where the whole has {expected}")
+        if piece is not None:
+            dsts.append(wholes[item])
+            srcs.append(piece.detach())
+    _kernels.copy(dsts, srcs)
+    return wholes
 
 
 def agree(

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout
 from ds_fragment._place import Place
 
@@ -26,7 +25,7 @@ class FlatOwner(Protocol):
         """Why there is no reduced gradient of the parameter now, or None if there is."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FlatLink:
     """One parameter in a flat partition.
 
@@ -49,7 +48,7 @@ class FlatLink:
     places: dict[str, Place] = field(default_factory=dict)
 
 
-_links: MutableMapping[torch.Tensor, FlatLink] = WeakIdKeyDictionary()
+_links = IdentityMap[FlatLink]()
 
 
 def link_of(param: torch.Tensor) -> FlatLink | None:
@@ -60,6 +59,6 @@ def link_of(param: torch.Tensor) -> FlatLink | None:
 def set_link(param: torch.Tensor, link: FlatLink | None) -> None:
     """Link a parameter, or take its link away."""
     if link is None:
-        _links.pop(param, None)
+        _links.pop(param)
     else:
         _links[param] = link

@@ -54,6 +54,10 @@ class Place:
         """This rank in the group."""
         return 0 if self.group is None else self.group.rank()
 
+    def like(self, other: Place) -> bool:
+        """Whether what one says holds for the other too."""
+        return self is other or all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
     def cut(self, whole: torch.Tensor) -> torch.Tensor | None:
         """This rank's fragment of a whole tensor, as a view; None where it holds nothing."""
         fragment = self.layout.fragments[self.rank]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,42 +15,88 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters import Adapter, adapter_of
 from ds_fragment._check import meet
-from ds_fragment._exchange import Locate, Place, Plan, agree, gather
+from ds_fragment._exchange import Locate, Pieces, Place, agree, fetch, gather, plan_of
+from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
 from ds_fragment._registry import clean_name, registry
-from ds_fragment.errors import FragmentError, InvalidValueError
+from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError
 
 _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
 _BUCKET_BYTES_GPU = 256 << 20
-_ITEMS_PLANNED = 20_000  # in the plans that are kept
+_ITEMS_SURVEYED = 50_000  # in the surveys that are kept
 
 Named = tuple[str, torch.Tensor]
 
 
-class _Plans:
-    """The plans that were used last; they hold places, no tensors."""
+class _Survey:
+    """Where one quantity of some parameters is: found out once, good until one of them is held in another way."""
+
+    def __init__(self, params: Sequence[torch.Tensor], what: str) -> None:
+        self.what, self.generation = what, registry.generation
+        self.error: FragmentError | None = None
+        self.adapters = [adapter_of(param) for param in params]
+        self._params = [weakref.ref(param) for param in params]
+        self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
+        self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
+        self.held = [place.layout.held(place.rank) for place in self.places]
+        self.groups = list(dict.fromkeys(group for place in self.homes for group in place.groups))
+        by_adapter: dict[Adapter, list[int]] = {}
+        for item, adapter in enumerate(self.adapters):
+            by_adapter.setdefault(adapter, []).append(item)
+        self.by_adapter = list(by_adapter.items())
+        self._stamps = [] if self.error is not None else self._stamps_of(params)
+
+    def _place(self, param: torch.Tensor, item: int) -> Place:
+        try:
+            return self.adapters[item].place(param, self.what)
+        except FragmentError as error:
+            self.error = self.error or error
+            return self.homes[item]
+
+    def _stamps_of(self, params: Sequence[torch.Tensor]) -> list[Sequence[object]]:
+        if len(self.by_adapter) == 1:
+            return [self.adapters[0].stamps(params, self.what)]
+        return [adapter.stamps([params[i] for i in items], self.what) for adapter, items in self.by_adapter]
+
+    def holds(self, params: Sequence[torch.Tensor]) -> bool:
+        """Whether it is still good for these parameters."""
+        if self.generation != registry.generation:
+            return False
+        if not all(ref() is param for ref, param in zip(self._params, params, strict=True)):
+            return False
+        try:
+            return self._stamps_of(params) == self._stamps
+        except (FragmentError, LookupError):
+            return False
+
+
+class _Surveys:
+    """The surveys that were used last; they hold places, no tensors."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, ...], _Survey] = OrderedDict()
         self._items = 0
+
+    def get(self, params: Sequence[torch.Tensor], what: str) -> _Survey:
+        """The survey of a quantity of the parameters, made now unless there is one that is still good."""
+        key = (what, *map(id, params))
+        found = self._kept.get(key)
+        if found is not None and found.holds(params):
+            self._kept.move_to_end(key)
+            return found
+        made = _Survey(params, what)
+        if made.error is not None:  # and with it all that its traceback refers to
+            return made
+        self._items += len(params) if found is None else 0
+        self._kept[key] = made
+        while self._items > _ITEMS_SURVEYED and len(self._kept) > 1:
+            self._items -= len(self._kept.popitem(last=False)[1].places)
+        return made
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def get(self, places: Sequence[Place], bucket_bytes: int) -> Plan:
-        """The plan for the places, made now unless it is one of them."""
-        key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
-        plan = self._kept.get(key)
-        if plan is None:
-            plan = self._kept[key] = Plan(places, bucket_bytes)
-            self._items += len(places)
-            while self._items > _ITEMS_PLANNED and len(self._kept) > 1:
-                self._items -= len(self._kept.popitem(last=False)[1].places)
-        else:
-            self._kept.move_to_end(key)
-        return plan
 
     def clear(self) -> None:
         """Forget all."""
@@ -57,46 +104,59 @@ class _Plans:
         self._items = 0
 
 
-_plans = _Plans()
-atexit.register(_plans.clear)  # a gloo group that outlives the interpreter may abort it
-
-
-def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
-    """A plan for the places, from the few that were used last if it is one of them."""
-    if all(place.alone for place in places):
-        return Plan(places, bucket_bytes)
-    return _plans.get(places, bucket_bytes)
+_surveys = _Surveys()
+atexit.register(_surveys.clear)  # a gloo group that outlives the interpreter may abort it
+_agreed = IdentityMap[dict[str, Place]]()  # where the ranks agreed that optimizer states are
 
 
 class Quantity:
     """One quantity of many parameters: where each is, and this rank's pieces.
 
-    Where optimizer state is can depend on the optimizer, which a rank may lack: for state, the ranks that hold the
-    parameters agree on it first, so that the constructor is collective. For anything else, a place that cannot be told
-    becomes an error that this rank sends with the first piece.
+    [Note: agreement] Where optimizer state is can depend on the optimizer, which a rank may lack or keep otherwise. The
+    ranks that hold the parameters agree on it before the first exchange, so that the constructor is collective then.
+    Later ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data,
+    and the next call agrees anew. For anything else, a place that cannot be told becomes an error that this rank sends
+    with the first piece.
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
         self.params, self.what = params, what
-        self.adapters = [adapter_of(param) for param in params]
-        self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
-        groups = list(dict.fromkeys(group for place in self.homes for group in place.groups))
-        meet(groups, lambda: self._words(call))
-        self.places = self.homes if what == "value" else [self._place(item) for item in range(len(params))]
-        if what not in ("value", "grad"):
-            key = zlib.crc32(what.encode())
+        self._survey = _surveys.get(params, what)
+        self.adapters, self.homes = self._survey.adapters, self._survey.homes
+        self.places, self.error = self._survey.places, self._survey.error
+        if self._survey.groups:
+            meet(self._survey.groups, lambda: self._words(call))
+        if what not in ("value", "grad") and self._survey.groups:
+            self._agree()
+
+    def _agree(self) -> None:
+        known = [(_agreed.get(param) or {}).get(self.what) for param in self.params]
+        if known == self.places and self.error is None:  # places are equal if they are the same
+            return
+        if None in known:
+            key = zlib.crc32(self.what.encode())
             kinds = [hash((key, *place.shape, place.dtype.itemsize, place.alone)) for place in self.places]
             scopes = [place.groups for place in self.homes]
-            agree(self.error, groups, self.device(), kinds, lambda i: f"the state asked of {self.name(i)}", scopes)
+            name = lambda i: f"the state asked of {self.name(i)}"  # noqa: E731
+            agree(self.error, self._survey.groups, self.device(), kinds, name, scopes)
+            for param, place in zip(self.params, self.places, strict=True):
+                _agreed[param] = {**(_agreed.get(param) or {}), self.what: place}
+            return
+        agreed = [place for place in known if place is not None]
+        for item, (before, now) in enumerate(zip(agreed, self.places, strict=True)):
+            if self.error is None and not before.like(now):
+                self.error = StateKeyError(
+                    f"'{self.what}' of {self.name(item)} is not kept as at the last read (then {before.dtype} of shape "
+                    f"{tuple(before.shape)}, now {now.dtype} of shape {tuple(now.shape)}): call again, so that the "
+                    "ranks agree anew"
+                )
+        if self.error is not None:
+            self.places = agreed
 
-    error: FragmentError | None = None
-
-    def _place(self, item: int) -> Place:
-        try:
-            return self.adapters[item].place(self.params[item], self.what)
-        except FragmentError as error:
-            self.error = self.error or error
-            return self.homes[item]
+    def _forget(self) -> None:
+        """Have the next call agree; all ranks do so when they raise an error."""
+        for param in self.params:
+            (_agreed.get(param) or {}).pop(self.what, None)
 
     def _words(self, call: str) -> str:
         """The call in words, different for different parameters."""
@@ -112,22 +172,33 @@ class Quantity:
 
     def local(self, item: int) -> torch.Tensor | None:
         """This rank's piece, or the error."""
+        return self.pieces([item])[0]
+
+    def pieces(self, items: Sequence[int]) -> Pieces:
+        """This rank's pieces of some of the parameters, or the error."""
         if self.error is not None:
             raise self.error
-        place, piece = self.places[item], self.adapters[item].local(self.params[item], self.what)
-        held, expected = 0 if piece is None else piece.numel(), place.layout.held(place.rank)
-        if held != expected:
-            raise FragmentError(f"{self.name(item)}: {held} elements are here where its layout says {expected}")
-        return piece
+        survey, params = self._survey, self.params
+        if len(survey.by_adapter) == 1:
+            found = self.adapters[0].pieces([params[item] for item in items], self.what)
+        else:
+            found = [self.adapters[item].local(params[item], self.what) for item in items]
+        for item, piece in zip(items, found, strict=True):
+            held = 0 if piece is None else piece.numel()
+            if held != survey.held[item]:
+                raise FragmentError(
+                    f"{self.name(item)}: {held} elements are here where its layout says {survey.held[item]}"
+                )
+        return found
 
     def full(
         self, bucket_bytes: int | None = None, dst: int | None = None, locate: Locate | None = None
     ) -> Iterator[tuple[int, torch.Tensor | None]]:
-        """The whole tensors by item; all ranks must take all of them. ``locate`` stands in for `local`."""
+        """The whole tensors by item; all ranks must take all of them. ``locate`` stands in for `pieces`."""
         if bucket_bytes is None:
             bucket_bytes = _BUCKET_BYTES if self.device().type == "cpu" else _BUCKET_BYTES_GPU
         plan = plan_of(self.places, bucket_bytes)
-        buckets = gather(plan, locate or self.local, dst=dst)
+        buckets = gather(plan, locate or self.pieces, dst=dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
@@ -136,12 +207,25 @@ class Quantity:
                 yield item, tensor
                 del tensor
 
+    def one(self) -> torch.Tensor:
+        """The whole tensor of the only parameter; as `full`, without what it takes for many."""
+        if self.places[0].alone:
+            ((_, tensor),) = self.full()
+        else:
+            with self.named_if_broken([0]):
+                tensor = fetch(plan_of(self.places, 1), self.pieces)
+        assert tensor is not None
+        return tensor
+
     @contextlib.contextmanager
     def named_if_broken(self, items: Sequence[int]) -> Iterator[None]:
         """Say which parameters a collective was about that did not come to its end."""
         try:
             yield
-        except (FragmentError, torch.OutOfMemoryError):
+        except FragmentError:
+            self._forget()
+            raise
+        except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             names = ", ".join(self.name(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
@@ -162,9 +246,7 @@ class Quantity:
 
 def read_one(param: torch.Tensor, what: str) -> torch.Tensor:
     """The whole of one quantity of one parameter, a fresh tensor."""
-    ((_, tensor),) = Quantity([param], what, "safe_get_full").full()
-    assert tensor is not None
-    return tensor
+    return Quantity([param], what, "safe_get_full").one()
 
 
 def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple[list[str] | None, list[torch.Tensor]]:
@@ -177,7 +259,7 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
         sharded(params).named_parameters() if isinstance(params, nn.Module) else params
     )
     pairs = [item for item in items if isinstance(item, tuple)]
-    if items and len(pairs) == len(items):
+    if pairs and len(pairs) == len(items):
         return [clean_name(name) for name, _ in pairs], [_tensor(param) for _, param in pairs]
     return None, [_tensor(item) for item in items]
 
@@ -252,10 +334,11 @@ def _iterate(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str | torch.Tensor, torch.Tensor]]:
+    keys: Sequence[str | torch.Tensor] = quantity.params if names is None else names
+    as_it_is = device is None and dtype is None
     for item, tensor in quantity.full(bucket_bytes, dst):
         if tensor is not None:
-            key = quantity.params[item] if names is None else names[item]
-            yield key, tensor.to(device=device, dtype=dtype)
+            yield keys[item], tensor if as_it_is else tensor.to(device=device, dtype=dtype)
         del tensor  # not to be held while the next bucket is received
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_fragment._identity import IdentityMap
 
 # What wrappers put into parameter names.
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
@@ -16,9 +17,15 @@ class Registry:
     """Optimizers, fp32 masters and names by parameter; nothing here keeps any of them alive."""
 
     def __init__(self) -> None:
-        self._optimizers: MutableMapping[torch.Tensor, weakref.ref[torch.optim.Optimizer]] = WeakIdKeyDictionary()
-        self._masters: MutableMapping[torch.Tensor, weakref.ref[torch.Tensor]] = WeakIdKeyDictionary()
-        self._names: MutableMapping[torch.Tensor, str] = WeakIdKeyDictionary()
+        self._optimizers = IdentityMap[weakref.ref[torch.optim.Optimizer]]()
+        self._masters = IdentityMap[weakref.ref[torch.Tensor]]()
+        self._names = IdentityMap[str]()
+
+        self.generation = 0  # what was found out of parameters in an earlier one may be wrong by now
+
+    def changed(self) -> None:
+        """Have everything that was found out of parameters be found out anew."""
+        self.generation += 1
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the optimizer for every tensor in its parameter groups."""

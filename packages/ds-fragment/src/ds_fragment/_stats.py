@@ -143,8 +143,11 @@ def _over_ranks(
         items, device = by_group[groups[table]], tables[table].device
         return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
 
+    def rows_of(chosen: Sequence[int]) -> list[torch.Tensor]:
+        return [row(table) for table in chosen]
+
     totals = [0.0] * len(places)
-    for bucket in gather(Plan(tables, bucket_bytes=1 << 30), row):
+    for bucket in gather(Plan(tables, bucket_bytes=1 << 30), rows_of):
         for group, table in zip(groups, bucket, strict=True):
             assert table is not None
             for item, total in zip(by_group[group], combine(table).tolist(), strict=True):

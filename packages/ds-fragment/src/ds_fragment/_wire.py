@@ -1,154 +1,364 @@
-"""What travels between the ranks of one group for one bucket of parameters, and by which collectives.
+"""What travels between the ranks of one group for one bucket of parameters, and where in the ranks' chunks it stands.
 
 [Note: wire] Large parameters whose fragments are stretches of the flattened whole travel *in place*, out of the piece
-and into the whole: by one all-gather where the stretches are equal and in rank order, else by a broadcast from each
-rank that holds one. All others are *packed*: a rank's pieces stand in one buffer of bytes, its chunk, each at a
-multiple of `_ALIGN` bytes, whatever their dtype, and each rank computes every rank's offsets from the layouts alone.
-Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
-the place of data. Where one rank receives, it receives from each holder. Bytes travel as they are: -0.0, NaN payloads
-and subnormals arrive bit for bit.
+and into the whole. All others are *packed*: a rank's pieces stand one after the other in one buffer of bytes, its
+*chunk*, and each rank computes every rank's offsets from the layouts alone. The chunks of all ranks lie side by side
+where they arrive, in the *landing*. Bytes travel as they are: -0.0, NaN payloads and subnormals arrive bit for bit.
 
-The status of each rank (see `_status`) travels at the head of its chunk where all chunks are gathered, else beside.
+[Note: sections] A chunk is made of sections: the pieces of one dtype that are cut in the same way. Pieces that are
+equal stretches in rank order come first, so that they stand in the same place in every chunk. The status of each rank
+(see `_status`) stands at the head of its chunk where all chunks are gathered, else it travels beside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _collectives, _kernels, _status
+from ds_fragment import _kernels, _status
 from ds_fragment._layout import Layout
 from ds_fragment._place import Place, box, wire_device
 from ds_fragment.errors import FragmentError
 
-_ALIGN = 16  # bytes; the widest load of a GPU, and a multiple of every dtype's size
 # Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not.
 _IN_PLACE = 256 << 10
-_IN_PLACE_GPU = 16 << 20
+_IN_PLACE_GPU = 4 << 20
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
+_SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
+_ROOM_ALIGN = 16  # bytes between tensors that share a storage, the widest load of a GPU
 
-Locate = Callable[[int], "torch.Tensor | None"]
-_Splits = dict[torch.dtype, tuple[list[int], list[int], list[int]]]
+Pieces = Sequence["torch.Tensor | None"]
+Locate = Callable[[Sequence[int]], Pieces]
+Out = Callable[[int], torch.Tensor]
+
+# even: equal stretches, one a rank in rank order; single: one rank sends the whole; runs: other stretches of the
+# flattened whole; boxes: anything else.
+Cut = Literal["even", "single", "runs", "boxes"]
+_CUTS: tuple[Cut, ...] = ("even", "single", "runs", "boxes")
+
+_CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
+
+
+@dataclass(slots=True)
+class Section:
+    """The pieces of some items in each rank's chunk; see [Note: sections].
+
+    Attributes:
+        cut: how the items are cut.
+        dtype: of the pieces.
+        items: in the order in which they stand.
+        sent: by rank, the elements of each item.
+        begins: by rank, the byte of the chunk where the section begins.
+    """
+
+    cut: Cut
+    dtype: torch.dtype
+    items: list[int]
+    sent: list[list[int]]
+    begins: list[int]
+
+    def nbytes(self, rank: int) -> int:
+        """Bytes of a rank's part."""
+        return sum(self.sent[rank]) * self.dtype.itemsize
+
+    def of(self, chunk: torch.Tensor, rank: int) -> torch.Tensor:
+        """The section of a rank's chunk, 1-D, of the section's dtype."""
+        return chunk.narrow(0, self.begins[rank], self.nbytes(rank)).view(self.dtype)
+
+    def parts(self, chunk: torch.Tensor, rank: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The pieces of a rank, as views of its chunk: (item, 1-D tensor); those that are not empty."""
+        found = [(item, numel) for item, numel in zip(self.items, self.sent[rank], strict=True) if numel]
+        parts = self.of(chunk, rank).split_with_sizes([numel for _, numel in found])
+        return zip((item for item, _ in found), parts, strict=True)
+
+    def offsets(self, rank: int) -> list[int]:
+        """The byte of the chunk where each item's piece begins."""
+        size = self.dtype.itemsize
+        return [self.begins[rank] + size * before for before in accumulate(self.sent[rank][:-1], initial=0)]
+
+
+class Room:
+    """Where whole items stand in one storage; neighbours of the same shape are made into tensors at once.
+
+    Args:
+        items: in the order in which they stand.
+        places: of all items.
+        step: each begins at a multiple of it, in elements.
+
+    Attributes:
+        starts: by item, in elements.
+        numel: of the storage.
+    """
+
+    def __init__(self, items: Sequence[int], places: Sequence[Place], step: int = 1) -> None:
+        self.items, self.starts, self.numel = items, list[int](), 0
+        self._runs: list[tuple[int, int, torch.Size]] = []  # (start, items, shape)
+        for item in items:
+            shape = places[item].shape
+            start, count, before = self._runs[-1] if self._runs else (0, 0, None)
+            if shape == before and shape.numel() % step == 0:
+                self._runs[-1] = (start, count + 1, shape)
+            else:
+                self.numel += -self.numel % step
+                self._runs.append((self.numel, 1, shape))
+            self.starts.append(self.numel)
+            self.numel += shape.numel()
+
+    def views(self, storage: torch.Tensor) -> list[torch.Tensor]:
+        """Each item in a 1-D tensor of ``numel`` elements."""
+        found: list[torch.Tensor] = []
+        for start, count, shape in self._runs:
+            found.extend(storage.narrow(0, start, count * shape.numel()).view(count, *shape).unbind(0))
+        return found
 
 
 class Wire:
-    """Which parts of which items go which way; made once, used for every exchange of the same places."""
+    """Which parts of which items go which way; made once, used for every exchange of the same places.
+
+    Args:
+        group: the ranks.
+        items: positions in ``places``.
+        places: all of the same group and device.
+    """
 
     def __init__(self, group: dist.ProcessGroup, items: Sequence[int], places: Sequence[Place]) -> None:
         self.group, self.places, self.size, self.rank = group, places, group.size(), group.rank()
-        self.device = wire_device(group, places[items[0]].device)
+        self.home = places[items[0]].device
+        self.device = wire_device(group, self.home)
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.in_place: dict[int, list[tuple[int, int, int]]] = {}  # by item: (rank, start, bytes) of each stretch
-        for item in items:
-            stretches = stretches_of(places[item])
-            if stretches:
-                self.in_place[item] = stretches
-        self.packed = [item for item in items if item not in self.in_place]
-        lengths = [self._length(rank) for rank in range(self.size)]
-        padded = self.size * max(lengths)
-        self.gathered = not self.in_place and (padded <= _LITTLE or 4 * padded <= 5 * sum(lengths))
+        self.in_place = {item: found for item in items if (found := stretches_of(places[item]))}
+        if len(items) == 1 and self.home.type == "cuda":  # then a launch less counts more than anything
+            only = _stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
+            if only and _even(only, self.size) and self.device == self.home:
+                self.in_place[items[0]] = only
+        self.even = {item for item, stretches in self.in_place.items() if _even(stretches, self.size)}
+        self.sections = self._sections([item for item in items if item not in self.in_place])
+        sections = self.sections
+        self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not self.in_place else None
+        # Pieces that are sent here, in the order of `pieces`.
+        self.items = [*self.in_place, *(item for section in self.sections for item in section.items)]
+        self.sent = [places[item].layout.sent(self.rank) for item in self.items]
+
+        bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
+        padded = self.size * max(bodies)
+        self.gathered = padded <= _LITTLE or 4 * padded <= 5 * sum(bodies)
         self.head = _status.STATUS_BYTES if self.gathered else 0
-        longest = max(lengths)
-        self.lengths = [self.head + (longest if self.gathered else length) for length in lengths]
-        self.splits = [self._split_of(rank) for rank in range(self.size)]
+        longest = max(bodies)
+        lengths = [self.head + (longest if self.gathered else body) for body in bodies]
+        self.lengths = [_aligned(length, _kernels.ALIGN) for length in lengths]
+        self.begins = list(accumulate(self.lengths, initial=0))  # of each rank's chunk in the landing, and the end
+        for rank in range(self.size):
+            position = self.head
+            for section in self.sections:
+                section.begins.append(position)
+                position += _aligned(section.nbytes(rank))
+        self._packer: _kernels.Packer | None = None
+        self._rooms: dict[int, Room] = {}  # by section, as those below
+        self._single: dict[int, list[Room]] = {}  # by rank
+        self._tables: dict[int, _kernels.Stretches] = {}
 
-    def even(self, item: int) -> bool:
-        """Whether an item in place is cut into equal stretches, one a rank in rank order."""
-        stretches = self.in_place[item]
-        nbytes = stretches[0][2]
-        return len(stretches) == self.size and all(
-            stretch == (rank, rank * nbytes, nbytes) for rank, stretch in enumerate(stretches)
-        )
+    def _sections(self, items: list[int]) -> list[Section]:
+        found: dict[tuple[Cut, torch.dtype], list[int]] = {}
+        for item in items:
+            found.setdefault((self._cut(item), self.places[item].dtype), []).append(item)
+        sections = []
+        for (cut, dtype), chosen in sorted(found.items(), key=lambda entry: _CUTS.index(entry[0][0])):
+            chosen.sort(key=lambda item: self.places[item].shape)
+            sent = [[self.places[item].layout.sent(rank) for item in chosen] for rank in range(self.size)]
+            sections.append(Section(cut, dtype, chosen, sent, []))
+        return sections
 
-    def _length(self, rank: int) -> int:
-        numels = ((item, self.places[item].layout.sent(rank)) for item in self.packed)
-        return sum(_aligned(numel * self.places[item].dtype.itemsize) for item, numel in numels)
+    def _cut(self, item: int) -> Cut:
+        layout = self.places[item].layout
+        if sum(layout.sent(rank) > 0 for rank in range(self.size)) == 1:
+            sender = next(rank for rank in range(self.size) if layout.sent(rank))
+            if layout.sent(sender) == layout.numel:
+                return "single"
+        stretches = _stretches(layout, 1)
+        if not stretches:
+            return "boxes"
+        return "even" if _even(stretches, self.size) else "runs"
 
-    def _split_of(self, rank: int) -> _Splits:
-        """For each dtype: sizes that split the chunk, which of the parts are pieces, and of which items."""
-        found: _Splits = {}
-        ends: dict[torch.dtype, int] = {}
-        position = self.head
-        for item in self.packed:
-            dtype, numel = self.places[item].dtype, self.places[item].layout.sent(rank)
-            if not numel:
-                continue
-            sizes, parts, items = found.setdefault(dtype, ([], [], []))
-            begin, end = position // dtype.itemsize, ends.get(dtype, 0)
-            if begin > end:
-                sizes.append(begin - end)  # status, alignment, or pieces of another dtype
-            parts.append(len(sizes))
-            items.append(item)
-            sizes.append(numel)
-            ends[dtype] = begin + numel
-            position += _aligned(numel * dtype.itemsize)
-        for dtype, (sizes, _, _) in found.items():
-            rest = self.lengths[rank] // dtype.itemsize - ends[dtype]
-            if rest:
-                sizes.append(rest)
-        return found
-
-    def parts(self, chunk: torch.Tensor, rank: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The pieces of a rank as views into its chunk: (item, 1-D tensor of the item's dtype)."""
-        for dtype, (sizes, parts, items) in self.splits[rank].items():
-            split = chunk.view(dtype).split_with_sizes(sizes)
-            yield from zip(items, (split[part] for part in parts), strict=True)
-
-    def pack(self, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
-        """This rank's chunk, uint8, (lengths[rank],), status included and zero."""
-        chunk = torch.empty(self.lengths[self.rank], dtype=torch.uint8, device=self.device)
-        dsts, srcs = [], []
-        for item, part in self.parts(chunk, self.rank):
-            piece = pieces[item]
-            dsts.append(part if piece.dim() == 1 else part.view(piece.shape))
-            srcs.append(piece)
-        _kernels.copy(dsts, srcs)
-        chunk[: self.head].zero_()
-        return chunk
+    def chunk(self, landing: torch.Tensor, rank: int) -> torch.Tensor:
+        """A rank's part of the landing."""
+        return landing.narrow(0, self.begins[rank], self.lengths[rank])
 
     def pieces(self, locate: Locate) -> dict[int, torch.Tensor]:
         """What this rank sends, by item; it is asked about all, as it may know of an error where it sends nothing."""
-        found = {}
-        for item in (*self.in_place, *self.packed):
-            place, piece = self.places[item], locate(item)
-            expected = place.layout.sent(self.rank)
-            if not expected:
-                continue
-            held = 0 if piece is None else piece.numel()
-            if piece is None or held != expected:
+        pieces: dict[int, torch.Tensor] = {}
+        for item, piece, expected in zip(self.items, locate(self.items), self.sent, strict=True):
+            held = 0 if piece is None or not expected else piece.numel()
+            if held != expected:
                 raise FragmentError(f"item {item}: {held} elements are here where the layout says {expected}")
-            piece = piece.detach()
-            in_place = item in self.in_place
-            found[item] = _bytes(piece.to(self.device, place.dtype).contiguous()) if in_place else piece
-        return found
+            if piece is not None and held:
+                pieces[item] = piece
+        for item in self.in_place:
+            if item in pieces:
+                pieces[item] = as_bytes(pieces[item].detach().to(self.device, self.places[item].dtype).contiguous())
+        return pieces
 
-    def unpack(self, chunks: Sequence[torch.Tensor | None], wholes: dict[int, torch.Tensor]) -> None:
-        """Copy every rank's packed pieces to where they belong."""
-        dsts, srcs = [], []
-        for rank, chunk in enumerate(chunks):
-            if chunk is None:
+    def pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
+        """Fill this rank's chunk, with a status that is all zeros."""
+        if self.head:
+            chunk[: self.head].zero_()
+        packed = [pieces[item] for section in self.sections for item in section.items if item in pieces]
+        if not packed:
+            return
+        if self.only is not None:
+            self.only.of(chunk, self.rank).copy_(packed[0].detach().reshape(-1))
+            return
+        if _kernels.usable(self.device) and self._pack_by_kernel(chunk, packed):
+            return
+        room = chunk if self.home == self.device else torch.empty_like(chunk, device=self.home)
+        with torch.no_grad():
+            for section in self.sections:
+                mine = [pieces[item] for item in section.items if item in pieces]
+                if not mine:
+                    continue
+                alike = {(piece.dtype, piece.device) for piece in mine} == {(section.dtype, self.home)}
+                if alike and section.dtype in _CAT:
+                    torch.cat([p if p.dim() == 1 else p.reshape(-1) for p in mine], out=section.of(room, self.rank))
+                else:
+                    _kernels.copy([part for _, part in section.parts(room, self.rank)], mine)
+            if room is not chunk:
+                chunk[self.head :].copy_(room[self.head :])
+
+    def _pack_by_kernel(self, chunk: torch.Tensor, packed: list[torch.Tensor]) -> bool:
+        if self._packer is None:
+            offsets, dtypes = [], []
+            for section in self.sections:
+                for offset, numel in zip(section.offsets(self.rank), section.sent[self.rank], strict=True):
+                    if numel:
+                        offsets.append(offset)
+                        dtypes.append(section.dtype)
+            self._packer = _kernels.Packer(offsets, dtypes)
+        return self._packer.pack(chunk, packed)
+
+    def unpack(self, landing: torch.Tensor, out: Out | None) -> dict[int, torch.Tensor]:
+        """The whole of every packed item, from the chunks of all ranks.
+
+        Fresh tensors of one bucket may share a storage on a GPU, where making one of each costs more than moving it.
+        """
+        if self.only is not None and out is None and self.gathered and self.device == self.home:
+            found = self._unpack_only(self.only, landing)
+            if found is not None:
+                return {self.only.items[0]: found}
+        wholes: dict[int, torch.Tensor] = {}
+        dsts: list[torch.Tensor] = []
+        srcs: list[torch.Tensor] = []
+        if self.device != self.home:
+            landing = landing.to(self.home)
+        shares = out is None and self.home.type == "cuda"
+        kernels = shares and _kernels.usable(self.home)
+        for number, section in enumerate(self.sections):
+            if section.cut == "single" and shares:
+                wholes.update(self._views(number, landing))
                 continue
-            for item, part in self.parts(chunk, rank):
-                layout = self.places[item].layout
-                fragment = layout.fragments[rank]
-                assert fragment is not None
-                target = box(wholes[item], layout.shape, fragment)
-                dsts.append(target)
-                srcs.append(part if target.dim() == 1 else part.view(target.shape))
-        _kernels.copy(dsts, srcs)
+            if shares:
+                room, rooms = self._shared_room(number)
+            else:
+                rooms = [room_for(self.places[item], item, out) for item in section.items]
+            wholes.update(zip(section.items, rooms, strict=True))
+            if kernels and section.cut in ("even", "runs"):
+                self._table(number).move(room, landing)
+            elif section.cut == "even" and self.gathered and section.dtype in _CAT:
+                self._unpack_rows(section, landing, rooms)
+            else:
+                for rank in range(self.size):
+                    for item, part in section.parts(self.chunk(landing, rank), rank):
+                        layout = self.places[item].layout
+                        fragment = layout.fragments[rank]
+                        assert fragment is not None
+                        target = box(wholes[item], layout.shape, fragment)
+                        dsts.append(target)
+                        srcs.append(part if target.dim() == 1 else part.view(target.shape))
+        if dsts:
+            _kernels.copy(dsts, srcs)
+        return wholes
+
+    def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor | None:
+        """The whole of the only item, if it can be had at once."""
+        shape = self.places[section.items[0]].shape
+        if section.cut == "single":
+            holder = next(rank for rank in range(self.size) if section.sent[rank][0])
+            return section.of(self.chunk(landing, holder), holder).view(shape)
+        if section.cut == "even":
+            whole = torch.empty(shape, dtype=section.dtype, device=self.home)
+            whole.view(self.size, -1).copy_(self._rows(section, landing))
+            return whole
+        return None
+
+    def _rows(self, section: Section, landing: torch.Tensor) -> torch.Tensor:
+        """A section of every rank's chunk, (ranks, elements), where all begin at the same byte."""
+        rows = landing.view(self.size, -1).narrow(1, section.begins[0], section.nbytes(0))
+        return rows.view(section.dtype)
+
+    def _views(self, number: int, landing: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The items of a section that one rank each sends whole, where they have landed."""
+        section = self.sections[number]
+        if number not in self._single:
+            rooms = []
+            for sent in section.sent:
+                items = [item for item, numel in zip(section.items, sent, strict=True) if numel]
+                rooms.append(Room(items, self.places))
+            self._single[number] = rooms
+        for rank, room in enumerate(self._single[number]):
+            if room.items:
+                views = room.views(section.of(self.chunk(landing, rank), rank))
+                yield from zip(room.items, views, strict=True)
+
+    def _unpack_rows(self, section: Section, landing: torch.Tensor, wholes: list[torch.Tensor]) -> None:
+        """Every rank's piece of every item at once, as columns of a table with a row for each rank."""
+        targets = [whole.view(self.size, -1) for whole in wholes]
+        with torch.no_grad():
+            torch.split_with_sizes_copy(self._rows(section, landing), section.sent[0], dim=1, out=targets)
+
+    def _shared_room(self, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One storage for the items of a section, and each in it."""
+        section, room = self.sections[number], self._room(number)
+        storage = torch.empty(room.numel, dtype=section.dtype, device=self.home)
+        return storage, room.views(storage)
+
+    def _room(self, number: int) -> Room:
+        if number not in self._rooms:
+            section = self.sections[number]
+            self._rooms[number] = Room(section.items, self.places, _ROOM_ALIGN // section.dtype.itemsize or 1)
+        return self._rooms[number]
+
+    def _table(self, number: int) -> _kernels.Stretches:
+        """From the landing into the section's shared room."""
+        if number not in self._tables:
+            section, room = self.sections[number], self._room(number)
+            size = section.dtype.itemsize
+            dsts, srcs, nbytes = [], [], []
+            offsets = [section.offsets(rank) for rank in range(self.size)]
+            for position, (item, begin) in enumerate(zip(section.items, room.starts, strict=True)):
+                for rank, start, length in _stretches(self.places[item].layout, size) or ():
+                    dsts.append(size * begin + start)
+                    srcs.append(self.begins[rank] + offsets[rank][position])
+                    nbytes.append(length)
+            self._tables[number] = _kernels.Stretches.within(dsts, srcs, nbytes, self.home)
+        return self._tables[number]
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _aligned(nbytes: int, align: int = _SECTION_ALIGN) -> int:
+    return -(-nbytes // align) * align
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor as bytes: what every backend moves, whatever the dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
+def room_for(place: Place, item: int, out: Out | None) -> torch.Tensor:
+    """Where the whole of an item goes."""
+    return torch.empty(place.shape, dtype=place.dtype, device=place.device) if out is None else out(item)
 
 
 def stretches_of(place: Place) -> list[tuple[int, int, int]]:
@@ -174,128 +384,9 @@ def _stretches(layout: Layout, itemsize: int) -> list[tuple[int, int, int]] | No
     return found
 
 
-@dataclass(slots=True)
-class Flight:
-    """One exchange over a wire, under way."""
-
-    wire: Wire
-    wholes: dict[int, torch.Tensor]  # by item; in the beginning those that travel in place; none where others receive
-    statuses: torch.Tensor  # uint8, (ranks, STATUS_BYTES)
-    chunks: list[torch.Tensor | None]  # uint8, by rank; None for nothing
-    works: list[dist.Work] = field(default_factory=list)
-    held: list[torch.Tensor] = field(default_factory=list)  # what is being sent
-    error: Exception | None = None
-
-    @classmethod
-    def start(cls, wire: Wire, locate: Locate, wholes: dict[int, torch.Tensor], dst: int | None) -> Flight:
-        """Send this rank's pieces, or its error in their place."""
-        error: Exception | None = None
-        try:
-            pieces = wire.pieces(locate)
-            chunk = wire.pack(pieces)
-        except Exception as caught:
-            error, pieces = caught, {}
-            chunk = torch.zeros(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
-        status = torch.zeros(_status.STATUS_BYTES, dtype=torch.uint8) if error is None else _status.encode(error)
-        flight = cls(wire, wholes, status, [None] * wire.size, error=error)
-        if wire.gathered and dst is None:
-            flight._gather(chunk, status)
-        else:
-            flight._gather_statuses(status)
-            if dst is None:
-                flight._spread(chunk, pieces)
-            else:
-                flight._send_to(dst, chunk, pieces)
-        return flight
-
-    def _gather(self, chunk: torch.Tensor, status: torch.Tensor) -> None:
-        """All chunks, statuses included, by one all-gather."""
-        if self.error is not None:
-            chunk[: self.wire.head].copy_(status)
-        rows = torch.empty(self.wire.size, len(chunk), dtype=torch.uint8, device=chunk.device)
-        self.works.append(_collectives.all_gather(rows.view(-1), chunk, group=self.wire.group, async_op=True))
-        self.statuses, self.chunks, self.held = rows[:, : self.wire.head], list(rows.unbind(0)), [chunk]
-
-    def _gather_statuses(self, status: torch.Tensor) -> None:
-        wired = status.to(self.wire.device)
-        self.statuses = torch.empty(self.wire.size, len(status), dtype=torch.uint8, device=wired.device)
-        work = _collectives.all_gather(self.statuses.view(-1), wired, group=self.wire.group, async_op=True)
-        self.works.append(work)
-        self.held.append(wired)
-
-    def _spread(self, chunk: torch.Tensor, pieces: dict[int, torch.Tensor]) -> None:
-        """Every item to all ranks."""
-        wire = self.wire
-        for item, stretches in wire.in_place.items():
-            whole = _bytes(self.wholes[item])
-            piece = pieces.get(item)
-            if wire.even(item):
-                mine = torch.empty(stretches[0][2], dtype=torch.uint8, device=wire.device) if piece is None else piece
-                self.works.append(_collectives.all_gather(whole, mine, group=wire.group, async_op=True))
-                self.held.append(mine)
-                continue
-            for rank, start, nbytes in stretches:
-                part = whole.narrow(0, start, nbytes)
-                if rank == wire.rank and piece is not None:
-                    part.copy_(piece)
-                self._broadcast(part, rank)
-        if wire.packed:
-            for rank, length in enumerate(wire.lengths):
-                if length:
-                    here = rank == wire.rank
-                    part = chunk if here else torch.empty(length, dtype=torch.uint8, device=wire.device)
-                    self.chunks[rank] = part
-                    self._broadcast(part, rank)
-
-    def _broadcast(self, part: torch.Tensor, rank: int) -> None:
-        source = self.wire.global_ranks[rank]
-        self.works.append(dist.broadcast(part, source, group=self.wire.group, async_op=True))
-
-    def _send_to(self, dst: int, chunk: torch.Tensor, pieces: dict[int, torch.Tensor]) -> None:
-        """Every item to one rank, from each that holds a part of it."""
-        wire = self.wire
-        if dst not in wire.global_ranks:
-            return  # its ranks have what they hold of it; the receiver is none of them
-        root = wire.global_ranks.index(dst)
-        operations = []
-        parts: list[tuple[int, torch.Tensor | None]] = []  # (holder, where it comes from or goes to)
-        for item, stretches in wire.in_place.items():
-            whole = _bytes(self.wholes[item]) if wire.rank == root else None
-            for rank, start, nbytes in stretches:
-                target = None if whole is None else whole.narrow(0, start, nbytes)
-                if rank == wire.rank and target is not None and item in pieces:
-                    target.copy_(pieces[item])
-                mine = pieces.get(item, torch.empty(nbytes if self.error else 0, dtype=torch.uint8, device=wire.device))
-                parts.append((rank, mine if rank == wire.rank else target))
-        for rank, length in enumerate(wire.lengths):
-            if length > wire.head:
-                here = rank == wire.rank
-                room = None if wire.rank != root or here else torch.empty(length, dtype=torch.uint8, device=wire.device)
-                parts.append((rank, chunk if here else room))
-                self.chunks[rank] = parts[-1][1] if wire.rank == root else None
-        for rank, part in parts:
-            if rank == root or part is None:
-                continue
-            if wire.rank == rank:
-                operations.append(dist.P2POp(dist.isend, part, dst, group=wire.group))
-                self.held.append(part)
-            elif wire.rank == root:
-                operations.append(dist.P2POp(dist.irecv, part, wire.global_ranks[rank], group=wire.group))
-        if operations:
-            self.works.extend(dist.batch_isend_irecv(operations))
-
-    def wait(self) -> None:
-        """Wait for the data, whatever it says."""
-        while self.works:
-            self.works.pop(0).wait()
-
-    def land(self) -> None:
-        """Wait for the data and raise what any rank has to say."""
-        self.wait()
-        _status.check(self.statuses.cpu(), cause=self.error)
-
-    def deliver(self) -> None:
-        """Copy what was packed into the whole tensors, which are all there by now."""
-        if self.wholes:
-            self.wire.unpack(self.chunks, self.wholes)
-            self.chunks.clear()
+def _even(stretches: Sequence[tuple[int, int, int]], ranks: int) -> bool:
+    """Whether a whole is cut into equal stretches, one a rank in rank order."""
+    nbytes = stretches[0][2]
+    return len(stretches) == ranks and all(
+        stretch == (rank, rank * nbytes, nbytes) for rank, stretch in enumerate(stretches)
+    )

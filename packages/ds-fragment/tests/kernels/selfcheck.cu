@@ -126,7 +126,7 @@ void round_of(std::mt19937& random, Op op, uint32_t groups, uint32_t blocks) {
     must(cudaStreamCreate(&stream), "stream");
     const bool uniform = std::all_of(kinds.begin(), kinds.end(), [&](uint8_t k) { return k == kinds[0]; });
     const uint32_t kind = uniform ? kinds[0] : DSF_MIXED;
-    const dsf_work work{kept, n, static_cast<uint64_t>(chunks), groups, blocks, 0, kind, stream};
+    const dsf_work work{kept, n, static_cast<uint64_t>(chunks), groups, blocks, 0, kind, stream, 0, 0};
     const float scale = 0.37f;
     if (op == kCopies) must(dsf_copy(&work), "copy");
     if (op == kNorms) must(dsf_norm(&work, stats, space), "norm");

@@ -47,11 +47,12 @@ def test_the_constants_agree_with_the_header() -> None:
     numbers = dict(re.findall(r"#define (DSF_\w+) (\w+)", HEADER))
     assert int(numbers["DSF_ABI"]) == _library.ABI
     assert int(numbers["DSF_WORKSPACE"]) == _library.WORKSPACE_BYTES
+    assert int(numbers["DSF_LINE"]) == _library.LINE
     assert int(numbers["DSF_MIXED"].rstrip("u"), 16) == _library.MIXED
     fields = re.search(r"typedef struct \{(.*?)\} dsf_work", HEADER, re.DOTALL)
     assert fields is not None
     assert re.findall(r"(\w+);", fields[1]) == [name for name, *_ in Work._fields_]
-    assert ctypes.sizeof(Work) == 48
+    assert ctypes.sizeof(Work) == 64
 
 
 def test_a_missing_library_is_a_reason(tmp_path: Path) -> None:
@@ -77,8 +78,8 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path) -> None:
     ("source", "reason"),
     [
         ("int other(void) { return 0; }", r"is not the library of this version: .*dsf_abi"),
-        ("int dsf_abi(void) { return 99; }", r"has interface 99 where this version needs 1"),
-        ("int dsf_abi(void) { return 1; }", r"is not the library of this version"),
+        ("int dsf_abi(void) { return 99; }", r"has interface 99 where this version needs 2"),
+        ("int dsf_abi(void) { return 2; }", r"is not the library of this version"),
     ],
 )
 def test_another_library_is_a_reason(tmp_path: Path, source: str, reason: str) -> None:

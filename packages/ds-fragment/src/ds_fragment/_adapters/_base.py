@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment._exchange import Locate, Place, Plan, gather
+from ds_fragment._exchange import Locate, Pieces, Place, gather, plan_of
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._registry import registry
 from ds_fragment.errors import StateKeyError, StateNotReadyError, UnlinkedParameterError
@@ -49,6 +49,17 @@ class Adapter(ABC):
     def master(self, param: torch.Tensor) -> str:
         """Where the fp32 value comes from: ``"fp32"``, or ``"upcast"`` where only a low-precision one exists."""
 
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """For each parameter, what its places follow from: as long as these are equal, so are the places.
+
+        It is asked before every use of places that were found earlier. May raise what `place` raises.
+        """
+        return [(adapter_of(param), self.place(param, "value"), self.place(param, what)) for param in params]
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """What `local` says of each."""
+        return [self.local(param, what) for param in params]
+
     def learn(self, model: nn.Module) -> None:
         """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
         return
@@ -76,6 +87,7 @@ _adapters: list[Adapter] = []
 def register_adapter(adapter: Adapter) -> None:
     """Ask ``adapter`` about parameters from now on, before those that were registered earlier."""
     _adapters.insert(0, adapter)
+    registry.changed()
 
 
 def adapters() -> Sequence[Adapter]:
@@ -151,10 +163,29 @@ def spread(params: Sequence[torch.Tensor], places: Sequence[Place], locate: Loca
     Args:
         params: the lp parameters, whole and contiguous on every rank.
         places: where their pieces are, of the lp dtype.
-        locate: this rank's fp32 piece of the i-th.
+        locate: this rank's fp32 pieces of some of them.
     """
-    for _ in gather(Plan(places, _REFRESH_BYTES), locate, out=lambda i: params[i].data):
+    order = _in_turn(places)
+
+    def located(items: Sequence[int]) -> Pieces:
+        return locate([order[item] for item in items])
+
+    plan = plan_of([places[item] for item in order], _REFRESH_BYTES)
+    for _ in gather(plan, located, out=lambda i: params[order[i]].data):
         pass
+
+
+def _in_turn(places: Sequence[Place]) -> list[int]:
+    """An order in which all ranks send as much at any time: of a flat partition, a bit of each slice in turn."""
+    sent: dict[tuple[dist.ProcessGroup | None, int], int] = {}
+    before = []
+    for place in places:
+        fragments = enumerate(place.layout.fragments)
+        largest = max(((f.numel, -rank) for rank, f in fragments if f is not None), default=(0, 0))
+        holder = (place.group, largest[1])
+        before.append(sent.get(holder, 0))
+        sent[holder] = before[-1] + largest[0]
+    return sorted(range(len(places)), key=before.__getitem__)
 
 
 def scalar_place(key: str, group: dist.ProcessGroup | None, ranks: Sequence[bool], device: torch.device) -> Place:

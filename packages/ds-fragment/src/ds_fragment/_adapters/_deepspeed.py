@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import Adapter, ready_state, state_entry, value_kind
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
@@ -41,7 +41,7 @@ MIXED = (
 UNTRAINED = "it was frozen, or in none of the optimizer's parameter groups, when the engine was made"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """Where the engine keeps one parameter.
 
@@ -83,8 +83,8 @@ class DeepSpeedAdapter(Adapter):
     """Reads and writes what a ZeRO optimizer keeps; each stage says where that is."""
 
     def __init__(self) -> None:
-        self._mixed: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
-        self._watches: MutableMapping[torch.Tensor, RemovableHandle] = WeakIdKeyDictionary()
+        self._mixed = IdentityMap[bool]()
+        self._watches = IdentityMap[RemovableHandle]()
 
     @abstractmethod
     def _slot(self, param: torch.Tensor) -> Slot:
@@ -141,6 +141,17 @@ class DeepSpeedAdapter(Adapter):
         if key not in slot.places:
             slot.places[key] = Place(entry.shape, entry.dtype, entry.device, whole(()), None)
         return slot.places[key]
+
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """Where the engine keeps each, and what it optimizes it with."""
+        claimed = list(map(self.claims, params))
+        slots = list(map(self._slot, params))
+        if what in ("value", "grad"):
+            return list(zip(claimed, slots, strict=True))
+        entries = [self._entry(param, slot, what) for param, slot in zip(params, slots, strict=True)]
+        return [
+            (*known, entry.shape == (), entry.dtype) for known, entry in zip(zip(claimed, slots), entries, strict=True)
+        ]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
@@ -220,10 +231,10 @@ class DeepSpeedAdapter(Adapter):
             if param is not None and remains is not None:
                 self._mixed[param] = bool(remains.any()) if isinstance(remains, torch.Tensor) else remains
 
-        earlier = self._watches.pop(param, None)
+        earlier = self._watches.pop(param)
         if earlier is not None:
             earlier.remove()
-        self._mixed.pop(param, None)
+        self._mixed.pop(param)
         if param.requires_grad:
             self._watches[param] = param.register_hook(note)  # type: ignore[no-untyped-call]
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import spread
 from ds_fragment._adapters._deepspeed import (
@@ -28,6 +27,7 @@ from ds_fragment._adapters._deepspeed import (
     remembered,
     settle,
 )
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
@@ -41,7 +41,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._slots: MutableMapping[torch.Tensor, Slot] = WeakIdKeyDictionary()
+        self._slots = IdentityMap[Slot]()
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether DeepSpeed linked the parameter; those linked here are asked about before."""
@@ -145,7 +145,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         summed = identity in remembered(optimizer, "_offload_accumulated_param_ids")
         if identity not in optimizer.norm_for_param_grads and not summed:
             raise no_gradient(param, _why_none(param, optimizer))
-        if self._mixed.get(param, False):
+        if self._mixed.get(param):
             raise no_gradient(param, MIXED)
         if identity in optimizer.norm_for_param_grads:
             flat: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
@@ -180,7 +180,9 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             return
         chosen = [(param, slot) for param, slot in zip(params, slots, strict=True) if not slot.untrained]
         places = [slot.place("lp", param.dtype, param.device) for param, slot in chosen]
-        spread([param for param, _ in chosen], places, lambda i: self.local(chosen[i][0], "value"))
+        spread(
+            [param for param, _ in chosen], places, lambda items: self.pieces([chosen[i][0] for i in items], "value")
+        )
 
 
 def _is_bf16(optimizer: Any) -> bool:

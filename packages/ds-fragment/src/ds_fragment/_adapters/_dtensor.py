@@ -6,20 +6,23 @@ do, the ranks of all of them.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, mesh_layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
+
+_spec, _local, _dtype = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("dtype")
 
 
 class DTensorAdapter(Adapter):
@@ -29,7 +32,7 @@ class DTensorAdapter(Adapter):
 
     def __init__(self) -> None:
         # By tensor: the spec that the places were made for, and the place for each dtype.
-        self._places: MutableMapping[torch.Tensor, tuple[object, dict[torch.dtype, Place]]] = WeakIdKeyDictionary()
+        self._places = IdentityMap[tuple[object, dict[torch.dtype, Place]]]()
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether it is a DTensor."""
@@ -47,7 +50,7 @@ class DTensorAdapter(Adapter):
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def _like(self, tensor: DTensor, dtype: torch.dtype) -> Place:
-        spec, places = self._places.get(tensor, (None, {}))
+        spec, places = self._places.get(tensor) or (None, {})
         if spec is not tensor._spec:
             places = {}
             self._places[tensor] = (tensor._spec, places)
@@ -55,6 +58,19 @@ class DTensorAdapter(Adapter):
             layout, group, replicas = mesh_place(tensor)
             places[dtype] = Place(tensor.shape, dtype, tensor.device, layout, group, replicas)
         return places[dtype]
+
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """What DTensors say of how they are placed, and who updates them."""
+        specs = list(map(_spec, params))
+        if what in ("value", "grad"):
+            return specs
+        entries = [state_of(param, param)[what] for param in params]
+        kinds = [entry._spec if isinstance(entry, DTensor) else object() for entry in entries]
+        return list(zip(specs, kinds, map(_dtype, entries), strict=True))
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """The local tensors."""
+        return list(map(_local, params)) if what == "value" else super().pieces(params, what)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""

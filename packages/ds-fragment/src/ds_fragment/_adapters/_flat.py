@@ -40,6 +40,12 @@ class FlatAdapter(Adapter):
             link.places[what] = Place(param.shape, link.dtype, link.device, link.layout, link.group)
         return link.places[what]
 
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """The links, which are made anew whenever a parameter is linked; what state is, the optimizer says."""
+        if what in ("value", "grad"):
+            return [hasattr(param, "_hp_mapping") and link_of(param) for param in params]
+        return super().stamps(params, what)
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment."""
         link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
@@ -116,7 +122,7 @@ def publish(params: Sequence[torch.Tensor]) -> None:
             link.places["lp"] = Place(param.shape, param.dtype, param.device, link.layout, link.group)
         places.append(link.places["lp"])
     adapter = FlatAdapter()
-    spread(params, places, lambda i: adapter.local(params[i], "value"))
+    spread(params, places, lambda items: adapter.pieces([params[i] for i in items], "value"))
 
 
 def _link(param: torch.Tensor) -> FlatLink:

@@ -7,15 +7,14 @@ parameter is an interval of that flat parameter, and a rank may hold none of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import Adapter, is_number, scalar_place, state_entry, state_of, value_kind
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
@@ -38,7 +37,7 @@ class Fsdp1Adapter(Adapter):
     name = "fsdp1"
 
     def __init__(self) -> None:
-        self._records: MutableMapping[torch.Tensor, _Record] = WeakIdKeyDictionary()
+        self._records = IdentityMap[_Record]()
 
     def learn(self, model: nn.Module) -> None:
         """Where each original parameter is."""

@@ -7,15 +7,15 @@ they are known for what they are, and the sharded parameter is read in their pla
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
+from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
@@ -30,8 +30,8 @@ class Fsdp2Adapter(DTensorAdapter):
     def __init__(self) -> None:
         super().__init__()
         # By the sharded parameter: FSDP2's record of it, and the group that reduces its gradient.
-        self._records: MutableMapping[torch.Tensor, tuple[weakref.ref[Any], weakref.ref[Any]]] = WeakIdKeyDictionary()
-        self._gathered: MutableMapping[torch.Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+        self._records = IdentityMap[tuple[weakref.ref[Any], weakref.ref[Any]]]()
+        self._gathered = IdentityMap[weakref.ref[Any]]()
 
     def learn(self, model: nn.Module) -> None:
         """FSDP2's records of the parameters."""
@@ -47,7 +47,7 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def _record_of_gathered(self, param: torch.Tensor) -> Any:
         if param not in self._gathered:
-            for reference, _ in list(self._records.values()):
+            for reference, _ in self._records.values():
                 record = reference()
                 copy = getattr(record, "_unsharded_param", None)  # there from the first gather on
                 if copy is not None:
@@ -65,6 +65,19 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor."""
         return super().place(self._sharded(param), what)
 
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """As for any DTensor."""
+        return super().stamps(self._all_sharded(params), what)
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As for any DTensor, if they are gradients that are reduced."""
+        return super().pieces(self._all_sharded(params), what)
+
+    def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if all(isinstance(param, DTensor) for param in params):
+            return params
+        return [self._sharded(param) for param in params]
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """As for any DTensor, if it is a gradient that is reduced."""
         param = self._sharded(param)
@@ -75,7 +88,8 @@ class Fsdp2Adapter(DTensorAdapter):
         return super().local(param, what)
 
     def _unreduced(self, param: torch.Tensor) -> str | None:
-        record, group = (reference() for reference in self._records[param])
+        known = self._records.get(param)
+        record, group = (None, None) if known is None else (known[0](), known[1]())
         copy = getattr(record, "_unsharded_param", None)
         if getattr(record, "unsharded_accumulated_grad", None) is not None or (
             copy is not None and copy.grad is not None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
@@ -23,7 +23,7 @@ class PlainAdapter(Adapter):
     name = "plain"
 
     def __init__(self) -> None:
-        self._ddp: MutableMapping[torch.Tensor, weakref.ref[DistributedDataParallel]] = WeakIdKeyDictionary()
+        self._ddp = IdentityMap[weakref.ref[DistributedDataParallel]]()
 
     def learn(self, model: nn.Module) -> None:
         """Which parameters a DistributedDataParallel reduces the gradients of."""

@@ -7,13 +7,12 @@ The ends of the last parts are padding, which DeepSpeed never initialises, neith
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fragment._adapters._base import spread
 from ds_fragment._adapters._deepspeed import (
@@ -27,6 +26,7 @@ from ds_fragment._adapters._deepspeed import (
     remembered,
     settle,
 )
+from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import even_layout
 from ds_fragment._registry import registry
 from ds_fragment.errors import FragmentError
@@ -43,7 +43,7 @@ class Zero3Adapter(DeepSpeedAdapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._slots: MutableMapping[torch.Tensor, Slot] = WeakIdKeyDictionary()
+        self._slots = IdentityMap[Slot]()
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether ZeRO-3 partitioned the parameter."""
@@ -84,7 +84,7 @@ class Zero3Adapter(DeepSpeedAdapter):
             return None  # the ranks that hold it say whether there is one
         if _identity(param) not in remembered(optimizer, "_offload_boundary_param_ids"):
             raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
-        if self._mixed.get(param, False):
+        if self._mixed.get(param):
             raise no_gradient(param, MIXED)
         settle(param, optimizer, offloaded=bool(optimizer.offload_optimizer))
         return self._stepped(slot, optimizer) if _at_boundary(optimizer) else self._running(param, slot, optimizer)
@@ -130,7 +130,7 @@ class Zero3Adapter(DeepSpeedAdapter):
         slots = [self._slot(params[item]) for item in gathered]
         chosen = [params[item] for item in gathered]
         places = [slot.place("lp", param.dtype, param.device) for param, slot in zip(chosen, slots, strict=True)]
-        spread(chosen, places, lambda i: self.local(chosen[i], "value"))
+        spread(chosen, places, lambda items: self.pieces([chosen[i] for i in items], "value"))
 
 
 def _slot_of(param: Any, optimizer: Any) -> Slot:

@@ -84,6 +84,10 @@ class ZeroRedundancyAdapter(Adapter):
                 self._tables[optimizer] = found
         return found
 
+    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
+        """Nothing that lasts: what tells is collective as long as some ranks have no state."""
+        return [object() for _ in params]
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """The whole, where it is."""
         if what in ("value", "grad"):

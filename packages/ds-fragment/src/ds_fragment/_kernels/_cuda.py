@@ -9,6 +9,7 @@ import torch
 
 from ds_fragment._kernels import _reference
 from ds_fragment._kernels._check import check_scalar
+from ds_fragment._kernels._library import Work
 from ds_fragment._kernels._plan import Plan
 from ds_fragment._kernels._stats import Stats
 
@@ -23,6 +24,14 @@ def copy(plan: Plan, dsts: Tensors, srcs: Tensors, marks: Tensors) -> None:
         written(marks)
     if plan.rest:
         _reference.copy(*_rest(plan, dsts, srcs))
+
+
+def move(plan: Plan, dst: int, src: int) -> None:
+    """As `copy`, for a plan whose addresses are offsets from those given here, or absolute where 0 is given."""
+    if plan.chunks:
+        work = Work.from_buffer_copy(plan.work(plan.stream())[0])  # another thread may be using the plan
+        work.dst_base, work.src_base = dst, src
+        plan.loaded.check(plan.library.dsf_copy(ctypes.byref(work)), "the copy kernel")
 
 
 def gather_grads(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ds_fragment._kernels.errors import KernelError
 
-ABI = 1  # DSF_ABI of csrc/ds_fragment.h
+ABI = 2  # DSF_ABI of csrc/ds_fragment.h
 WORKSPACE_BYTES = 65536  # DSF_WORKSPACE
 MIXED = 0xFE  # DSF_MIXED
+LINE = 128  # DSF_LINE
 LIBRARY = Path(__file__).with_name("libds_fragment.so")
 PATH_VARIABLE = "DS_FRAGMENT_LIBRARY"
 
@@ -30,6 +31,8 @@ class Work(ctypes.Structure):
         ("device", c_int32),
         ("kind", c_uint32),  # of all pieces, or MIXED
         ("stream", c_void_p),
+        ("dst_base", c_uint64),  # added to the table's addresses; multiples of LINE
+        ("src_base", c_uint64),
     )
 
 

@@ -1,0 +1,159 @@
+"""One exchange over a wire, under way: which collectives carry it.
+
+Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
+the place of data. What travels in place goes by an all-gather where the stretches are equal and in rank order, else
+by a broadcast from each rank that holds one. Where one rank receives, it receives from each holder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from ds_fragment import _collectives, _status
+from ds_fragment._wire import Locate, Out, Wire, as_bytes, room_for
+
+
+@dataclass(slots=True)
+class Flight:
+    """What one rank sends and receives."""
+
+    wire: Wire
+    out: Out | None
+    dst: int | None  # the global rank that receives; None for all
+    later: bool = True  # whether to come back from collectives before they are done
+    error: Exception | None = None
+    pieces: dict[int, torch.Tensor] = field(default_factory=dict)
+    wholes: dict[int, torch.Tensor] = field(default_factory=dict)  # what travels in place, where it is received
+    landing: torch.Tensor | None = None  # uint8, (wire.begins[-1],), where it is received
+    statuses: torch.Tensor | None = None  # uint8, (ranks, STATUS_BYTES), on the wire's device
+    works: list[dist.Work] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)  # what is being sent or received on the way
+
+    @classmethod
+    def start(cls, wire: Wire, locate: Locate, out: Out | None, dst: int | None, *, at_once: bool = False) -> Flight:
+        """Send this rank's pieces, or its error in their place; ``at_once`` waits for them too, which is faster."""
+        flight = cls(wire, out, dst, not at_once)
+        chunk = flight._room()
+        try:
+            flight.pieces = wire.pieces(locate)
+            wire.pack(flight.pieces, chunk)
+        except Exception as error:
+            flight.error, flight.pieces = error, {}
+            chunk.zero_()
+        if dst is not None:
+            flight._gather([], [])
+            flight._send_to(dst, chunk)
+        else:
+            flight._spread(chunk)
+        flight.pieces = {}
+        return flight
+
+    @property
+    def _here(self) -> bool:
+        return self.dst is None or self.wire.global_ranks[self.wire.rank] == self.dst
+
+    def _room(self) -> torch.Tensor:
+        """This rank's chunk, in the landing where there is one."""
+        wire = self.wire
+        if not self._here:
+            return torch.empty(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
+        self.landing = torch.empty(wire.begins[-1], dtype=torch.uint8, device=wire.device)
+        self.wholes = {item: room_for(wire.places[item], item, self.out) for item in wire.in_place}
+        return wire.chunk(self.landing, wire.rank)
+
+    def _spread(self, chunk: torch.Tensor) -> None:
+        """Every item to all ranks."""
+        wire, landing = self.wire, self.landing
+        assert landing is not None
+        outputs, inputs = [], []
+        for item, stretches in wire.in_place.items():
+            whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
+            if item in wire.even:
+                outputs.append(whole)
+                inputs.append(torch.empty_like(whole[: stretches[0][2]]) if piece is None else piece)
+                continue
+            for rank, start, nbytes in stretches:
+                part = whole.narrow(0, start, nbytes)
+                if rank == wire.rank and piece is not None:
+                    part.copy_(piece)
+                self._broadcast(part, rank)
+        if wire.gathered:
+            if self.error is not None:
+                chunk[: wire.head].copy_(_status.encode(self.error))
+            self._all_gather([*outputs, landing], [*inputs, chunk])
+            self.statuses = landing.view(wire.size, -1)[:, : wire.head]
+            return
+        self._gather(outputs, inputs)
+        for rank, length in enumerate(wire.lengths):
+            if length:
+                self._broadcast(wire.chunk(landing, rank), rank)
+
+    def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """The statuses, and what else all ranks send as much of."""
+        mine = torch.zeros(_status.STATUS_BYTES, dtype=torch.uint8, device=self.wire.device)
+        if self.error is not None:
+            mine.copy_(_status.encode(self.error))
+        self.statuses = torch.empty(self.wire.size, len(mine), dtype=torch.uint8, device=mine.device)
+        self._all_gather([*outputs, self.statuses.view(-1)], [*inputs, mine])
+
+    def _all_gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
+        self.held.extend(inputs)
+
+    def _broadcast(self, part: torch.Tensor, rank: int) -> None:
+        source = self.wire.global_ranks[rank]
+        self.works.append(dist.broadcast(part, source, group=self.wire.group, async_op=True))
+
+    def _send_to(self, dst: int, chunk: torch.Tensor) -> None:
+        """Every item to one rank, from each that holds a part of it."""
+        wire = self.wire
+        if dst not in wire.global_ranks:
+            return  # its ranks have what they hold of it; the receiver is none of them
+        root = wire.global_ranks.index(dst)
+        parts: list[tuple[int, torch.Tensor]] = []  # (holder, where it comes from or goes to), of those seen here
+        for item, stretches in wire.in_place.items():
+            for rank, start, nbytes in stretches:
+                piece = self.pieces.get(item)
+                if self._here:
+                    target = as_bytes(self.wholes[item]).narrow(0, start, nbytes)
+                    if rank == root and piece is not None:
+                        target.copy_(piece)
+                    parts.append((rank, target))
+                elif rank == wire.rank:
+                    nothing = torch.empty(nbytes, dtype=torch.uint8, device=wire.device) if piece is None else piece
+                    parts.append((rank, nothing))
+        for rank, length in enumerate(wire.lengths):
+            if length > wire.head and (self._here or rank == wire.rank):
+                parts.append((rank, chunk if self.landing is None else wire.chunk(self.landing, rank)))
+        operations = []
+        for rank, part in parts:
+            if rank == root:
+                continue
+            peer = wire.global_ranks[rank] if self._here else dst
+            operations.append(dist.P2POp(dist.irecv if self._here else dist.isend, part, peer, group=wire.group))
+            self.held.append(part)
+        if operations:
+            self.works.extend(dist.batch_isend_irecv(operations))
+
+    def wait(self) -> None:
+        """Wait for the data, whatever it says."""
+        while self.works:
+            self.works.pop(0).wait()
+
+    def land(self) -> None:
+        """Wait for the data and raise what any rank has to say."""
+        self.wait()
+        assert self.statuses is not None
+        if any(self.statuses[:, 0].tolist()):
+            _status.check(self.statuses.cpu(), cause=self.error)
+        self.held.clear()
+
+    def deliver(self) -> dict[int, torch.Tensor]:
+        """The whole of every item, where it is received."""
+        landing, self.landing, self.statuses = self.landing, None, None
+        if landing is None:
+            return {}
+        return {**self.wholes, **self.wire.unpack(landing, self.out)}
