@@ -27,24 +27,11 @@ from typing import Any
 import ds_fragment
 import torch
 import torch.distributed as dist
+from _shapes import shapes_of
 from ds_fragment import tensor_fragment
 from torch import nn
 
 Read = Callable[[], Any]
-
-
-def shapes_of(case: str) -> list[tuple[int, ...]]:
-    """The shapes of a case."""
-    if case == "mixed":  # 100 parameters, 20 M elements
-        return [(1000, 384)] * 50 + [(384,)] * 25 + [(40, 768)] * 25
-    if case == "tiny":  # 2,000 tensors of 1,000 elements, where latency rules
-        return [(1000,)] * 2000
-    if case == "small":  # 600 small tensors, 236 M elements
-        return [(768, 512)] * 600
-    if case == "llama":  # Llama-3.2-1B: 146 tensors, 1.24 G elements
-        layer = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
-        return [(128256, 2048), *[shape for _ in range(16) for shape in (*layer, (2048,), (2048,))], (2048,)]
-    raise ValueError(f"case is {case!r}, expected mixed, tiny, small or llama")
 
 
 class Bag(nn.Module):

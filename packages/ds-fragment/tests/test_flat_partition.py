@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_each_rank_has_its_slice_in_fp32(ranks: int) -> None:
 
 
 def _mean(rank: int, ranks: int) -> None:
-    """The mean over the ranks, exactly: the gradients are whole numbers and 2 or 4 ranks divide exactly."""
+    """The mean over the ranks, exactly: the gradients are whole numbers, and their sum is divided once."""
     model = ragged(torch.bfloat16)
     partition = FlatPartition(model.parameters())
     params = trained(model)
@@ -80,6 +81,7 @@ def _mean(rank: int, ranks: int) -> None:
         means = [sum(grads[i].float() for grads in everybodys) / ranks for i in range(len(params))]
         partition.reduce_gradients()
         assert all(param.grad is None for param in params)
+        assert partition.hp_param.grad.dtype == torch.float32
         for (_, got), expected in zip(iter_full(params, "grad"), means, strict=True):
             assert_same(got, expected)
         pieces = slices_of_flat(from_every_rank(partition.hp_param.grad), [p.shape for p in params])
@@ -88,7 +90,7 @@ def _mean(rank: int, ranks: int) -> None:
         partition.publish()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_gradient_is_the_mean_over_the_ranks(ranks: int) -> None:
     run_ranks(_mean, ranks, ranks)
 
@@ -113,6 +115,115 @@ def _scaled(rank: int) -> None:
 
 def test_scale_and_accumulate() -> None:
     run_ranks(_scaled, 2)
+
+
+def _gradients(params: list[nn.Parameter], rank: int, turn: int, scale: float) -> list[torch.Tensor | None]:
+    """A rank's lp gradients of a turn: all that it used, times the scale. The last rank alone uses the tiny one."""
+    generator = torch.Generator().manual_seed(10 * turn + rank)
+    grads = [(torch.randn(p.shape, generator=generator) * scale).to(p.dtype) for p in params]
+    last = dist.get_world_size() - 1
+    left_out = {(6,), *([] if rank == last else [(1,)]), *([(7, 11)] if turn else [])}  # by shape
+    return [None if tuple(grad.shape) in left_out else grad for grad in grads]
+
+
+def _statistics(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    """Beside a dense float64 oracle, with every element that is not written poisoned."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    model = ragged(dtype)
+    partition = FlatPartition(model.parameters())
+    params, scale = trained(model), 64.0
+    shapes = [param.shape for param in params]
+    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    for turn in range(2):
+        for param, grad in zip(params, _gradients(params, rank, turn, scale), strict=True):
+            param.grad = grad
+        for other in range(ranks):
+            for total, grad in zip(expected, _gradients(params, other, turn, scale), strict=True):
+                total += 0 if grad is None else grad.double() / ranks / scale
+        stats = partition.reduce_gradients(scale=scale, accumulate=turn > 0)
+        flats = from_every_rank(partition.hp_param.grad)
+        for got, dense in zip(slices_of_flat(flats, shapes), expected, strict=True):
+            torch.testing.assert_close(got.double(), dense, rtol=1e-6, atol=1e-6)
+        assert torch.cat(flats)[partition.numel :].abs().sum() == 0  # the padding
+        norm = torch.cat([dense.flatten() for dense in expected]).norm()
+        assert (stats.norm.dtype, stats.nonfinite.dtype) == (torch.float32, torch.int64)
+        torch.testing.assert_close(stats.norm.double(), norm, rtol=1e-6, atol=0)
+        torch.testing.assert_close(stats.sum_squares, norm.square(), rtol=1e-6, atol=0)
+        assert stats.nonfinite == 0
+        for theirs in from_every_rank(stats.values):
+            assert_same(theirs, stats.values)
+        assert why(model.long) == why(model.tiny) == "there is one"  # of an earlier turn, and of the last rank
+        assert "no rank used the parameter" in why(model.unused)
+    torch.nn.utils.clip_grads_with_norm_([partition.hp_param], 0.5, stats.norm)
+    clipped = torch.cat(from_every_rank(partition.hp_param.grad)).double().norm()
+    torch.testing.assert_close(clipped.item(), 0.5, rtol=1e-5, atol=0)
+    partition.publish()
+    assert partition.reduce_gradients().values.tolist() == [0.0, 0.0]  # nobody used anything
+    assert partition.hp_param.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_statistics_are_those_of_the_dense_gradient(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(_statistics, ranks, ranks, dtype)
+
+
+def _not_finite(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    """Infinities and NaN in one rank's gradients are everybody's, and stay while they are added to."""
+    model = ragged(dtype)
+    partition = FlatPartition(model.parameters())
+    last = rank == ranks - 1
+    for bad, norm in ([float("inf")], "inf"), ([float("-inf"), float("nan")], "nan"):
+        set_gradients(partition.params, seed=rank)
+        if last:
+            model.long.grad.view(-1)[5 : 5 + len(bad)] = torch.tensor(bad, dtype=dtype)
+        stats = partition.reduce_gradients()
+        assert stats.nonfinite == len(bad)
+        assert str(stats.norm.item()) == norm
+        broken = ~safe_get_full_grad(model.long).isfinite().view(-1)
+        assert broken.nonzero().flatten().tolist() == list(range(5, 5 + len(bad)))
+        set_gradients([model.weight], seed=rank)
+        stats = partition.reduce_gradients(accumulate=True)
+        assert stats.nonfinite == len(bad)
+        assert str(stats.norm.item()) == norm
+    if dtype == torch.float16:  # what overflows when it is unscaled, though each gradient was finite
+        return
+    set_gradients(partition.params, seed=rank)
+    if last:
+        model.tiny.grad.fill_(3e38)
+    assert partition.reduce_gradients(scale=2.0**-9).nonfinite == 1
+    set_gradients(partition.params, seed=rank)
+    assert partition.reduce_gradients().nonfinite == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_is_not_finite_on_one_rank_is_counted_on_every_rank(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(_not_finite, ranks, ranks, dtype)
+
+
+def _memory(rank: int) -> None:
+    """No lp gradient is kept, and a reduced one that somebody keeps is not written to."""
+    for group in (dist.new_group([0]), dist.new_group([1]), None):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            continue
+        model = ragged(torch.bfloat16)
+        partition = FlatPartition(model.parameters(), group)
+        set_gradients(partition.params, seed=rank)
+        grads = [weakref.ref(param.grad) for param in partition.params]
+        partition.reduce_gradients()
+        assert not any(grad() is not None for grad in grads)
+        kept = partition.hp_param.grad
+        before = kept.clone()
+        set_gradients(partition.params, seed=5 + rank)
+        partition.reduce_gradients()
+        assert_same(kept, before)
+        partition.publish()
+        assert partition.hp_param.grad is None
+
+
+def test_gradients_live_no_longer_than_they_must() -> None:
+    run_ranks(_memory, 2)
 
 
 def why(param: torch.Tensor) -> str:
@@ -304,7 +415,7 @@ def _bad_reduce(rank: int) -> list[Any]:
     set_gradients(params, seed=rank)
     before = snapshot(model, partition.hp_param, partition.hp_param.grad)
     found = []
-    for scale in (0, -1.0, float("inf"), float("nan"), "1"):
+    for scale in (0, -1.0, float("inf"), float("nan"), "1", 1e-40):
         found.append(raised(lambda scale=scale: partition.reduce_gradients(scale=scale if rank else 1.0)))
     found.append(raised(lambda: partition.reduce_gradients(scale=1.0 + rank)))
     found.append(raised(lambda: partition.reduce_gradients(accumulate=bool(rank))))
@@ -320,11 +431,12 @@ def test_bad_input_to_reduce_changes_nothing_on_any_rank() -> None:
     mine, other = run_ranks(_bad_reduce, 2)
     assert mine == other
     kinds = [kind for kind, _ in mine]
-    assert kinds == ["InvalidValueError"] * 5 + ["RankMismatchError"] * 2 + ["InvalidValueError"]
+    assert kinds == ["InvalidValueError"] * 6 + ["RankMismatchError"] * 2 + ["InvalidValueError"]
     assert "scale is nan" in mine[3][1]
-    assert "different values for scale" in mine[5][1]
-    assert "different values for accumulate" in mine[6][1]
-    assert "layout torch.sparse_coo" in mine[7][1]
+    assert "scale is 1e-40" in mine[5][1]
+    assert "different values for scale" in mine[6][1]
+    assert "different values for accumulate" in mine[7][1]
+    assert "layout torch.sparse_coo" in mine[8][1]
 
 
 def test_unlink_and_link_anew() -> None:
@@ -385,7 +497,9 @@ def test_without_a_process_group() -> None:
         safe_set_full_fp32_param(param, param.detach().float())
     before = [param.detach().float() for param in partition.params]
     grads = set_gradients(partition.params, seed=1)
-    partition.reduce_gradients()
+    stats = partition.reduce_gradients()
+    assert stats.sum_squares == sum(grad.double().square().sum() for grad in grads)
+    assert stats.nonfinite == 0
     optimizer.step()
     partition.publish()
     for param, old, grad in zip(partition.params, before, grads, strict=True):

@@ -5,19 +5,28 @@
     attach(model, optimizer)
     ...
     loss.backward()
-    partition.reduce_gradients()   # lp gradients -> fp32 mean, each rank its slice
-    optimizer.step()               # on this rank's slice alone
-    partition.publish()            # fp32 -> lp weights on every rank
+    stats = partition.reduce_gradients()   # lp gradients -> fp32 mean, each rank its slice
+    optimizer.step()                       # on this rank's slice alone
+    partition.publish()                    # fp32 -> lp weights on every rank
 
 [Note: gradient life] lp gradients pile up locally over the backward passes; `reduce_gradients` averages them over the
 group into ``hp_param.grad`` and clears them; `publish`, after the optimizer's step, clears ``hp_param.grad``. In
-between, and only then, there is a reduced gradient to read.
+between, and only then, there is a reduced gradient to read. It takes memory then only, so that the activations of the
+backward pass have what it leaves. Nothing that outlives `reduce_gradients` holds an lp gradient either: its work is
+planned by the kernels' functions, which know tensors by their addresses and find the plan again where an allocator
+gives the next step the same ones; `Fragments` would keep the tensors.
+
+[Note: mean] What is reduced is divided by the number of ranks and multiplied by the reciprocal of the scale, as
+`torch.amp` does. A number of ranks that is a power of two divides exactly either way, and goes into that factor. For
+others a product with the reciprocal is not the quotient: every third mean of 3 ranks would be off by its last bit, and
+7 ranks with equal gradients would not get that gradient back. So their slice is divided first, in a pass of its own.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -31,7 +40,38 @@ from ds_fragment._registry import registry
 from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
 
-__all__ = ["FlatPartition"]
+__all__ = ["FlatPartition", "GradientStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientStats:
+    """What is to be known of a reduced gradient before a step: its norm, to clip it, and whether it is finite.
+
+    It is about the whole gradient of the group's parameters, every fragment of every rank, as `reduce_gradients` left
+    it: averaged, unscaled, and with what it was added to. It is the same on every rank. It lies on the parameters'
+    device: nothing waits until a number is read from it. Statistics of several partitions add up.
+
+    Attributes:
+        values: fp64, (2,): the sum of squares, and the number of elements that are infinite or NaN. Where there are
+            any, the sum is not finite either. Squares are taken in fp32: that of a magnitude over 1.8e19 is infinite.
+    """
+
+    values: torch.Tensor
+
+    @property
+    def sum_squares(self) -> torch.Tensor:
+        """fp64, ()."""
+        return self.values[0]
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """The L2 norm: fp32, (), as `torch.nn.utils.clip_grads_with_norm_` takes it."""
+        return self.values[0].sqrt().float()
+
+    @property
+    def nonfinite(self) -> torch.Tensor:
+        """How many elements are infinite or NaN: int64, ()."""
+        return self.values[1].long()
 
 
 class _GradientTable(dict[int, list[torch.Tensor]]):
@@ -68,8 +108,8 @@ class FlatPartition:
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise InvalidValueError(f"group is {group!r}, expected a process group that this rank is a member of")
         self.group = group
-        self._groups = [] if group is None else [group]
         self.world_size, self.rank = (1, 0) if group is None else (group.size(), group.rank())
+        self._groups = [group] if group is not None and self.world_size > 1 else []  # with whom there is to agree
         candidates = list(dict.fromkeys(params))
         self.params = [param for param in candidates if not isinstance(param, torch.Tensor) or param.requires_grad]
         fault = _fault(self.params)
@@ -77,13 +117,15 @@ class FlatPartition:
         shapes = [hash(tuple(param.shape)) for param in self.params] if fault is None else []
         agree(fault, self._groups, device, shapes, lambda i: f"the shape of params[{i}]")
 
-        self.numel = sum(param.numel() for param in self.params)
+        self._numels = [param.numel() for param in self.params]
+        self.numel = sum(self._numels)
         self.partition_size = max(1, -(-self.numel // self.world_size))
         flat = torch.zeros(self.partition_size, dtype=torch.float32, device=device)
         self.hp_param = nn.Parameter(flat)
         self._gradients = _GradientTable()
         self._positions = {param: i for i, param in enumerate(self.params)}
-        self._used: list[bool] | None = None
+        self._used: torch.Tensor | None = None  # fp64, (params,): over 0 where a rank used one; on the group's device
+        self._used_here: list[bool] | None = None  # the same, once somebody has looked
         self._consumed = False
         link_hp_params(
             self.params,
@@ -112,53 +154,91 @@ class FlatPartition:
                 [fragment.lp_fragment for fragment in self._fragments],
             )
 
-    def reduce_gradients(self, *, scale: float = 1.0, accumulate: bool = False) -> None:
+    def reduce_gradients(self, *, scale: float = 1.0, accumulate: bool = False) -> GradientStats:
         """Average the lp gradients over the group into ``hp_param.grad``, in fp32, and clear them.
 
         All ranks of the group must call it, after the last backward pass of a step. A parameter that no rank used has
-        no gradient afterwards; one that only some ranks used counts as zero on the others.
+        no gradient afterwards; one that only some ranks used counts as zero on the others. On one rank the host does
+        not wait for the device; several ranks wait for each other, and for the backward pass, to agree on the call.
 
         Args:
-            scale: what the loss was multiplied by; gradients are divided by it.
+            scale: what the loss was multiplied by; gradients are multiplied by its reciprocal.
             accumulate: add to the gradient that is there instead of replacing it.
 
+        Returns:
+            The norm and the number of non-finite elements of the whole gradient, the same on every rank.
+
         Raises:
-            InvalidValueError: ``scale`` is not a positive finite number, or a gradient is sparse; on every rank, and
-                nothing changes.
+            InvalidValueError: ``scale`` is not a positive number that fp32 holds, with its reciprocal, or a gradient
+                is sparse; on every rank, and nothing changes.
             UnlinkedParameterError: the parameters were unlinked, or linked to another partition.
         """
         device = self.hp_param.device
         error = self._unlinked() or self._bad_gradients(scale)
         sums = [] if error is not None else [hash(float(scale)), int(accumulate)]
         agree(error, self._groups, device, sums, lambda i: ("scale", "accumulate")[i])
-        flat = torch.zeros(self.world_size * self.partition_size, dtype=torch.float32, device=device)
-        views = flat[: self.numel].split_with_sizes([param.numel() for param in self.params])
-        here = [i for i, param in enumerate(self.params) if param.grad is not None]
-        grads = [self.params[i].grad for i in here]
-        _kernels.copy([views[i].view(self.params[i].shape) for i in here], [g.detach() for g in grads if g is not None])
-        used = torch.zeros(len(self.params), dtype=torch.int32)
-        used[here] = 1
-        reduced = flat
-        if self.group is not None and self.world_size > 1:
-            on = wire_device(self.group, device)
-            wired, used = flat.to(on), used.to(on)
-            reduced = torch.empty(self.partition_size, dtype=torch.float32, device=on)
-            _collectives.reduce_scatter(reduced, wired, group=self.group)
-            dist.all_reduce(used, group=self.group)
-            reduced = reduced.to(device)
-        reduced.div_(self.world_size * scale)
-        before = [False] * len(self.params)
-        if accumulate and self.hp_param.grad is not None:
-            self.hp_param.grad.add_(reduced)
-            before = self._used or before
+
+        grads = {i: param.grad for i, param in enumerate(self.params) if param.grad is not None}
+        gradient = self.hp_param.grad if accumulate else None
+        adds = gradient is not None
+        if not adds:  # its memory is there for the new one
+            self.hp_param.grad = None
+            self._gradients.clear()
+        if self.world_size == 1:
+            sources, numels = grads, self._numels
         else:
-            self.hp_param.grad = reduced
-        self._used = [old or bool(new) for old, new in zip(before, used.tolist(), strict=True)]
-        self._consumed = False
-        gradient = self.hp_param.grad
+            total = self._sum_over_ranks(grads)
+            sources, numels = {0: total}, [total.numel()]
+            if self.world_size & (self.world_size - 1):  # see [Note: mean]
+                total.div_(self.world_size)
+            else:
+                scale *= self.world_size
+        if gradient is None:
+            gradient = torch.empty(self.partition_size, dtype=torch.float32, device=device)
+        *pieces, padding = gradient.split_with_sizes([*numels, self.partition_size - sum(numels)])
+        targets = [pieces[i] for i in sources]
+        stats = _kernels.gather_grads(targets, list(sources.values()), scale=1 / scale, accumulate=adds)
+        found = stats.values[::2].to(device)  # the sum of squares, and how many are not finite
+        rest = [piece for i, piece in enumerate(pieces) if i not in sources]
+        if not adds:
+            _zero([*rest, padding])
+        elif rest:  # what was there before counts too
+            found = found + _kernels.norm(rest).values[::2]
+
+        used = torch.tensor([float(i in grads) for i in range(len(self.params))], dtype=torch.float64)
+        if self.world_size > 1:
+            used, found = self._tell(used, found)
+        if adds and self._used is not None:
+            used = used + self._used
+        self._used, self._used_here, self._consumed = used, None, False
+        self.hp_param.grad = gradient
         self._gradients[self._index] = [gradient.narrow(0, start, numel) for start, numel in self._spans]
         for param in self.params:
             param.grad = None
+        return GradientStats(found)
+
+    def _sum_over_ranks(self, grads: dict[int, torch.Tensor]) -> torch.Tensor:
+        """This rank's slice of the sum of the ranks' lp gradients, given by position: fp32, 1-D, without padding."""
+        assert self.group is not None
+        device, on = self.hp_param.device, wire_device(self.group, self.hp_param.device)
+        mine = torch.empty(self.world_size * self.partition_size, dtype=torch.float32, device=device)
+        pieces = mine[: self.numel].split_with_sizes(self._numels)  # the padding is left as it is: nobody reads it
+        _kernels.copy([pieces[i] for i in grads], list(grads.values()))
+        _zero(piece for i, piece in enumerate(pieces) if i not in grads)
+        total = torch.empty(self.partition_size, dtype=torch.float32, device=on)
+        _collectives.reduce_scatter(total, mine.to(on), group=self.group)
+        held = min(max(self.numel - self.rank * self.partition_size, 0), self.partition_size)
+        return total.to(device)[:held]
+
+    def _tell(self, used: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the ranks, in one small collective: who used which parameter, and the statistics of the slices."""
+        assert self.group is not None
+        on = wire_device(self.group, self.hp_param.device)
+        if on.type == "cuda":
+            used = used.pin_memory()  # else the host would wait for the copy, and so for all that came before it
+        told = torch.cat([used.to(on, non_blocking=True), found.to(on)])
+        dist.all_reduce(told, group=self.group)
+        return told[: len(used)], told[len(used) :].to(self.hp_param.device)
 
     def publish(self) -> None:
         """Write the fp32 slices into the whole lp parameters of every rank, and clear the consumed gradient.
@@ -173,7 +253,7 @@ class FlatPartition:
         self.hp_param.grad = None
         self._gradients.clear()
         self._consumed = self._consumed or self._used is not None
-        self._used = None
+        self._used = self._used_here = None
 
     def unlink(self) -> None:
         """Take the linkage off the lp parameters, but for those linked anew since; afterwards they are plain ones."""
@@ -193,8 +273,11 @@ class FlatPartition:
         )
 
     def _bad_gradients(self, scale: float) -> InvalidValueError | None:
-        if not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            return InvalidValueError(f"scale is {scale!r}, expected a positive number: what the loss was scaled by")
+        if not (isinstance(scale, int | float) and 2.0**-126 <= scale <= 2.0**126):
+            return InvalidValueError(
+                f"scale is {scale!r}, expected what the loss was multiplied by: a positive number, normal in fp32 "
+                "as its reciprocal is"
+            )
         for i, param in enumerate(self.params):
             if param.grad is not None and param.grad.layout != torch.strided:
                 return InvalidValueError(
@@ -211,13 +294,21 @@ class FlatPartition:
             if self._consumed or self._used is not None:
                 return "it was consumed by the last step: read it between reduce_gradients() and publish()"
             return "no backward pass was reduced yet"
-        return None if self._used[self._positions[param]] else "no rank used the parameter in this backward pass"
+        if self._used_here is None:  # waits for the device
+            self._used_here = [count > 0 for count in self._used.tolist()]
+        return None if self._used_here[self._positions[param]] else "no rank used the parameter in this backward pass"
 
     def __repr__(self) -> str:
         return (
             f"FlatPartition({len(self.params)} parameters, {self.numel} elements, rank {self.rank} of "
             f"{self.world_size} holds {self.partition_size})"
         )
+
+
+def _zero(tensors: Iterable[torch.Tensor]) -> None:
+    some = [tensor for tensor in tensors if tensor.numel()]
+    if some:
+        torch._foreach_zero_(some)
 
 
 def _fault(params: list[torch.Tensor]) -> InvalidValueError | None:

@@ -150,7 +150,8 @@ class DeepSpeedAdapter(Adapter):
             return list(zip(claimed, slots, strict=True))
         entries = [self._entry(param, slot, what) for param, slot in zip(params, slots, strict=True)]
         return [
-            (*known, entry.shape == (), entry.dtype) for known, entry in zip(zip(claimed, slots), entries, strict=True)
+            (*known, entry.shape == (), entry.dtype)
+            for known, entry in zip(zip(claimed, slots, strict=True), entries, strict=True)
         ]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:

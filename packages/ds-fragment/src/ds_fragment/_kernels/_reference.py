@@ -44,13 +44,14 @@ def gather_grads(
 ) -> Stats:
     """``dsts[i] (+)= scale * srcs[i]`` in fp32, and the statistics of what was written."""
     with torch.no_grad():
+        if not accumulate:
+            copy(dsts, srcs)
         for dst, src in zip(dsts, srcs, strict=True):
             by = scale.to(dst.device) if isinstance(scale, torch.Tensor) else scale
-            scaled = src.detach().reshape(dst.shape).to(torch.float32) * by
             if accumulate:
-                dst += scaled
+                dst += src.detach().reshape(dst.shape).to(torch.float32) * by
             else:
-                dst.copy_(scaled)
+                dst *= by
         stats = norm(dsts, found_inf.device if not dsts and found_inf is not None else None)
         if found_inf is not None:
             found_inf.masked_fill_((stats.nonfinite > 0).to(found_inf.device), 1.0)
@@ -68,7 +69,7 @@ def norm(tensors: Tensors, device: torch.device | None = None) -> Stats:
             x = tensor.detach().to(torch.float32)
             values[0] += x.square().sum(dtype=torch.float64).to(device)
             values[1] = torch.maximum(values[1], x.abs().amax().to(device, torch.float64))
-            values[2] += (~x.isfinite()).sum().to(device)
+            values[2] += (x - x).count_nonzero().to(device)  # 0 where x is finite, NaN elsewhere
     return Stats(values)
 
 
