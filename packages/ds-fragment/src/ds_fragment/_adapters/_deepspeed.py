@@ -144,15 +144,11 @@ class DeepSpeedAdapter(Adapter):
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """Where the engine keeps each, and what it optimizes it with."""
-        claimed = list(map(self.claims, params))
-        slots = list(map(self._slot, params))
+        known = [(self.claims(param), self._slot(param)) for param in params]
         if what in ("value", "grad"):
-            return list(zip(claimed, slots, strict=True))
-        entries = [self._entry(param, slot, what) for param, slot in zip(params, slots, strict=True)]
-        return [
-            (*known, entry.shape == (), entry.dtype)
-            for known, entry in zip(zip(claimed, slots, strict=True), entries, strict=True)
-        ]
+            return known
+        entries = [self._entry(param, slot, what) for param, (_, slot) in zip(params, known, strict=True)]
+        return [(*one, entry.dim(), entry.dtype) for one, entry in zip(known, entries, strict=True)]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""

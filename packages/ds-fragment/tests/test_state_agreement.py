@@ -1,0 +1,122 @@
+"""The ranks agree on where optimizer state is before the first read of it, and not again as long as that is so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ds_fragment import FlatPartition, _read, attach, iter_full
+from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
+from fragment_oracle import assert_same, ragged, raised
+from ranks import run_ranks
+from torch import nn
+
+KEY = "exp_avg"
+
+
+def stepped(kind: str) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
+    """Parameters, their optimizer, and the tensor that the state belongs to; it keeps the partition alive."""
+    model: nn.Module = ragged(torch.bfloat16 if kind == "flat" else torch.float32, fsdp2=kind == "fsdp2")
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+        params = [param for param in model.parameters() if param.requires_grad]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer = torch.optim.AdamW(params)
+        owned = params[1]
+    else:
+        partition = FlatPartition(model.parameters())
+        for param in partition.params:
+            param.grad = torch.ones_like(param)
+        partition.reduce_gradients()
+        params, owned = partition.params, partition.hp_param
+        optimizer = torch.optim.AdamW([owned])
+        optimizer.kept = (partition, model)  # type: ignore[attr-defined]
+    attach(model, optimizer)
+    optimizer.step()
+    return params, optimizer, owned
+
+
+def _once(rank: int, kind: str) -> list[int]:
+    params, optimizer, _ = stepped(kind)
+    agree, calls = _read.agree, []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        agree(*args, **kwargs)
+
+    _read.agree = counted
+    counts = []
+    for _ in range(3):
+        dict(iter_full(params, KEY))
+        counts.append(len(calls))
+    for param in params:  # each by itself, which is known by now too
+        safe_get_full_optimizer_state(param, KEY)
+    dict(iter_full(params[::-1], KEY))
+    counts.append(len(calls))
+    dict(iter_full(params, "exp_avg_sq"))
+    counts.append(len(calls))
+    attach(None, optimizer)  # nothing that the ranks agreed on has changed
+    dict(iter_full(params, KEY))
+    counts.append(len(calls))
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["flat", "fsdp2"])
+def test_the_ranks_agree_once(kind: str) -> None:
+    for counts in run_ranks(_once, 2, kind):
+        assert counts == [1, 1, 1, 1, 2, 2]
+
+
+def _one_rank_loses_it(rank: int, kind: str) -> list[Any]:
+    params, optimizer, owned = stepped(kind)
+    expected = [tensor.clone() for _, tensor in iter_full(params, KEY)]
+    state = dict(optimizer.state[owned])
+    found = []
+    for at_once in (True, False):
+        for change in ("gone", "dtype"):
+            if rank == 1:
+                if change == "gone":
+                    optimizer.state[owned].clear()
+                else:
+                    optimizer.state[owned][KEY] = state[KEY].to(torch.bfloat16)
+            for _ in range(2):  # the second time the ranks agree anew, and find it again
+                if at_once:
+                    found.append(raised(lambda: list(iter_full(params, KEY))))
+                else:
+                    found.append(raised(lambda: [safe_get_full_optimizer_state(param, KEY) for param in params]))
+            optimizer.state[owned].update(state)
+            for param, dense in zip(params, expected, strict=True):
+                assert_same(safe_get_full_optimizer_state(param, KEY), dense)
+    return found
+
+
+def test_a_rank_that_lost_it_later_is_everybodys_error() -> None:
+    mine, other = run_ranks(_one_rank_loses_it, 2, "fsdp2")
+    assert mine == other
+    kinds = [kind for kind, _ in mine]
+    assert kinds == ["StateNotReadyError", "StateNotReadyError", "StateKeyError", "RankMismatchError"] * 2
+    assert all(text.startswith("rank 1: ") for kind, text in mine if kind != "RankMismatchError")
+    assert "then torch.float32" in mine[2][1]
+    assert "now torch.bfloat16" in mine[2][1]
+
+
+def _all_ranks_change_it(rank: int) -> list[Any]:
+    params, optimizer, owned = stepped("fsdp2")
+    dict(iter_full(params, KEY))
+    half = optimizer.state[owned][KEY].to(torch.bfloat16)
+    optimizer.state[owned][KEY] = half
+    found = [raised(lambda: list(iter_full(params, KEY)))]
+    read = dict(zip(params, (tensor for _, tensor in iter_full(params, KEY)), strict=True))
+    assert_same(read[owned], half.full_tensor())
+    return found
+
+
+def test_state_of_another_dtype_is_read_after_the_ranks_agreed_anew() -> None:
+    mine, other = run_ranks(_all_ranks_change_it, 2)
+    assert mine == other
+    assert mine[0][0] == "StateKeyError"
+    assert "call again" in mine[0][1]

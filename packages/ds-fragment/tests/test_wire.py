@@ -1,0 +1,134 @@
+"""Chunks packed by every rank and unpacked by one, without communication: on a CPU, and by the kernels on a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from ds_fragment import _wire, use_kernels
+from ds_fragment._layout import even_layout
+from ds_fragment._place import Place
+from ds_fragment._wire import Room, Wire
+from fragment_oracle import assert_same
+from test_exchange import DTYPES, cut_by_hand, noise, random_layout
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+WHERE = [
+    pytest.param("cpu", "auto", id="cpu"),
+    pytest.param("cuda", "cuda", id="kernels", marks=GPU),
+    pytest.param("cuda", "reference", id="reference", marks=GPU),
+]
+
+
+class Group:
+    """Stands for a process group: what a wire asks of one."""
+
+    _device_types = (torch.device("cpu"), torch.device("cuda"))
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._rank, self._ranks = rank, ranks
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._ranks
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(group.size())))
+
+
+def wires(places: list[Place], ranks: int) -> list[Wire]:
+    groups = [cast(Any, Group(rank, ranks)) for rank in range(ranks)]
+    return [Wire(group, range(len(places)), places) for group in groups]
+
+
+def drawn(chance: random.Random, generator: torch.Generator, ranks: int, device: str) -> Iterator[tuple[Place, Any]]:
+    home = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    alike = chance.random() < 0.3  # many of one shape, as layers have them
+    shape = torch.Size((chance.choice([4, 8, 3]), 8))
+    for _ in range(chance.randint(1, 12)):
+        if not alike:
+            shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8, 64]) for _ in range(chance.randint(0, 3)))
+        dense = noise(shape, chance.choice(DTYPES[:3] if alike else DTYPES), generator)
+        kind = random_layout(chance, shape, ranks)
+        if alike or chance.random() < 0.3:
+            kind = even_layout(shape.numel(), ranks)
+        yield Place(shape, dense.dtype, home, kind, cast(Any, Group(0, ranks))), dense
+
+
+@pytest.mark.parametrize(("device", "kernels"), WHERE)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_what_all_ranks_pack_one_unpacks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, device: str, kernels: Any
+) -> None:
+    monkeypatch.setattr(_wire, "_IN_PLACE", 1 << 40)
+    monkeypatch.setattr(_wire, "_IN_PLACE_GPU", 1 << 40)
+    chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
+    seen = set()
+    with use_kernels(kernels):
+        for _ in range(300):
+            monkeypatch.setattr(_wire, "_LITTLE", chance.choice([0, 1 << 20]))
+            drawings = list(drawn(chance, generator, ranks, device))
+            places, denses = [place for place, _ in drawings], [dense for _, dense in drawings]
+            made = [wire for wire in wires(places, ranks) if not wire.in_place]
+            if not made:  # on a GPU one that is alone and even goes in place
+                continue
+            for _ in range(2):  # again, as a plan does
+                landing = torch.full((made[0].begins[-1],), 255, dtype=torch.uint8, device=places[0].device)
+                for rank, wire in enumerate(made):
+                    assert wire.lengths == made[0].lengths
+                    cut = [cut_by_hand(dense, place.layout, rank) for dense, place in zip(denses, places, strict=True)]
+                    pieces = [None if piece is None else piece.to(places[0].device) for piece in cut]
+                    wire.pack(
+                        wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank)
+                    )
+                for wire in made:
+                    seen |= {section.cut for section in wire.sections}
+                    wholes = wire.unpack(landing, None)
+                    assert sorted(wholes) == list(range(len(places)))
+                    for item, whole in wholes.items():
+                        assert whole.is_contiguous()
+                        assert whole.device == places[item].device
+                        assert_same(whole.cpu(), denses[item], (places[item].layout, wire.sections))
+    assert seen == {"even", "single", "runs", "boxes"}
+
+
+@pytest.mark.parametrize(("device", "kernels"), WHERE)
+def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device: str, kernels: Any) -> None:
+    places = [
+        Place(torch.Size((n,)), torch.bfloat16, torch.device(device, 0), even_layout(n, 2), cast(Any, Group(0, 2)))
+        for n in (64, 6, 64)
+    ]
+    made = wires(places, 2)
+    with use_kernels(kernels):
+        for _ in range(3):
+            masters = [torch.randn(place.shape, device=device) for place in places]
+            landing = torch.empty(made[0].begins[-1], dtype=torch.uint8, device=device)
+            for rank, wire in enumerate(made):
+                pieces = [master.chunk(2)[rank] for master in masters]
+                wire.pack(wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank))
+            for item, whole in made[0].unpack(landing, None).items():
+                assert torch.equal(whole, masters[item].bfloat16())
+
+
+def test_neighbours_of_one_shape_are_made_at_once_and_all_are_aligned() -> None:
+    shapes = [(4, 2), (4, 2), (3,), (3,), (), (0, 5), (16,)]
+    places = [
+        Place(torch.Size(s), torch.float32, torch.device("cpu"), even_layout(torch.Size(s).numel(), 2), None)
+        for s in shapes
+    ]
+    room = Room(range(len(places)), places, step=4)
+    storage = torch.arange(float(room.numel))
+    views = room.views(storage)
+    assert [tuple(view.shape) for view in views] == shapes
+    for start, view in zip(room.starts, views, strict=True):
+        assert start % 4 == 0
+        assert view.flatten().tolist() == [float(start + i) for i in range(view.numel())]
+    assert len(room._runs) == 6
