@@ -149,33 +149,39 @@ def test_buckets_keep_the_order_and_the_limit() -> None:
     assert plan.buckets == [[0, 1, 2], [3], [4, 5, 6], [7]]
 
 
-def _two_buckets_at_most(rank: int) -> None:
-    under_way = peak = 0
+def _few_buckets_at_a_time(rank: int, in_place: int) -> int:
+    """The most that are under way while the caller works on one."""
+    under_way = most = 0
     start, land = _exchange.Flight.start.__func__, _exchange.Flight.land
 
-    def counted_start(cls: Any, *args: Any) -> Any:
-        nonlocal under_way, peak
+    def counted_start(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal under_way
         under_way += 1
-        peak = max(peak, under_way)
-        return start(cls, *args)
+        return start(cls, *args, **kwargs)
 
     def counted_land(self: Any) -> None:
         nonlocal under_way
         land(self)
         under_way -= 1
 
+    _wire._IN_PLACE = in_place
     _exchange.Flight.start = classmethod(counted_start)
     _exchange.Flight.land = counted_land
-    plan = Plan(simple_places(12, 8, dist.group.WORLD, 2), bucket_bytes=128)
-    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((4,), float(item))))):
-        assert under_way == (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
-        assert all(tensor is not None and bool((tensor == tensor[0]).all()) for tensor in bucket)
-    assert len(plan.buckets) == 6
-    assert peak == 2
+    places = [simple_places(1, numel, dist.group.WORLD, 2)[0] for _ in range(12) for numel in (8, 8, 16)]
+    plan = Plan(places, bucket_bytes=128)
+    own = [taken - packed for taken, packed in zip(plan.taken, plan.packed, strict=True)]
+    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((places[item].shape[0] // 2,), 1.0)))):
+        assert under_way >= (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
+        assert sum(own[turn : turn + 1 + under_way]) <= 2 * plan.bucket_bytes
+        assert all(tensor is not None and bool((tensor == 1).all()) for tensor in bucket)
+        most = max(most, under_way)
+    assert len(plan.buckets) > 5
+    return most
 
 
-def test_two_buckets_are_the_most_that_are_under_way() -> None:
-    run_ranks(_two_buckets_at_most, 2)
+@pytest.mark.parametrize(("in_place", "most"), [(1 << 20, 2), (0, 1), (33, 1)])
+def test_no_more_is_under_way_than_two_buckets_hold(in_place: int, most: int) -> None:
+    assert run_ranks(_few_buckets_at_a_time, 2, in_place) == [most, most]
 
 
 def failing_locate(at: int, error: Exception, size: int) -> Any:

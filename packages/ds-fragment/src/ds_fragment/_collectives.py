@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # Renamed in torch 2.13; the old names stay for a while.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_coalescing: Any = distributed_c10d._coalescing_manager  # what `batch_isend_irecv` is made with
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -37,3 +39,28 @@ def all_gather_many(
         return []
     pairs = zip(outputs, inputs, strict=True)
     return [all_gather(output, given, group=group, async_op=True) for output, given in pairs]
+
+
+def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.ProcessGroup) -> list[dist.Work]:
+    """Several broadcasts at once, asynchronously; on a GPU as one launch, so that all senders send at the same time.
+
+    All ranks of the group must call it.
+
+    Args:
+        parts: for each its global source rank, and the tensor that it sends and the others receive into.
+        group: the ranks.
+
+    Returns:
+        What is to be waited for.
+    """
+    if len(parts) > 1 and parts[0][1].is_cuda:
+        with _coalescing(group, parts[0][1].device, async_ops=True) as together:
+            for source, part in parts:
+                dist.broadcast(part, source, group=group, async_op=True)
+        return [together]
+    return [_some(dist.broadcast(part, source, group=group, async_op=True)) for source, part in parts]
+
+
+def _some(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # this rank is in the group
+    return work

@@ -2,7 +2,8 @@
 
 [Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
 in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
-much again until it is unpacked, so it counts twice. How one bucket travels over one group is `_wire`'s and `_flight`'s.
+much again until it is unpacked, so it counts twice; that leaves room for one more in flight while a bucket is unpacked.
+How one bucket travels over one group is `_wire`'s and `_flight`'s.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ class Plan:
     """What travels with what, for one list of places: made once, used for as long as the places stay the same."""
 
     def __init__(self, places: Sequence[Place], bucket_bytes: int) -> None:
-        self.places = places
+        self.places, self.bucket_bytes = places, bucket_bytes
         self.buckets: list[list[int]] = []
-        filled = 0
+        self.taken: list[int] = []  # bytes by bucket
+        self.packed: list[int] = []  # how many of them only until the bucket is unpacked
         for item, place in enumerate(places):
-            taken = place.nbytes if place.alone or stretches_of(place) else 2 * place.nbytes
-            if not self.buckets or filled + taken > bucket_bytes:
+            packed = 0 if place.alone or stretches_of(place) else place.nbytes
+            if not self.buckets or self.taken[-1] + place.nbytes + packed > bucket_bytes:
                 self.buckets.append([])
-                filled = 0
+                self.taken.append(0)
+                self.packed.append(0)
             self.buckets[-1].append(item)
-            filled += taken
+            self.taken[-1] += place.nbytes + packed
+            self.packed[-1] += packed
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = len({wire.group for wires in self.wires for wire in wires})
@@ -129,6 +133,10 @@ def gather(
             for flight in landing:
                 flight.land()
             shared = False
+            if started < len(plan.buckets):  # have the wire busy while this bucket is unpacked
+                under_way = sum(plan.taken[b] - plan.packed[b] for b in range(bucket + 1, started + 1))
+                if plan.taken[bucket] + under_way <= 2 * plan.bucket_bytes:
+                    start(locate)
             wholes = _copied(plan, plan.alone[bucket], locate, out) if here and plan.alone[bucket] else {}
             for flight in landing:
                 wholes.update(flight.deliver())

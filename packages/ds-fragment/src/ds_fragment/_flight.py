@@ -69,6 +69,7 @@ class Flight:
         wire, landing = self.wire, self.landing
         assert landing is not None
         outputs, inputs = [], []
+        parts: list[tuple[int, torch.Tensor]] = []  # (sender, what it sends)
         for item, stretches in wire.in_place.items():
             whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
             if item in wire.even:
@@ -79,17 +80,18 @@ class Flight:
                 part = whole.narrow(0, start, nbytes)
                 if rank == wire.rank and piece is not None:
                     part.copy_(piece)
-                self._broadcast(part, rank)
+                parts.append((rank, part))
         if wire.gathered:
             if self.error is not None:
                 chunk[: wire.head].copy_(_status.encode(self.error))
             self._all_gather([*outputs, landing], [*inputs, chunk])
             self.statuses = landing.view(wire.size, -1)[:, : wire.head]
-            return
-        self._gather(outputs, inputs)
-        for rank, length in enumerate(wire.lengths):
-            if length:
-                self._broadcast(wire.chunk(landing, rank), rank)
+        else:
+            self._gather(outputs, inputs)
+            parts += [(rank, wire.chunk(landing, rank)) for rank, length in enumerate(wire.lengths) if length]
+        if parts:
+            sources = [(wire.global_ranks[rank], part) for rank, part in parts]
+            self.works.extend(_collectives.broadcast_many(sources, wire.group))
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""
@@ -102,10 +104,6 @@ class Flight:
     def _all_gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
         self.held.extend(inputs)
-
-    def _broadcast(self, part: torch.Tensor, rank: int) -> None:
-        source = self.wire.global_ranks[rank]
-        self.works.append(dist.broadcast(part, source, group=self.wire.group, async_op=True))
 
     def _send_to(self, dst: int, chunk: torch.Tensor) -> None:
         """Every item to one rank, from each that holds a part of it."""

@@ -9,6 +9,8 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import is_
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from ds_fragment._registry import clean_name, registry
 from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError
 
 _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
-_BUCKET_BYTES_GPU = 256 << 20
+_BUCKET_BYTES_GPU = 512 << 20
 _ITEMS_SURVEYED = 50_000  # in the surveys that are kept
 
 Named = tuple[str, torch.Tensor]
@@ -64,7 +66,7 @@ class _Survey:
         """Whether it is still good for these parameters."""
         if self.generation != registry.generation:
             return False
-        if not all(ref() is param for ref, param in zip(self._params, params, strict=True)):
+        if not all(map(is_, (ref() for ref in self._params), params)):
             return False
         try:
             return self._stamps_of(params) == self._stamps
@@ -183,12 +185,13 @@ class Quantity:
             found = self.adapters[0].pieces([params[item] for item in items], self.what)
         else:
             found = [self.adapters[item].local(params[item], self.what) for item in items]
-        for item, piece in zip(items, found, strict=True):
-            held = 0 if piece is None else piece.numel()
-            if held != survey.held[item]:
-                raise FragmentError(
-                    f"{self.name(item)}: {held} elements are here where its layout says {survey.held[item]}"
-                )
+        held = [0 if piece is None else piece.numel() for piece in found]
+        expected = [survey.held[item] for item in items]
+        if held != expected:
+            wrong = next(i for i in range(len(items)) if held[i] != expected[i])
+            raise FragmentError(
+                f"{self.name(items[wrong])}: {held[wrong]} elements are here where its layout says {expected[wrong]}"
+            )
         return found
 
     def full(
@@ -196,7 +199,9 @@ class Quantity:
     ) -> Iterator[tuple[int, torch.Tensor | None]]:
         """The whole tensors by item; all ranks must take all of them. ``locate`` stands in for `pieces`."""
         if bucket_bytes is None:
-            bucket_bytes = _BUCKET_BYTES if self.device().type == "cpu" else _BUCKET_BYTES_GPU
+            bucket_bytes = _BUCKET_BYTES
+            if self.device().type != "cpu":  # two of the largest parameter are taken in any case
+                bucket_bytes = max(_BUCKET_BYTES_GPU, *(place.nbytes for place in self.places))
         plan = plan_of(self.places, bucket_bytes)
         buckets = gather(plan, locate or self.pieces, dst=dst)
         for items in plan.buckets:
@@ -255,13 +260,11 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
     Raises:
         TypeError: something is neither a tensor nor a (name, tensor) pair.
     """
-    items: list[torch.Tensor | Named] = list(
-        sharded(params).named_parameters() if isinstance(params, nn.Module) else params
-    )
-    pairs = [item for item in items if isinstance(item, tuple)]
-    if pairs and len(pairs) == len(items):
-        return [clean_name(name) for name, _ in pairs], [_tensor(param) for _, param in pairs]
-    return None, [_tensor(item) for item in items]
+    items: list[Any] = list(sharded(params).named_parameters() if isinstance(params, nn.Module) else params)
+    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
+        names, tensors = zip(*items, strict=True)
+        return list(map(clean_name, names)), _tensors(tensors)
+    return None, _tensors(items)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -278,10 +281,11 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _tensor(item: object) -> torch.Tensor:
-    if not isinstance(item, torch.Tensor):
-        raise TypeError(f"params holds a {type(item).__name__}, expected parameters or (name, parameter) pairs")
-    return item
+def _tensors(items: Sequence[Any]) -> list[torch.Tensor]:
+    wrong = next((kind for kind in set(map(type, items)) if not issubclass(kind, torch.Tensor)), None)
+    if wrong is not None:
+        raise TypeError(f"params holds a {wrong.__name__}, expected parameters or (name, parameter) pairs")
+    return list(items)
 
 
 def iter_full(
@@ -302,14 +306,15 @@ def iter_full(
     Args:
         params: a module, parameters, or (name, parameter) pairs.
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
-        bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU and 256 MiB on a GPU. The memory taken is
-            about two buckets, or two of the largest parameter where that is more; three for a flat partition on gloo.
+        bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 512 MiB or the largest
+            parameter where that is more. The memory taken is about two buckets, or two of the largest parameter.
         dst: the global rank to deliver to; the others take part and are yielded nothing. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.
 
     Yields:
-        (name, tensor) where names were given, else (parameter, tensor): fresh tensors of the whole shape, in order.
+        (name, tensor) where names were given, else (parameter, tensor): fresh tensors of the whole shape, in order. On
+        a GPU those below 4 MiB share storages of up to a bucket: clone a small one that is to be kept by itself.
 
     Raises:
         FragmentError: a rank could not deliver its piece (no such state, no gradient); the same on every rank.

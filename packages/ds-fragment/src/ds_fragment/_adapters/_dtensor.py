@@ -70,7 +70,9 @@ class DTensorAdapter(Adapter):
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """The local tensors."""
-        return list(map(_local, params)) if what == "value" else super().pieces(params, what)
+        if what == "value":
+            return list(map(_local, params))
+        return [DTensorAdapter.local(self, param, what) for param in params]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""

@@ -71,10 +71,14 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As for any DTensor, if they are gradients that are reduced."""
-        return super().pieces(self._all_sharded(params), what)
+        sharded = self._all_sharded(params)
+        if what == "grad":
+            for param in sharded:
+                self._require_reduced(param)
+        return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if all(isinstance(param, DTensor) for param in params):
+        if set(map(type, params)) <= {DTensor}:
             return params
         return [self._sharded(param) for param in params]
 
@@ -82,10 +86,13 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if it is a gradient that is reduced."""
         param = self._sharded(param)
         if what == "grad":
-            reason = self._unreduced(param)
-            if reason is not None:
-                raise GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
+            self._require_reduced(param)
         return super().local(param, what)
+
+    def _require_reduced(self, param: torch.Tensor) -> None:
+        reason = self._unreduced(param)
+        if reason is not None:
+            raise GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
 
     def _unreduced(self, param: torch.Tensor) -> str | None:
         known = self._records.get(param)
