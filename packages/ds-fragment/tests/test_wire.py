@@ -91,9 +91,12 @@ def test_what_all_ranks_pack_one_unpacks(
                     )
                 for wire in made:
                     seen |= {section.cut for section in wire.sections}
-                    wholes = wire.unpack(landing, None)
+                    rooms = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for place in places]
+                    out = chance.choice([None, rooms.__getitem__])
+                    wholes = wire.unpack(landing, out)
                     assert sorted(wholes) == list(range(len(places)))
                     for item, whole in wholes.items():
+                        assert out is None or whole is rooms[item]
                         assert whole.is_contiguous()
                         assert whole.device == places[item].device
                         assert_same(whole.cpu(), denses[item], (places[item].layout, wire.sections))

@@ -2,8 +2,8 @@
 
 [Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
 in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
-much again until it is unpacked, so it counts twice; that leaves room for one more in flight while a bucket is unpacked.
-How one bucket travels over one group is `_wire`'s and `_flight`'s.
+much again while it is unpacked, so it counts twice; that leaves room for more than one in flight. How one bucket
+travels over one group is `_wire`'s and `_flight`'s.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Plan:
     def __init__(self, places: Sequence[Place], bucket_bytes: int) -> None:
         self.places, self.bucket_bytes = places, bucket_bytes
         self.buckets: list[list[int]] = []
-        self.taken: list[int] = []  # bytes by bucket
-        self.packed: list[int] = []  # how many of them only until the bucket is unpacked
+        self.sizes: list[int] = []  # bytes of each bucket: in flight, and when it is there
+        self.packed: list[int] = []  # how many of them are there twice while it is unpacked
         for item, place in enumerate(places):
             packed = 0 if place.alone or stretches_of(place) else place.nbytes
-            if not self.buckets or self.taken[-1] + place.nbytes + packed > bucket_bytes:
+            if not self.buckets or self.sizes[-1] + self.packed[-1] + place.nbytes + packed > bucket_bytes:
                 self.buckets.append([])
-                self.taken.append(0)
+                self.sizes.append(0)
                 self.packed.append(0)
             self.buckets[-1].append(item)
-            self.taken[-1] += place.nbytes + packed
+            self.sizes[-1] += place.nbytes
             self.packed[-1] += packed
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
@@ -125,6 +125,14 @@ def gather(
         flights.append([Flight.start(wire, locate, out, dst) for wire in plan.wires[started]])
         started += 1
 
+    def fill(bucket: int, extra: int) -> None:
+        """Start what there is room for beside a bucket, and the next one in any case."""
+        while started < len(plan.buckets):
+            taken = sum(plan.sizes[bucket : started + 1]) + extra
+            if started > bucket + 1 and taken > 2 * plan.bucket_bytes:
+                break
+            start(locate)
+
     def land(bucket: int) -> list[torch.Tensor | None]:
         """The oldest bucket under way, which nothing refers to any more afterwards."""
         landing = flights.pop(0)
@@ -133,10 +141,6 @@ def gather(
             for flight in landing:
                 flight.land()
             shared = False
-            if started < len(plan.buckets):  # have the wire busy while this bucket is unpacked
-                under_way = sum(plan.taken[b] - plan.packed[b] for b in range(bucket + 1, started + 1))
-                if plan.taken[bucket] + under_way <= 2 * plan.bucket_bytes:
-                    start(locate)
             wholes = _copied(plan, plan.alone[bucket], locate, out) if here and plan.alone[bucket] else {}
             for flight in landing:
                 wholes.update(flight.deliver())
@@ -153,9 +157,10 @@ def gather(
 
     try:
         for bucket in range(len(plan.buckets)):
-            while started < min(bucket + 2, len(plan.buckets)):
-                start(locate)
-            yield land(bucket)
+            fill(bucket, plan.packed[bucket])
+            wholes = land(bucket)
+            fill(bucket, 0)
+            yield wholes
     finally:
         for flight in (f for left in flights for f in left):
             flight.wait()

@@ -158,7 +158,8 @@ class Wire:
             for section in self.sections:
                 section.begins.append(position)
                 position += _aligned(section.nbytes(rank))
-        self._packer: _kernels.Packer | None = None
+        self._packer: _kernels.Tensors | None = None
+        self._unpacker: _kernels.Tensors | None = None
         self._rooms: dict[int, Room] = {}  # by section, as those below
         self._single: dict[int, list[Room]] = {}  # by rank
         self._tables: dict[int, _kernels.Stretches] = {}
@@ -237,7 +238,7 @@ class Wire:
                     if numel:
                         offsets.append(offset)
                         dtypes.append(section.dtype)
-            self._packer = _kernels.Packer(offsets, dtypes)
+            self._packer = _kernels.Tensors(offsets, dtypes)
         return self._packer.pack(chunk, packed)
 
     def unpack(self, landing: torch.Tensor, out: Out | None) -> dict[int, torch.Tensor]:
@@ -255,8 +256,12 @@ class Wire:
         if self.device != self.home:
             landing = landing.to(self.home)
         shares = out is None and self.home.type == "cuda"
-        kernels = shares and _kernels.usable(self.home)
+        kernels = _kernels.usable(self.home)
+        if kernels and out is not None:
+            wholes = self._unpack_into(out, landing)
         for number, section in enumerate(self.sections):
+            if section.items[0] in wholes:
+                continue
             if section.cut == "single" and shares:
                 wholes.update(self._views(number, landing))
                 continue
@@ -265,7 +270,7 @@ class Wire:
             else:
                 rooms = [room_for(self.places[item], item, out) for item in section.items]
             wholes.update(zip(section.items, rooms, strict=True))
-            if kernels and section.cut in ("even", "runs"):
+            if kernels and shares and section.cut in ("even", "runs"):
                 self._table(number).move(room, landing)
             elif section.cut == "even" and self.gathered and section.dtype in _CAT:
                 self._unpack_rows(section, landing, rooms)
@@ -281,6 +286,25 @@ class Wire:
         if dsts:
             _kernels.copy(dsts, srcs)
         return wholes
+
+    def _unpack_into(self, out: Out, landing: torch.Tensor) -> dict[int, torch.Tensor]:
+        """By kernel: every item whose pieces are stretches of it, into the caller's tensors; or nothing."""
+        sections = [section for section in self.sections if section.cut != "boxes"]
+        items = [item for section in sections for item in section.items]
+        targets = list(map(out, items))
+        if self._unpacker is None:
+            offsets, dtypes, pieces, numels = [], [], [], []
+            positions = {item: position for position, item in enumerate(items)}
+            for section in sections:
+                begins = [section.offsets(rank) for rank in range(self.size)]
+                for at, item in enumerate(section.items):
+                    for rank, start, numel in _stretches(self.places[item].layout, 1) or ():
+                        offsets.append(self.begins[rank] + begins[rank][at])
+                        dtypes.append(section.dtype)
+                        pieces.append((positions[item], start))
+                        numels.append(numel)
+            self._unpacker = _kernels.Tensors(offsets, dtypes, pieces, numels)
+        return dict(zip(items, targets, strict=True)) if self._unpacker.unpack(landing, targets) else {}
 
     def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor | None:
         """The whole of the only item, if it can be had at once."""

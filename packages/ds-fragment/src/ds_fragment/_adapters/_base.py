@@ -16,6 +16,7 @@ from ds_fragment._registry import registry
 from ds_fragment.errors import StateKeyError, StateNotReadyError, UnlinkedParameterError
 
 _REFRESH_BYTES = 64 << 20
+_REFRESH_BYTES_GPU = 512 << 20
 
 
 class Adapter(ABC):
@@ -170,7 +171,8 @@ def spread(params: Sequence[torch.Tensor], places: Sequence[Place], locate: Loca
     def located(items: Sequence[int]) -> Pieces:
         return locate([order[item] for item in items])
 
-    plan = plan_of([places[item] for item in order], _REFRESH_BYTES)
+    on_cpu = all(place.device.type == "cpu" for place in places)
+    plan = plan_of([places[item] for item in order], _REFRESH_BYTES if on_cpu else _REFRESH_BYTES_GPU)
     for _ in gather(plan, located, out=lambda i: params[order[i]].data):
         pass
 

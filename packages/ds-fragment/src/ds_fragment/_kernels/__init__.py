@@ -5,16 +5,16 @@ from ds_fragment._kernels._fragments import Fragments
 from ds_fragment._kernels._functions import copy, gather_grads, norm, publish
 from ds_fragment._kernels._report import report, why_reference
 from ds_fragment._kernels._stats import Stats
-from ds_fragment._kernels._stretches import ALIGN, Packer, Stretches
+from ds_fragment._kernels._stretches import ALIGN, Stretches, Tensors
 from ds_fragment._kernels.errors import KernelError
 
 __all__ = [
     "ALIGN",
     "Fragments",
     "KernelError",
-    "Packer",
     "Stats",
     "Stretches",
+    "Tensors",
     "copy",
     "gather_grads",
     "norm",

@@ -66,8 +66,9 @@ def norm(tensors: Tensors, device: torch.device | None = None) -> Stats:
         for tensor in tensors:
             if not tensor.numel():
                 continue
-            x = tensor.detach().to(torch.float32)
-            values[0] += x.square().sum(dtype=torch.float64).to(device)
+            x = tensor.detach()
+            norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+            values[0] += norm.square().to(device)
             values[1] = torch.maximum(values[1], x.abs().amax().to(device, torch.float64))
             values[2] += (x - x).count_nonzero().to(device)  # 0 where x is finite, NaN elsewhere
     return Stats(values)

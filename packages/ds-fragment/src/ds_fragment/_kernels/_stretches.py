@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 
@@ -12,14 +14,15 @@ from ds_fragment._kernels._library import LINE, loaded
 from ds_fragment._kernels._plan import SAME, Pieces, Plan, all_plain, kind_of
 
 ALIGN = LINE  # bytes; of what is given as a buffer
+_address = torch.Tensor.data_ptr
 
 
 class Stretches:
-    """Copies from one buffer, or from tensors that stay where they are, into another buffer, in one launch.
+    """Copies from one buffer into another, in one launch; or from or to tensors that stay where they are.
 
     Args:
-        dsts: for each stretch, its offset in the destination, in bytes.
-        srcs: likewise in the source; or an address, where `move` is called without a source.
+        dsts: for each stretch, its offset in the destination, in bytes; or an address, where `move` is given none.
+        srcs: likewise in the source.
         numels: elements of each; bytes where the dtypes on both sides are the same.
         kinds: one byte each, see `_plan.kind_of`.
         device: the CUDA device.
@@ -36,31 +39,89 @@ class Stretches:
         """Stretches of bytes from one buffer to another."""
         return cls(dsts, srcs, nbytes, bytes([SAME]) * len(nbytes), device)
 
-    def move(self, dst: torch.Tensor, src: torch.Tensor | None = None) -> None:
-        """Copy, on the current stream of the device; both buffers begin at a multiple of `ALIGN`."""
-        _cuda.move(self._plan, dst.data_ptr(), 0 if src is None else src.data_ptr())
+    def move(self, dst: torch.Tensor | None, src: torch.Tensor | None) -> None:
+        """Copy, on the device's current stream; a buffer begins at a multiple of `ALIGN`, None stands for addresses."""
+        _cuda.move(self._plan, 0 if dst is None else dst.data_ptr(), 0 if src is None else src.data_ptr())
 
 
-class Packer:
-    """Copies tensors into a buffer at fixed offsets, cast to fixed dtypes; prepared anew when a tensor has moved."""
+class Tensors:
+    """Copies between tensors and a buffer, cast to the destination's dtype; prepared anew when a tensor has moved.
 
-    def __init__(self, offsets: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
-        self._offsets, self._dtypes = offsets, dtypes
-        self._seen: tuple[list[int], list[int], list[torch.dtype]] | None = None
-        self._stretches: Stretches | None = None
+    Args:
+        offsets: for each stretch, its offset in the buffer, in bytes.
+        dtypes: of the stretches there.
+        pieces: for each stretch, which tensor it is of, and where in it, in elements; each of the tensors whole and in
+            order unless told.
+        numels: elements of each stretch; all of its tensor unless told.
+    """
+
+    def __init__(
+        self,
+        offsets: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        pieces: Sequence[tuple[int, int]] | None = None,
+        numels: Sequence[int] | None = None,
+    ) -> None:
+        self._offsets, self._dtypes, self._numels = offsets, dtypes, numels
+        self._pieces = [(position, 0) for position in range(len(offsets))] if pieces is None else pieces
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
+        self._stretches: dict[bool, Stretches] = {}  # by direction
 
     def pack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
         """Fill the buffer; False, and nothing done, where a kernel cannot read the tensors as they are."""
-        if not all_plain(tensors, buffer.device):
-            return False
-        seen = ([t.data_ptr() for t in tensors], [t.numel() for t in tensors], [t.dtype for t in tensors])
-        if seen != self._seen:
-            kinds = [kind_of("copy", to, of) for to, of in zip(self._dtypes, seen[2], strict=True)]
-            if None in kinds:
+        return self._move(buffer, tensors, into_tensors=False)
+
+    def unpack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+        """Fill the tensors from the buffer; False, and nothing done, where a kernel cannot write to them."""
+        return self._move(buffer, tensors, into_tensors=True)
+
+    def _move(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool) -> bool:
+        if not self._same(tensors):
+            self._stretches.clear()
+            self._made_of = _columns(tensors)
+            if not all_plain(tensors, buffer.device):
+                self._seen = []
                 return False
-            numels = [t.nbytes if kind == SAME else t.numel() for t, kind in zip(tensors, kinds, strict=True)]
-            codes = bytes(kind or 0 for kind in kinds)
-            self._stretches, self._seen = Stretches(self._offsets, seen[0], numels, codes, buffer.device), seen
-        assert self._stretches is not None
-        self._stretches.move(buffer)
+            self._seen = list(map(weakref.ref, tensors))
+        if into_tensors not in self._stretches:
+            made = self._prepared(tensors, buffer.device, into_tensors)
+            if made is None:
+                return False
+            self._stretches[into_tensors] = made
+        if into_tensors:
+            self._stretches[True].move(None, buffer)
+        else:
+            self._stretches[False].move(buffer, None)
         return True
+
+    def _same(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are, or are like, the tensors seen last, where and as they were."""
+        if len(tensors) != len(self._seen) or list(map(_address, tensors)) != self._made_of[0]:
+            return False
+        if all(map(is_, (ref() for ref in self._seen), tensors)):
+            return all(map(torch.Tensor.is_contiguous, tensors))
+        if _columns(tensors) != self._made_of or not all_plain(tensors, tensors[0].device):
+            return False
+        self._seen = list(map(weakref.ref, tensors))
+        return True
+
+    def _prepared(self, tensors: Sequence[torch.Tensor], device: torch.device, into_tensors: bool) -> Stretches | None:
+        addresses, sizes, kinds = [], [], []
+        for at, (dtype, (position, start)) in enumerate(zip(self._dtypes, self._pieces, strict=True)):
+            tensor = tensors[position]
+            numel = tensor.numel() if self._numels is None else self._numels[at]
+            pair = (tensor.dtype, dtype) if into_tensors else (dtype, tensor.dtype)
+            kind = kind_of("copy", *pair)
+            if kind is None:
+                return None
+            addresses.append(tensor.data_ptr() + start * tensor.dtype.itemsize)
+            sizes.append(numel * dtype.itemsize if kind == SAME else numel)
+            kinds.append(kind)
+        dsts, srcs = (addresses, self._offsets) if into_tensors else (self._offsets, addresses)
+        return Stretches(dsts, srcs, sizes, bytes(kinds), device)
+
+
+def _columns(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[torch.dtype], list[int]]:
+    """Addresses, dtypes and numbers of elements."""
+    return list(map(_address, tensors)), [t.dtype for t in tensors], list(map(torch.Tensor.numel, tensors))
