@@ -99,8 +99,7 @@ cudaError_t prepare(int device) {
 Table table_of(const dsf_work& work) {
     const auto* pieces = static_cast<const Piece*>(work.table);
     const auto* piece_of = reinterpret_cast<const uint32_t*>(pieces + work.pieces);
-    return Table{pieces,        piece_of,     static_cast<uint32_t>(work.chunks), work.groups,
-                 work.dst_base, work.src_base};
+    return Table{pieces, piece_of, static_cast<uint32_t>(work.chunks), work.groups, work.dst_base, work.src_base};
 }
 
 cudaError_t launch(const dsf_work& work, int kernel, void** arguments, bool reduces) {

@@ -371,3 +371,18 @@ def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
     assert torch.equal(bits(target)[:3], torch.tensor([0x3F80, 0x3F80, 0x3F82], dtype=torch.int16))
     assert target[3].isnan()
     assert bits(target)[4] == -0x8000
+
+
+def test_on_a_gpu_the_first_and_the_last_bucket_are_smaller() -> None:
+    group: Any = None
+    cuda = torch.device("cuda", 0)
+
+    def plan(sizes: list[int], device: torch.device) -> Plan:
+        # Nobody is asked to move anything: these are alone, and what is alone is not packed.
+        return Plan([Place(torch.Size((n,)), torch.uint8, device, whole((n,)), group) for n in sizes], 16)
+
+    assert plan([4] * 9, CPU).buckets == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert plan([4] * 9, cuda).buckets == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
+    assert Plan._cut(plan([2] * 9, cuda), [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7], [8]]
+    assert Plan._cut(plan([8] * 3, cuda), [8] * 3) == [[0], [1], [2]]
+    assert Plan._cut(plan([], cuda), []) == []

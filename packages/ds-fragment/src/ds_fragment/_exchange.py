@@ -31,21 +31,39 @@ class Plan:
 
     def __init__(self, places: Sequence[Place], bucket_bytes: int) -> None:
         self.places, self.bucket_bytes = places, bucket_bytes
-        self.buckets: list[list[int]] = []
-        self.sizes: list[int] = []  # bytes of each bucket: in flight, and when it is there
-        self.packed: list[int] = []  # how many of them are there twice while it is unpacked
-        for item, place in enumerate(places):
-            packed = 0 if place.alone or stretches_of(place) else place.nbytes
-            if not self.buckets or self.sizes[-1] + self.packed[-1] + place.nbytes + packed > bucket_bytes:
-                self.buckets.append([])
-                self.sizes.append(0)
-                self.packed.append(0)
-            self.buckets[-1].append(item)
-            self.sizes[-1] += place.nbytes
-            self.packed[-1] += packed
+        packed = [0 if place.alone or stretches_of(place) else place.nbytes for place in places]
+        self.buckets = self._cut(packed)
+        # Bytes of each bucket, in flight or when it is there, and how many of them are there twice between the two.
+        self.sizes = [sum(places[item].nbytes for item in bucket) for bucket in self.buckets]
+        self.packed = [sum(packed[item] for item in bucket) for bucket in self.buckets]
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = len({wire.group for wires in self.wires for wire in wires})
+
+    def _cut(self, packed: Sequence[int]) -> list[list[int]]:
+        """Items by bucket.
+
+        On a GPU the first and the last one are smaller: the wire waits for the one to be packed, and the caller for the
+        other to be unpacked.
+        """
+        on_gpu = any(place.device.type == "cuda" for place in self.places)
+        little = self.bucket_bytes // 4 if on_gpu else self.bucket_bytes
+        buckets: list[list[int]] = []
+        filled = 0
+        for item, place in enumerate(self.places):
+            taken = place.nbytes + packed[item]
+            if not buckets or filled + taken > (little if len(buckets) == 1 else self.bucket_bytes):
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(item)
+            filled += taken
+        if buckets and sum(packed[item] for item in buckets[-1]) > little:
+            last, filled = buckets[-1], 0
+            while filled + 2 * packed[last[-1]] <= little:
+                filled += 2 * packed[last.pop()]
+            tail = range(last[-1] + 1, len(self.places))
+            buckets += [list(tail)] if tail else []
+        return buckets
 
     def _wires_of(self, bucket: list[int]) -> list[Wire]:
         found: dict[tuple[dist.ProcessGroup, torch.device], list[int]] = {}

@@ -298,7 +298,10 @@ class Wire:
             for section in sections:
                 begins = [section.offsets(rank) for rank in range(self.size)]
                 for at, item in enumerate(section.items):
-                    for rank, start, numel in _stretches(self.places[item].layout, 1) or ():
+                    sent = [(rank, 0, section.sent[rank][at]) for rank in range(self.size)]
+                    if section.cut != "single":
+                        sent = _stretches(self.places[item].layout, 1) or []
+                    for rank, start, numel in sent:
                         offsets.append(self.begins[rank] + begins[rank][at])
                         dtypes.append(section.dtype)
                         pieces.append((positions[item], start))

@@ -104,6 +104,14 @@ void round_of(std::mt19937& random, Op op, uint32_t groups, uint32_t blocks) {
         dsts[i].make(random() % 16 * bytes_of(to), std::move(poison));
         dst_at[i] = dsts[i].address(), src_at[i] = srcs[i].address();
     }
+    // Sometimes the table holds offsets from a base.
+    const auto base_of = [&](std::vector<uint64_t>& addresses) -> uint64_t {
+        if (n == 0 || random() % 2 == 0) return 0;
+        const uint64_t base = *std::min_element(addresses.begin(), addresses.end()) / DSF_LINE * DSF_LINE;
+        for (uint64_t& address : addresses) address -= base;
+        return base;
+    };
+    const uint64_t dst_base = base_of(dst_at), src_base = base_of(src_at);
     uint64_t need = 0;
     const bool from_source = op == kNorms;
     int64_t chunks =
@@ -126,7 +134,7 @@ void round_of(std::mt19937& random, Op op, uint32_t groups, uint32_t blocks) {
     must(cudaStreamCreate(&stream), "stream");
     const bool uniform = std::all_of(kinds.begin(), kinds.end(), [&](uint8_t k) { return k == kinds[0]; });
     const uint32_t kind = uniform ? kinds[0] : DSF_MIXED;
-    const dsf_work work{kept, n, static_cast<uint64_t>(chunks), groups, blocks, 0, kind, stream, 0, 0};
+    const dsf_work work{kept, n, static_cast<uint64_t>(chunks), groups, blocks, 0, kind, stream, dst_base, src_base};
     const float scale = 0.37f;
     if (op == kCopies) must(dsf_copy(&work), "copy");
     if (op == kNorms) must(dsf_norm(&work, stats, space), "norm");
