@@ -5,8 +5,8 @@
 
 It starts its own ranks (2, or --ranks) through torchrun, on GPUs where there are some. All is timed in one run, one
 round after the other over all contestants, after two rounds that do not count; a time is the slowest rank's. Printed
-are medians in milliseconds, and the ratio to the fastest contestant that is not ds-fragment. DeepSpeed takes part where
-it is installed.
+are medians in milliseconds, the ratio to the fastest contestant that is not ds-fragment, and on a GPU the most memory
+that is taken beside the model. DeepSpeed takes part where it is installed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import ds_fragment
 import torch
+import torch._dynamo  # torch 2.13 may abort at exit if the first optimizer, which imports it, is made after the group
 import torch.distributed as dist
 from _shapes import shapes_of
 from ds_fragment import tensor_fragment
@@ -207,6 +208,18 @@ def measure(read: Read, device: torch.device) -> float:
     return float(spent)
 
 
+def peak(read: Read, device: torch.device) -> int | None:
+    """Bytes of the device's memory that one read takes at most, beside what is there before; its result included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    read()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """All rows of the table."""
     rows = []
@@ -220,6 +233,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
                 if number >= 2:
                     times[what, name].append(spent)
             gc.collect()
+        peaks = {(what, name): peak(read, device) for what, name, read in reads}
         gc.enable()
         for what in QUANTITIES:
             medians = {name: statistics.median(spent) for (w, name), spent in times.items() if w == what}
@@ -234,6 +248,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
                         "min_ms": round(min(times[what, name]), 3),
                         "to_fastest_peer": round(median / min(peers), 3) if peers else None,
                         "to_bare": round(median / medians["one bare all-gather"], 3),
+                        "peak_mib": None if (most := peaks[what, name]) is None else round(most / 2**20),
                     }
                 )
         del reads
@@ -265,7 +280,10 @@ def main() -> None:
     if dist.get_rank() == 0:
         for row in rows:
             print(f"{row['case']:6} {row['quantity']:8} {row['contestant']:40} {row['median_ms']:9.2f} ms", end="")
-            print(f"  {row['to_fastest_peer'] or 0:6.2f} x fastest peer  {row['to_bare']:6.2f} x bare all-gather")
+            print(
+                f"  {row['to_fastest_peer'] or 0:6.2f} x fastest peer  {row['to_bare']:6.2f} x bare all-gather", end=""
+            )
+            print("" if row["peak_mib"] is None else f"  {row['peak_mib']:6} MiB")
         if options.out:
             name = torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU"
             about = {

@@ -122,6 +122,21 @@ def state_of(owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:
     return ready_state(optimizer, owned, param)
 
 
+def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
+    """One optimizer state of many parameters that are optimized themselves.
+
+    Raises:
+        FragmentError: what `state_of` and `state_entry` raise for the first that has none.
+    """
+    optimizers = map(registry.optimizer_of, params)
+    pairs = zip(optimizers, params, strict=True)
+    found = [None if optimizer is None else optimizer.state.get(param, {}).get(key) for optimizer, param in pairs]
+    tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
+    if len(tensors) == len(found):
+        return tensors
+    return [state_entry(state_of(param, param), param, key) for param in params]
+
+
 def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:
     """The state that an optimizer keeps for a tensor.
 

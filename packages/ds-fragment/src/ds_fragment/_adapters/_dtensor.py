@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
+from ds_fragment._adapters._base import Adapter, entries_of, state_entry, state_of, value_kind
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, mesh_layout, whole
 from ds_fragment._place import Place
@@ -64,7 +64,7 @@ class DTensorAdapter(Adapter):
         specs = list(map(_spec, params))
         if what in ("value", "grad"):
             return specs
-        entries = [state_of(param, param)[what] for param in params]
+        entries = entries_of(params, what)
         kinds = [entry._spec if isinstance(entry, DTensor) else object() for entry in entries]
         return list(zip(specs, kinds, map(_dtype, entries), strict=True))
 
@@ -72,7 +72,9 @@ class DTensorAdapter(Adapter):
         """The local tensors."""
         if what == "value":
             return list(map(_local, params))
-        return [DTensorAdapter.local(self, param, what) for param in params]
+        if what == "grad":
+            return [DTensorAdapter.local(self, param, what) for param in params]
+        return [e._local_tensor.detach() if isinstance(e, DTensor) else e for e in entries_of(params, what)]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
