@@ -169,8 +169,8 @@ def mine(engine: str, params: list[nn.Parameter], what: str, alive: object) -> d
 
 def drain(params: list[nn.Parameter], what: str, alive: object = None, bucket_bytes: int | None = None) -> None:
     """Read everything, as a caller does who uses one tensor after the other."""
-    for _ in ds_fragment.iter_full(params, what, bucket_bytes=bucket_bytes):
-        pass
+    for _, tensor in ds_fragment.iter_full(params, what, bucket_bytes=bucket_bytes):
+        del tensor  # what a caller keeps is the caller's
 
 
 def drain_checked(params: list[nn.Parameter], what: str) -> None:
@@ -267,7 +267,14 @@ def main() -> None:
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     if "LOCAL_RANK" not in os.environ:
-        environment = {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "0", **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+        # What one contestant's small tensors leave of the allocator's memory is to be there for another's large ones.
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            **allocator,
+            "LOCAL_SIZE": "0",
+            **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
+        }
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks or gpus or 2}"]
         os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], {**environment, **os.environ})
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
