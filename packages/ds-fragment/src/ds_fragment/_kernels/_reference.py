@@ -69,7 +69,8 @@ def norm(tensors: Tensors, device: torch.device | None = None) -> Stats:
             x = tensor.detach()
             norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
             values[0] += norm.square().to(device)
-            values[1] = torch.maximum(values[1], x.abs().amax().to(device, torch.float64))
+            largest: torch.Tensor = torch.linalg.vector_norm(x, float("inf"))
+            values[1] = torch.maximum(values[1], largest.to(device, torch.float64))
             values[2] += (x - x).count_nonzero().to(device)  # 0 where x is finite, NaN elsewhere
     return Stats(values)
 
