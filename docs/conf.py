@@ -11,7 +11,7 @@ author = "The ds-train-utils developers"
 copyright = f"2026, {author}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["examples", "benchmarks", "_build"]
+exclude_patterns = ["examples", "_build"]
 html_theme = "furo"
 html_title = "ds-train-utils"
 html_static_path = ["_static"]

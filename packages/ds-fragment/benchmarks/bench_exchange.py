@@ -1,6 +1,7 @@
 """Read all values, gradients and optimizer state of a sharded model: ds-fragment beside the engines' own ways.
 
     python packages/ds-fragment/benchmarks/bench_exchange.py --out docs/benchmarks/exchange_cpu.json
+    python packages/ds-fragment/benchmarks/bench_exchange.py --chart docs/benchmarks/exchange_cpu.json
     python packages/ds-fragment/benchmarks/bench_exchange.py --cases llama small --engines fsdp2 flat --out ...
 
 It starts its own ranks (2, or --ranks) through torchrun, on GPUs where there are some. All is timed in one run, one
@@ -152,6 +153,12 @@ def bare(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, dict[
 
 
 QUANTITIES = ("value", "grad", "exp_avg")
+ABOUT = {
+    "mixed": "100 tensors, 20 M elements",
+    "tiny": "2,000 tensors of 1,000 elements",
+    "small": "600 tensors, 236 M elements",
+    "llama": "Llama-3.2-1B, 146 tensors, 1.24 G elements",
+}
 
 
 def mine(engine: str, params: list[nn.Parameter], what: str, alive: object) -> dict[str, Read]:
@@ -256,6 +263,33 @@ def run(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     return rows
 
 
+def chart(source: Path) -> None:
+    """Draw the medians of reading all values, beside the JSON; without measuring."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
+
+    figures = json.loads(source.read_text())
+    rows = [row for row in figures["rows"] if row["quantity"] == "value"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    most = max(sum(row["case"] == case for row in rows) for case in cases)
+    fig, axes = plt.subplots(1, len(cases), figsize=(6.5 * len(cases), 0.7 + 0.27 * most), squeeze=False)
+    for axis, case in zip(axes[0], cases, strict=True):
+        chosen = sorted((row for row in rows if row["case"] == case), key=lambda row: -row["median_ms"])
+        names = [row["contestant"] for row in chosen]
+        colors = ["#2f6f9f" if name.startswith("ds-fragment") else "#d9a441" for name in names]
+        bars = axis.barh(names, [row["median_ms"] for row in chosen], color=colors)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=7)
+        axis.set_title(f"{ABOUT[case]}: milliseconds to read all values", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"measured on {figures['about']['machine']}, torch {figures['about']['torch']}", fontsize=8)
+    fig.tight_layout()
+    fig.savefig(source.with_suffix(".png"), dpi=130)
+
+
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -264,7 +298,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--chart", type=Path, help="draw these figures instead of measuring")
     options = parser.parse_args()
+    if options.chart:
+        chart(options.chart)
+        return
     gpus = torch.cuda.device_count()
     if "LOCAL_RANK" not in os.environ:
         # What one contestant's small tensors leave of the allocator's memory is to be there for another's large ones.

@@ -13,6 +13,7 @@ from ds_fragment import _api
 from ds_fragment._fragment import get_hp_fragment_mapping
 from ds_fragment._layout import flat_layout, overlap
 from ds_fragment._links import FlatLink, set_link
+from ds_fragment._registry import registry
 from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
 
 __all__ = ["lazy_init_hp_params_optimizer_state", "link_hp_params", "unlink_hp_params"]
@@ -112,6 +113,7 @@ def unlink_hp_params(lp_param_list: Sequence[torch.Tensor]) -> None:
         for name in _ATTRIBUTES:
             param.__dict__.pop(name, None)
         set_link(param, None)
+    registry.changed()  # another engine may hold them
 
 
 def lazy_init_hp_params_optimizer_state(

@@ -155,8 +155,8 @@ class DeepSpeedAdapter(Adapter):
         slot = self._slot(param)
         if what == "grad":
             stored, scale = self._scaled_gradient(param, slot)
-            if stored is None or (scale == 1.0 and stored.dtype == torch.float32):
-                return None if stored is None else stored.detach().view(-1)
+            if stored is None or scale == 1.0:
+                return None if stored is None else stored.detach().to(torch.float32).view(-1)
             return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
         if what == "value":
             if slot.untrained:
