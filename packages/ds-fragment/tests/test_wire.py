@@ -74,7 +74,9 @@ def test_what_all_ranks_pack_one_unpacks(
     seen = set()
     with use_kernels(kernels):
         for _ in range(300):
-            monkeypatch.setattr(_wire, "_LITTLE", chance.choice([0, 1 << 20]))
+            little = chance.choice([0, 1 << 20])
+            monkeypatch.setattr(_wire, "_LITTLE", little)
+            monkeypatch.setattr(_wire, "_LITTLE_GPU", little)
             drawings = list(drawn(chance, generator, ranks, device))
             places, denses = [place for place, _ in drawings], [dense for _, dense in drawings]
             made = [wire for wire in wires(places, ranks) if not wire.in_place]

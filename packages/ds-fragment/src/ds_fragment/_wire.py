@@ -30,6 +30,7 @@ from ds_fragment.errors import FragmentError
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 4 << 20
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
+_LITTLE_GPU = 8 << 20
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
 _ROOM_ALIGN = 16  # bytes between tensors that share a storage, the widest load of a GPU
 
@@ -147,7 +148,8 @@ class Wire:
 
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
-        self.gathered = padded <= _LITTLE or 4 * padded <= 5 * sum(bodies)
+        little = _LITTLE if self.device.type == "cpu" else _LITTLE_GPU
+        self.gathered = padded <= little or 4 * padded <= 5 * sum(bodies)
         self.head = _status.STATUS_BYTES if self.gathered else 0
         longest = max(bodies)
         lengths = [self.head + (longest if self.gathered else body) for body in bodies]

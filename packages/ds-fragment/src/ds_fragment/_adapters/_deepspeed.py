@@ -168,6 +168,19 @@ class DeepSpeedAdapter(Adapter):
             return held
         return held.narrow(0, slot.start, slot.numel) if slot.numel else None
 
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
+        if what != "grad":
+            return super().pieces(params, what)
+        found: list[torch.Tensor | None] = []
+        for param in params:
+            stored, scale = self._scaled_gradient(param, self._slot(param))
+            if stored is None or scale == 1.0:
+                found.append(None if stored is None else stored.detach().view(-1))
+            else:
+                found.append(self.local(param, what))
+        return found
+
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
         """Replace this rank's piece; a gradient is stored times the loss scale, in the engine's own dtype."""
         if what != "grad":
