@@ -10,6 +10,7 @@ from ds_fragment import FlatPartition, attach, iter_full
 from ds_fragment._exchange import plan_of
 from ds_fragment._read import Quantity, named
 from ds_fragment.errors import FragmentError, InvalidValueError
+from ds_fragment.tensor_fragment import safe_get_full_fp32_param
 from fragment_oracle import assert_same, ragged, raised
 from ranks import run_ranks
 from torch import nn
@@ -99,6 +100,19 @@ def _what_is_yielded_is_the_callers(rank: int) -> None:
 
 def test_what_is_yielded_is_the_callers_own() -> None:
     run_ranks(_what_is_yielded_is_the_callers, 2)
+
+
+def _alone(rank: int) -> None:
+    model = ragged(torch.bfloat16)
+    partition = FlatPartition(model.parameters())
+    attach(model)
+    for param in partition.params:
+        whole = safe_get_full_fp32_param(param)
+        assert whole.untyped_storage().nbytes() == whole.nbytes
+
+
+def test_what_is_read_alone_is_alone_in_its_storage() -> None:
+    run_ranks(_alone, 4)
 
 
 def _plans(rank: int) -> None:

@@ -316,7 +316,7 @@ class Wire:
         shape = self.places[section.items[0]].shape
         if section.cut == "single":
             holder = next(rank for rank in range(self.size) if section.sent[rank][0])
-            return section.of(self.chunk(landing, holder), holder).view(shape)
+            return section.of(self.chunk(landing, holder), holder).view(shape).clone()  # the landing may be far larger
         if section.cut == "even":
             whole = torch.empty(shape, dtype=section.dtype, device=self.home)
             whole.view(self.size, -1).copy_(self._rows(section, landing))
