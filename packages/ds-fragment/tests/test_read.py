@@ -102,6 +102,20 @@ def test_what_is_yielded_is_the_callers_own() -> None:
     run_ranks(_what_is_yielded_is_the_callers, 2)
 
 
+def test_a_parameter_that_changes_hands_is_found_in_the_new_ones() -> None:
+    model = ragged(torch.bfloat16)
+    attach(model)
+    before = dict(iter_full([model.weight, model.bias]))
+    partition = FlatPartition([model.weight, model.bias])
+    with torch.no_grad():
+        partition.hp_param.fill_(3.0)
+    for _ in range(2):
+        assert all(bool((tensor == 3.0).all()) for _, tensor in iter_full([model.weight, model.bias]))
+    partition.unlink()
+    for param, tensor in iter_full([model.weight, model.bias]):
+        assert_same(tensor, before[param])
+
+
 def _alone(rank: int) -> None:
     model = ragged(torch.bfloat16)
     partition = FlatPartition(model.parameters())

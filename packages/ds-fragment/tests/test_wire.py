@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ds_fragment import _wire, use_kernels
 from ds_fragment._layout import even_layout
 from ds_fragment._place import Place
-from ds_fragment._wire import Room, Wire
+from ds_fragment._wire import Wire
 from fragment_oracle import assert_same
 from test_exchange import DTYPES, cut_by_hand, noise, random_layout
 
@@ -121,19 +121,3 @@ def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device
                 wire.pack(wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank))
             for item, whole in made[0].unpack(landing, None).items():
                 assert torch.equal(whole, masters[item].bfloat16())
-
-
-def test_neighbours_of_one_shape_are_made_at_once_and_all_are_aligned() -> None:
-    shapes = [(4, 2), (4, 2), (3,), (3,), (), (0, 5), (16,)]
-    places = [
-        Place(torch.Size(s), torch.float32, torch.device("cpu"), even_layout(torch.Size(s).numel(), 2), None)
-        for s in shapes
-    ]
-    room = Room(range(len(places)), places, step=4)
-    storage = torch.arange(float(room.numel))
-    views = room.views(storage)
-    assert [tuple(view.shape) for view in views] == shapes
-    for start, view in zip(room.starts, views, strict=True):
-        assert start % 4 == 0
-        assert view.flatten().tolist() == [float(start + i) for i in range(view.numel())]
-    assert len(room._runs) == 6

@@ -5,25 +5,21 @@ and into the whole. All others are *packed*: a rank's pieces stand one after the
 *chunk*, and each rank computes every rank's offsets from the layouts alone. The chunks of all ranks lie side by side
 where they arrive, in the *landing*. Bytes travel as they are: -0.0, NaN payloads and subnormals arrive bit for bit.
 
-[Note: sections] A chunk is made of sections: the pieces of one dtype that are cut in the same way. Pieces that are
-equal stretches in rank order come first, so that they stand in the same place in every chunk. The status of each rank
-(see `_status`) stands at the head of its chunk where all chunks are gathered, else it travels beside.
+The status of each rank (see `_status`) stands at the head of its chunk where all chunks are gathered, else it travels
+beside. What follows it is cut into sections (see `_sections`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from ds_fragment import _kernels, _status
-from ds_fragment._layout import Layout
 from ds_fragment._place import Place, box, wire_device
+from ds_fragment._sections import CUTS, Cut, Room, Section, cut_of, is_even, stretches
 from ds_fragment.errors import FragmentError
 
 # Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not.
@@ -38,85 +34,7 @@ Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
 Out = Callable[[int], torch.Tensor]
 
-# even: equal stretches, one a rank in rank order; single: one rank sends the whole; runs: other stretches of the
-# flattened whole; boxes: anything else.
-Cut = Literal["even", "single", "runs", "boxes"]
-_CUTS: tuple[Cut, ...] = ("even", "single", "runs", "boxes")
-
 _CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
-
-
-@dataclass(slots=True)
-class Section:
-    """The pieces of some items in each rank's chunk; see [Note: sections].
-
-    Attributes:
-        cut: how the items are cut.
-        dtype: of the pieces.
-        items: in the order in which they stand.
-        sent: by rank, the elements of each item.
-        begins: by rank, the byte of the chunk where the section begins.
-    """
-
-    cut: Cut
-    dtype: torch.dtype
-    items: list[int]
-    sent: list[list[int]]
-    begins: list[int]
-
-    def nbytes(self, rank: int) -> int:
-        """Bytes of a rank's part."""
-        return sum(self.sent[rank]) * self.dtype.itemsize
-
-    def of(self, chunk: torch.Tensor, rank: int) -> torch.Tensor:
-        """The section of a rank's chunk, 1-D, of the section's dtype."""
-        return chunk.narrow(0, self.begins[rank], self.nbytes(rank)).view(self.dtype)
-
-    def parts(self, chunk: torch.Tensor, rank: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The pieces of a rank, as views of its chunk: (item, 1-D tensor); those that are not empty."""
-        found = [(item, numel) for item, numel in zip(self.items, self.sent[rank], strict=True) if numel]
-        parts = self.of(chunk, rank).split_with_sizes([numel for _, numel in found])
-        return zip((item for item, _ in found), parts, strict=True)
-
-    def offsets(self, rank: int) -> list[int]:
-        """The byte of the chunk where each item's piece begins."""
-        size = self.dtype.itemsize
-        return [self.begins[rank] + size * before for before in accumulate(self.sent[rank][:-1], initial=0)]
-
-
-class Room:
-    """Where whole items stand in one storage; neighbours of the same shape are made into tensors at once.
-
-    Args:
-        items: in the order in which they stand.
-        places: of all items.
-        step: each begins at a multiple of it, in elements.
-
-    Attributes:
-        starts: by item, in elements.
-        numel: of the storage.
-    """
-
-    def __init__(self, items: Sequence[int], places: Sequence[Place], step: int = 1) -> None:
-        self.items, self.starts, self.numel = items, list[int](), 0
-        self._runs: list[tuple[int, int, torch.Size]] = []  # (start, items, shape)
-        for item in items:
-            shape = places[item].shape
-            start, count, before = self._runs[-1] if self._runs else (0, 0, None)
-            if shape == before and shape.numel() % step == 0:
-                self._runs[-1] = (start, count + 1, shape)
-            else:
-                self.numel += -self.numel % step
-                self._runs.append((self.numel, 1, shape))
-            self.starts.append(self.numel)
-            self.numel += shape.numel()
-
-    def views(self, storage: torch.Tensor) -> list[torch.Tensor]:
-        """Each item in a 1-D tensor of ``numel`` elements."""
-        found: list[torch.Tensor] = []
-        for start, count, shape in self._runs:
-            found.extend(storage.narrow(0, start, count * shape.numel()).view(count, *shape).unbind(0))
-        return found
 
 
 class Wire:
@@ -135,10 +53,10 @@ class Wire:
         self.global_ranks = dist.get_process_group_ranks(group)
         self.in_place = {item: found for item in items if (found := stretches_of(places[item]))}
         if len(items) == 1 and self.home.type == "cuda":  # then a launch less counts more than anything
-            only = _stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
-            if only and _even(only, self.size) and self.device == self.home:
+            only = stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
+            if only and is_even(only, self.size) and self.device == self.home:
                 self.in_place[items[0]] = only
-        self.even = {item for item, stretches in self.in_place.items() if _even(stretches, self.size)}
+        self.even = {item for item, cuts in self.in_place.items() if is_even(cuts, self.size)}
         self.sections = self._sections([item for item in items if item not in self.in_place])
         sections = self.sections
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not self.in_place else None
@@ -169,24 +87,13 @@ class Wire:
     def _sections(self, items: list[int]) -> list[Section]:
         found: dict[tuple[Cut, torch.dtype], list[int]] = {}
         for item in items:
-            found.setdefault((self._cut(item), self.places[item].dtype), []).append(item)
+            found.setdefault((cut_of(self.places[item].layout), self.places[item].dtype), []).append(item)
         sections = []
-        for (cut, dtype), chosen in sorted(found.items(), key=lambda entry: _CUTS.index(entry[0][0])):
+        for (cut, dtype), chosen in sorted(found.items(), key=lambda entry: CUTS.index(entry[0][0])):
             chosen.sort(key=lambda item: self.places[item].shape)
             sent = [[self.places[item].layout.sent(rank) for item in chosen] for rank in range(self.size)]
             sections.append(Section(cut, dtype, chosen, sent, []))
         return sections
-
-    def _cut(self, item: int) -> Cut:
-        layout = self.places[item].layout
-        if sum(layout.sent(rank) > 0 for rank in range(self.size)) == 1:
-            sender = next(rank for rank in range(self.size) if layout.sent(rank))
-            if layout.sent(sender) == layout.numel:
-                return "single"
-        stretches = _stretches(layout, 1)
-        if not stretches:
-            return "boxes"
-        return "even" if _even(stretches, self.size) else "runs"
 
     def chunk(self, landing: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's part of the landing."""
@@ -302,7 +209,7 @@ class Wire:
                 for at, item in enumerate(section.items):
                     sent = [(rank, 0, section.sent[rank][at]) for rank in range(self.size)]
                     if section.cut != "single":
-                        sent = _stretches(self.places[item].layout, 1) or []
+                        sent = stretches(self.places[item].layout, 1) or []
                     for rank, start, numel in sent:
                         offsets.append(self.begins[rank] + begins[rank][at])
                         dtypes.append(section.dtype)
@@ -368,7 +275,7 @@ class Wire:
             dsts, srcs, nbytes = [], [], []
             offsets = [section.offsets(rank) for rank in range(self.size)]
             for position, (item, begin) in enumerate(zip(section.items, room.starts, strict=True)):
-                for rank, start, length in _stretches(self.places[item].layout, size) or ():
+                for rank, start, length in stretches(self.places[item].layout, size) or ():
                     dsts.append(size * begin + start)
                     srcs.append(self.begins[rank] + offsets[rank][position])
                     nbytes.append(length)
@@ -391,31 +298,10 @@ def room_for(place: Place, item: int, out: Out | None) -> torch.Tensor:
 
 
 def stretches_of(place: Place) -> list[tuple[int, int, int]]:
-    """What travels in place of an item, as `_stretches` says; nothing where all of it is packed."""
+    """What travels in place of an item, as `stretches` says; nothing where all of it is packed."""
     if place.group is None:
         return []
     threshold = _IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU
     if place.nbytes < threshold or place.device != wire_device(place.group, place.device):
         return []
-    return _stretches(place.layout, place.dtype.itemsize) or []
-
-
-def _stretches(layout: Layout, itemsize: int) -> list[tuple[int, int, int]] | None:
-    """(rank, start, bytes) in the flattened whole of each fragment that is sent; None where one is no stretch of it."""
-    found = []
-    row = prod(layout.shape[1:]) * itemsize
-    for rank, fragment in enumerate(layout.fragments):
-        if fragment is None or rank in layout.copies:
-            continue
-        if not layout.shape or fragment.size[1:] != layout.shape[1:]:
-            return None
-        found.append((rank, fragment.offset[0] * row, fragment.numel * itemsize))
-    return found
-
-
-def _even(stretches: Sequence[tuple[int, int, int]], ranks: int) -> bool:
-    """Whether a whole is cut into equal stretches, one a rank in rank order."""
-    nbytes = stretches[0][2]
-    return len(stretches) == ranks and all(
-        stretch == (rank, rank * nbytes, nbytes) for rank, stretch in enumerate(stretches)
-    )
+    return stretches(place.layout, place.dtype.itemsize) or []
