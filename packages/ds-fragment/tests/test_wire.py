@@ -92,6 +92,7 @@ def test_what_all_ranks_pack_one_unpacks(
                         wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank)
                     )
                 for wire in made:
+                    wire.shares = device == "cuda" or chance.random() < 0.5
                     seen |= {section.cut for section in wire.sections}
                     rooms = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for place in places]
                     out = chance.choice([None, rooms.__getitem__])

@@ -50,6 +50,7 @@ class Wire:
         self.group, self.places, self.size, self.rank = group, places, group.size(), group.rank()
         self.home = places[items[0]].device
         self.device = wire_device(group, self.home)
+        self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
         self.in_place = {item: found for item in items if (found := stretches_of(places[item]))}
         if len(items) == 1 and self.home.type == "cuda":  # then a launch less counts more than anything
@@ -153,7 +154,7 @@ class Wire:
     def unpack(self, landing: torch.Tensor, out: Out | None) -> dict[int, torch.Tensor]:
         """The whole of every packed item, from the chunks of all ranks.
 
-        Fresh tensors of one bucket may share a storage on a GPU, where making one of each costs more than moving it.
+        Fresh tensors of one bucket share a storage on a GPU, where making one of each costs more than moving it.
         """
         if self.only is not None and out is None and self.gathered and self.device == self.home:
             found = self._unpack_only(self.only, landing)
@@ -164,7 +165,7 @@ class Wire:
         srcs: list[torch.Tensor] = []
         if self.device != self.home:
             landing = landing.to(self.home)
-        shares = out is None and self.home.type == "cuda"
+        shares = out is None and self.shares
         kernels = _kernels.usable(self.home)
         if kernels and out is not None:
             wholes = self._unpack_into(out, landing)
