@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ds_fragment import FlatPartition, _read, attach, iter_full
 from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
 from fragment_oracle import assert_same, ragged, raised
@@ -120,3 +121,26 @@ def test_state_of_another_dtype_is_read_after_the_ranks_agreed_anew() -> None:
     assert mine == other
     assert mine[0][0] == "StateKeyError"
     assert "call again" in mine[0][1]
+
+
+def _linked_anew(rank: int) -> None:
+    model = ragged(torch.bfloat16)
+    for turn, ranks in enumerate(([0, 1, 2], [0, 1, 2], [0, 1])):
+        group = dist.new_group(ranks)
+        if rank not in ranks:
+            continue
+        partition = FlatPartition(model.parameters(), group)
+        optimizer = torch.optim.AdamW([partition.hp_param])
+        attach(model, optimizer)
+        for param in partition.params:
+            param.grad = torch.full_like(param, turn + 1.0)
+        partition.reduce_gradients()
+        optimizer.step()
+        for _ in range(2):
+            for param, moment in iter_full(partition.params, KEY):
+                assert_same(moment, torch.full(param.shape, 0.1 * (turn + 1.0)))
+        partition.publish()
+
+
+def test_state_of_a_new_partition_over_new_ranks_is_read_at_once() -> None:
+    run_ranks(_linked_anew, 3)

@@ -108,7 +108,8 @@ class _Surveys:
 
 _surveys = _Surveys()
 atexit.register(_surveys.clear)  # a gloo group that outlives the interpreter may abort it
-_agreed = IdentityMap[dict[str, Place]]()  # where the ranks agreed that optimizer states are
+# By state, where the ranks agreed that it is, and where the parameter was then.
+_agreed = IdentityMap[dict[str, tuple[Place, Place]]]()
 
 
 class Quantity:
@@ -132,7 +133,7 @@ class Quantity:
             self._agree()
 
     def _agree(self) -> None:
-        known = [(_agreed.get(param) or {}).get(self.what) for param in self.params]
+        known = [self._known(item) for item in range(len(self.params))]
         if known == self.places and self.error is None:  # places are equal if they are the same
             return
         if None in known:
@@ -141,8 +142,8 @@ class Quantity:
             scopes = [place.groups for place in self.homes]
             name = lambda i: f"the state asked of {self.name(i)}"  # noqa: E731
             agree(self.error, self._survey.groups, self.device(), kinds, name, scopes)
-            for param, place in zip(self.params, self.places, strict=True):
-                _agreed[param] = {**(_agreed.get(param) or {}), self.what: place}
+            for param, place, home in zip(self.params, self.places, self.homes, strict=True):
+                _agreed[param] = {**(_agreed.get(param) or {}), self.what: (place, home)}
             return
         agreed = [place for place in known if place is not None]
         for item, (before, now) in enumerate(zip(agreed, self.places, strict=True)):
@@ -154,6 +155,11 @@ class Quantity:
                 )
         if self.error is not None:
             self.places = agreed
+
+    def _known(self, item: int) -> Place | None:
+        """Where the ranks agreed that the state is, if the parameter is where it was then."""
+        place, home = (_agreed.get(self.params[item]) or {}).get(self.what, (None, None))
+        return place if home is self.homes[item] else None
 
     def _forget(self) -> None:
         """Have the next call agree; all ranks do so when they raise an error."""
