@@ -15,10 +15,17 @@ _coalescing: Any = distributed_c10d._coalescing_manager  # what `batch_isend_ire
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def coalesces(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the group takes collectives on several tensors as one launch: NCCL does, gloo and others do not."""
+    if len(tensors) < 2 or tensors[0].device.type == "cpu":
+        return False
+    return bool(getattr(group._get_backend(tensors[0].device), "supports_coalescing", False))
+
+
 def all_gather_many(
     outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, later: bool
 ) -> list[dist.Work]:
-    """Several all-gathers at once; on a GPU as one launch.
+    """Several all-gathers at once; with NCCL as one launch.
 
     All ranks of the group must call it.
 
@@ -31,7 +38,7 @@ def all_gather_many(
     Returns:
         What is to be waited for.
     """
-    if len(outputs) > 1 and outputs[0].is_cuda:
+    if coalesces(group, outputs):
         many = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
         return [many(list(outputs), list(inputs))]
     if len(outputs) == 1 and not later:
@@ -42,7 +49,7 @@ def all_gather_many(
 
 
 def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.ProcessGroup) -> list[dist.Work]:
-    """Several broadcasts at once, asynchronously; on a GPU as one launch, so that all senders send at the same time.
+    """Several broadcasts at once, asynchronously; with NCCL as one launch, so that all senders send at the same time.
 
     All ranks of the group must call it.
 
@@ -53,7 +60,7 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
     Returns:
         What is to be waited for.
     """
-    if len(parts) > 1 and parts[0][1].is_cuda:
+    if coalesces(group, [part for _, part in parts]):
         with _coalescing(group, parts[0][1].device, async_ops=True) as together:
             for source, part in parts:
                 dist.broadcast(part, source, group=group, async_op=True)
