@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, _read, attach, iter_full
+from ds_fragment import FlatPartition, _read, attach, iter_full, norms
 from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
 from fragment_oracle import assert_same, ragged, raised
 from ranks import run_ranks
@@ -116,6 +116,22 @@ def _all_ranks_change_it(rank: int) -> list[Any]:
     return found
 
 
+def _norms_of_what_all_changed(rank: int) -> list[Any]:
+    params, optimizer, owned = stepped("fsdp2")
+    norms(params, KEY)
+    half = optimizer.state[owned][KEY].to(torch.bfloat16)
+    optimizer.state[owned][KEY] = half
+    found = [raised(lambda: norms(params, KEY))]
+    assert norms(params, KEY)[owned] == pytest.approx(half.full_tensor().double().norm().item(), rel=1e-12)
+    return found
+
+
+def test_norms_of_state_of_another_dtype_are_told_after_the_ranks_agreed_anew() -> None:
+    mine, other = run_ranks(_norms_of_what_all_changed, 2)
+    assert mine == other
+    assert mine[0][0] == "StateKeyError"
+
+
 def test_state_of_another_dtype_is_read_after_the_ranks_agreed_anew() -> None:
     mine, other = run_ranks(_all_ranks_change_it, 2)
     assert mine == other
@@ -144,3 +160,30 @@ def _linked_anew(rank: int) -> None:
 
 def test_state_of_a_new_partition_over_new_ranks_is_read_at_once() -> None:
     run_ranks(_linked_anew, 3)
+
+
+def _mixed(rank: int) -> list[int]:
+    """Sharded parameters and one that every rank holds whole."""
+    params, optimizer, _ = stepped("fsdp2")
+    plain = nn.Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [plain]})
+    attach(None, optimizer)
+    optimizer.step()
+    agree, calls = _read.agree, []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        agree(*args, **kwargs)
+
+    _read.agree = counted
+    counts = []
+    for _ in range(3):
+        read = dict(iter_full([*params, plain], KEY))
+        assert_same(read[plain], optimizer.state[plain][KEY])
+        counts.append(len(calls))
+    return counts
+
+
+def test_the_ranks_agree_once_where_some_parameters_are_not_sharded() -> None:
+    assert run_ranks(_mixed, 2) == [[1, 1, 1]] * 2

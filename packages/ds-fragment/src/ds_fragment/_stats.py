@@ -110,7 +110,8 @@ def _reduced(
         counts = piece is not None and place.rank not in place.layout.copies
         return measure(piece) if counts and piece is not None else torch.zeros((), device=place.device)
 
-    totals = _over_ranks(quantity.places, share, combine)
+    with quantity.named_if_broken(range(len(tensors))):
+        totals = _over_ranks(quantity.places, share, combine)
     keys: list[str | torch.Tensor] = list(tensors if names is None else names)
     return dict(zip(keys, totals, strict=True))
 

@@ -24,6 +24,8 @@ class PlainAdapter(Adapter):
 
     def __init__(self) -> None:
         self._ddp = IdentityMap[weakref.ref[DistributedDataParallel]]()
+        # By tensor, and by what a quantity of it looks like.
+        self._places = IdentityMap[dict[tuple[torch.Size, torch.dtype, torch.device], Place]]()
 
     def learn(self, model: nn.Module) -> None:
         """Which parameters a DistributedDataParallel reduces the gradients of."""
@@ -40,7 +42,13 @@ class PlainAdapter(Adapter):
     def place(self, param: torch.Tensor, what: str) -> Place:
         """All of it is here."""
         found = self.local(param, what)
-        return Place(found.shape, found.dtype, found.device, whole(found.shape), None)
+        key = (found.shape, found.dtype, found.device)
+        places = self._places.get(param)
+        if places is None:
+            places = self._places[param] = {}
+        if key not in places:
+            places[key] = Place(*key, whole(found.shape), None)
+        return places[key]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
