@@ -154,10 +154,8 @@ class DeepSpeedAdapter(Adapter):
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
         slot = self._slot(param)
         if what == "grad":
-            stored, scale = self._scaled_gradient(param, slot)
-            if stored is None or scale == 1.0:
-                return None if stored is None else stored.detach().to(torch.float32).view(-1)
-            return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
+            gradient = self._unscaled_gradient(param, slot)
+            return None if gradient is None else gradient.to(torch.float32)
         if what == "value":
             if slot.untrained:
                 return self._untrained(param, slot)
@@ -172,14 +170,7 @@ class DeepSpeedAdapter(Adapter):
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
         if what != "grad":
             return super().pieces(params, what)
-        found: list[torch.Tensor | None] = []
-        for param in params:
-            stored, scale = self._scaled_gradient(param, self._slot(param))
-            if stored is None or scale == 1.0:
-                found.append(None if stored is None else stored.detach().view(-1))
-            else:
-                found.append(self.local(param, what))
-        return found
+        return [self._unscaled_gradient(param, self._slot(param)) for param in params]
 
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
         """Replace this rank's piece; a gradient is stored times the loss scale, in the engine's own dtype."""
@@ -191,6 +182,13 @@ class DeepSpeedAdapter(Adapter):
         assert stored is not None
         stored.detach().copy_(piece.reshape(stored.shape).float() * scale)
         self._after_gradient(param, slot, self._optimizer(param, slot), stored)
+
+    def _unscaled_gradient(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
+        """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32."""
+        stored, scale = self._scaled_gradient(param, slot)
+        if stored is None or scale == 1.0:
+            return None if stored is None else stored.detach().view(-1)
+        return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
 
     def _scaled_gradient(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor | None, float]:
         if slot.untrained:
