@@ -13,12 +13,13 @@ from ds_fragment import _wire, use_kernels
 from ds_fragment._layout import even_layout
 from ds_fragment._place import Place
 from ds_fragment._wire import Wire
-from fragment_oracle import assert_same
+from fragment_oracle import assert_same, bits
 from test_exchange import DTYPES, cut_by_hand, noise, random_layout
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WHERE = [
     pytest.param("cpu", "auto", id="cpu"),
+    pytest.param("cpu", "tables", id="tables"),  # what the kernels are told, without a GPU
     pytest.param("cuda", "cuda", id="kernels", marks=GPU),
     pytest.param("cuda", "reference", id="reference", marks=GPU),
 ]
@@ -42,6 +43,49 @@ class Group:
 @pytest.fixture(autouse=True)
 def _no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(group.size())))
+
+
+class Stretches:
+    """Stands for the kernels' copies between buffers: byte by byte, as their table says."""
+
+    def __init__(self, dsts: list[int], srcs: list[int], nbytes: list[int]) -> None:
+        self._rows = list(zip(dsts, srcs, nbytes, strict=True))
+
+    @classmethod
+    def within(cls, dsts: list[int], srcs: list[int], nbytes: list[int], device: torch.device) -> Stretches:
+        return cls(dsts, srcs, nbytes)
+
+    def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        to, of = dst.view(torch.uint8), src.view(torch.uint8)
+        for begin, start, length in self._rows:
+            to[begin : begin + length] = of[start : start + length]
+
+
+class Tensors:
+    """Stands for the kernels' copies between tensors and a buffer."""
+
+    def __init__(self, offsets: list[int], dtypes: list[torch.dtype], pieces: Any = None, numels: Any = None) -> None:
+        self._offsets, self._dtypes, self._numels = offsets, dtypes, numels
+        self._pieces = [(i, 0) for i in range(len(offsets))] if pieces is None else pieces
+
+    def _pairs(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for row, (offset, dtype) in enumerate(zip(self._offsets, self._dtypes, strict=True)):
+            position, start = self._pieces[row]
+            numel = tensors[position].numel() if self._numels is None else self._numels[row]
+            room = buffer[offset : offset + numel * dtype.itemsize].view(dtype)
+            yield room, tensors[position].view(-1)[start : start + numel]
+
+    def pack(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return False
+        for room, part in self._pairs(buffer, tensors):
+            bits(room).copy_(bits(part))
+        return True
+
+    def unpack(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
+        for room, part in self._pairs(buffer, tensors):
+            bits(part).copy_(bits(room))
+        return True
 
 
 def wires(places: list[Place], ranks: int) -> list[Wire]:
@@ -72,6 +116,12 @@ def test_what_all_ranks_pack_one_unpacks(
     monkeypatch.setattr(_wire, "_IN_PLACE_GPU", 1 << 40)
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
     seen = set()
+    tables = kernels == "tables"
+    if tables:
+        kernels = "auto"
+        monkeypatch.setattr(_wire._kernels, "usable", lambda device: True)
+        monkeypatch.setattr(_wire._kernels, "Stretches", Stretches)
+        monkeypatch.setattr(_wire._kernels, "Tensors", Tensors)
     with use_kernels(kernels):
         for _ in range(300):
             little = chance.choice([0, 1 << 20])
@@ -92,7 +142,7 @@ def test_what_all_ranks_pack_one_unpacks(
                         wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank)
                     )
                 for wire in made:
-                    wire.shares = device == "cuda" or chance.random() < 0.5
+                    wire.shares = device == "cuda" or tables or chance.random() < 0.5
                     seen |= {section.cut for section in wire.sections}
                     rooms = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for place in places]
                     out = chance.choice([None, rooms.__getitem__])
@@ -106,7 +156,7 @@ def test_what_all_ranks_pack_one_unpacks(
     assert seen == {"even", "single", "runs", "boxes"}
 
 
-@pytest.mark.parametrize(("device", "kernels"), WHERE)
+@pytest.mark.parametrize(("device", "kernels"), [where for where in WHERE if where.id != "tables"])
 def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device: str, kernels: Any) -> None:
     places = [
         Place(torch.Size((n,)), torch.bfloat16, torch.device(device, 0), even_layout(n, 2), cast(Any, Group(0, 2)))

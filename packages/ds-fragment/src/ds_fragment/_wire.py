@@ -204,20 +204,26 @@ class Wire:
         targets = list(map(out, items))
         if self._unpacker is None:
             offsets, dtypes, pieces, numels = [], [], [], []
-            positions = {item: position for position, item in enumerate(items)}
+            first = 0  # of the section's items among all
             for section in sections:
-                begins = [section.offsets(rank) for rank in range(self.size)]
-                for at, item in enumerate(section.items):
-                    sent = [(rank, 0, section.sent[rank][at]) for rank in range(self.size)]
-                    if section.cut != "single":
-                        sent = stretches(self.places[item].layout, 1) or []
-                    for rank, start, numel in sent:
-                        offsets.append(self.begins[rank] + begins[rank][at])
-                        dtypes.append(section.dtype)
-                        pieces.append((positions[item], start))
-                        numels.append(numel)
+                for position, start, numel, byte in self._landed(section):
+                    offsets.append(byte)
+                    dtypes.append(section.dtype)
+                    pieces.append((first + position, start))
+                    numels.append(numel)
+                first += len(section.items)
             self._unpacker = _kernels.Tensors(offsets, dtypes, pieces, numels)
         return dict(zip(items, targets, strict=True)) if self._unpacker.unpack(landing, targets) else {}
+
+    def _landed(self, section: Section) -> Iterator[tuple[int, int, int, int]]:
+        """Every stretch of a section's items: whose, by position; where in the whole; elements; byte of the landing."""
+        offsets = [section.offsets(rank) for rank in range(self.size)]
+        for position, item in enumerate(section.items):
+            cuts = [(rank, 0, section.sent[rank][position]) for rank in range(self.size)]
+            if section.cut != "single":
+                cuts = stretches(self.places[item].layout, 1) or []
+            for rank, start, numel in cuts:
+                yield position, start, numel, self.begins[rank] + offsets[rank][position]
 
     def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor | None:
         """The whole of the only item, if it can be had at once."""
@@ -273,13 +279,10 @@ class Wire:
         if number not in self._tables:
             section, room = self.sections[number], self._room(number)
             size = section.dtype.itemsize
-            dsts, srcs, nbytes = [], [], []
-            offsets = [section.offsets(rank) for rank in range(self.size)]
-            for position, (item, begin) in enumerate(zip(section.items, room.starts, strict=True)):
-                for rank, start, length in stretches(self.places[item].layout, size) or ():
-                    dsts.append(size * begin + start)
-                    srcs.append(self.begins[rank] + offsets[rank][position])
-                    nbytes.append(length)
+            landed = list(self._landed(section))
+            dsts = [size * (room.starts[position] + start) for position, start, _, _ in landed]
+            srcs = [byte for _, _, _, byte in landed]
+            nbytes = [size * numel for _, _, numel, _ in landed]
             self._tables[number] = _kernels.Stretches.within(dsts, srcs, nbytes, self.home)
         return self._tables[number]
 
