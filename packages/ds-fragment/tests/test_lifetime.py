@@ -128,7 +128,7 @@ def _plans(rank: int) -> None:
     for _ in range(3):
         dict(iter_full(partition.params))
     assert len(_exchange._plans) == len(_read._surveys) == 1
-    _exchange._ITEMS_PLANNED = _read._ITEMS_SURVEYED = 10 * len(partition.params)
+    _exchange._plans.most = _read._surveys.most = 10 * len(partition.params)
     for count in range(1, 40):
         dict(iter_full(partition.params * count, bucket_bytes=count))
     assert 1 <= len(_exchange._plans) <= 10

@@ -8,8 +8,6 @@ travels over one group is `_wire`'s and `_flight`'s.
 
 from __future__ import annotations
 
-import atexit
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,12 +16,11 @@ import torch.distributed as dist
 from ds_fragment import _collectives, _kernels, _status
 from ds_fragment._flight import Flight
 from ds_fragment._place import Place, box, wire_device
+from ds_fragment._recent import Recent
 from ds_fragment._wire import Locate, Out, Pieces, Wire, room_for, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
 __all__ = ["Locate", "Pieces", "Place", "Plan", "agree", "box", "fetch", "gather", "plan_of", "wire_device"]
-
-_ITEMS_PLANNED = 20_000  # in the plans that are kept
 
 
 class Plan:
@@ -74,44 +71,19 @@ class Plan:
         return [Wire(group, items, self.places) for (group, _), items in found.items()]
 
 
-class _Plans:
-    """The plans that were used last; they hold places and work tables, no parameters."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
-        self._items = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, places: Sequence[Place], bucket_bytes: int) -> Plan:
-        """The plan for the places, made now unless it is one of them."""
-        key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
-        plan = self._kept.get(key)
-        if plan is None:
-            plan = self._kept[key] = Plan(places, bucket_bytes)
-            self._items += len(places)
-            while self._items > _ITEMS_PLANNED and len(self._kept) > 1:
-                self._items -= len(self._kept.popitem(last=False)[1].places)
-        else:
-            self._kept.move_to_end(key)
-        return plan
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._kept.clear()
-        self._items = 0
-
-
-_plans = _Plans()
-atexit.register(_plans.clear)  # a gloo group that outlives the interpreter may abort it
+_plans = Recent[Plan](most=20_000)  # items
 
 
 def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
     """A plan for the places, from the few that were used last if it is one of them."""
     if all(place.alone for place in places):
         return Plan(places, bucket_bytes)
-    return _plans.get(places, bucket_bytes)
+    key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
+    plan = _plans.get(key)
+    if plan is None:
+        plan = Plan(places, bucket_bytes)
+        _plans.put(key, plan, len(places))
+    return plan
 
 
 def gather(

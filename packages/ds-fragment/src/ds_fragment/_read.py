@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import weakref
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
@@ -22,12 +20,12 @@ from ds_fragment._check import meet
 from ds_fragment._exchange import Locate, Pieces, Place, agree, fetch, gather, plan_of
 from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
+from ds_fragment._recent import Recent
 from ds_fragment._registry import clean_name, registry
 from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError
 
 _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
 _BUCKET_BYTES_GPU = 512 << 20
-_ITEMS_SURVEYED = 50_000  # in the surveys that are kept
 
 Named = tuple[str, torch.Tensor]
 
@@ -74,40 +72,21 @@ class _Survey:
             return False
 
 
-class _Surveys:
-    """The surveys that were used last; they hold places, no tensors."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], _Survey] = OrderedDict()
-        self._items = 0
-
-    def get(self, params: Sequence[torch.Tensor], what: str) -> _Survey:
-        """The survey of a quantity of the parameters, made now unless there is one that is still good."""
-        key = (what, *map(id, params))
-        found = self._kept.get(key)
-        if found is not None and found.holds(params):
-            self._kept.move_to_end(key)
-            return found
-        made = _Survey(params, what)
-        if made.error is not None:  # and with it all that its traceback refers to
-            return made
-        self._items += len(params) if found is None else 0
-        self._kept[key] = made
-        while self._items > _ITEMS_SURVEYED and len(self._kept) > 1:
-            self._items -= len(self._kept.popitem(last=False)[1].places)
-        return made
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._kept.clear()
-        self._items = 0
+_surveys = Recent[_Survey](most=50_000)  # parameters
 
 
-_surveys = _Surveys()
-atexit.register(_surveys.clear)  # a gloo group that outlives the interpreter may abort it
+def _survey_of(params: Sequence[torch.Tensor], what: str) -> _Survey:
+    """The survey of a quantity of the parameters, made now unless there is one that is still good."""
+    key = (what, *map(id, params))
+    found = _surveys.get(key)
+    if found is not None and found.holds(params):
+        return found
+    made = _Survey(params, what)
+    if made.error is None:  # with an error goes all that its traceback refers to
+        _surveys.put(key, made, len(params))
+    return made
+
+
 # By state, where the ranks agreed that it is, and where the parameter was then.
 _agreed = IdentityMap[dict[str, tuple[Place, Place]]]()
 
@@ -124,7 +103,7 @@ class Quantity:
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
         self.params, self.what = params, what
-        self._survey = _surveys.get(params, what)
+        self._survey = _survey_of(params, what)
         self.adapters, self.homes = self._survey.adapters, self._survey.homes
         self.places, self.error = self._survey.places, self._survey.error
         if self._survey.groups:
