@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ds_fragment import _exchange, _kernels, _wire
 from ds_fragment._exchange import Place, Plan, agree, box, gather
 from ds_fragment._layout import Fragment, Layout, flat_layout, mesh_layout, whole
+from ds_fragment._status import MARK
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from fragment_oracle import assert_same, bits, raised
 from ranks import run_ranks
@@ -76,6 +77,8 @@ def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
         for _ in range(chance.randint(0, 12)):
             shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
             dense = noise(shape, chance.choice(DTYPES), generator)
+            if dense.nbytes >= len(MARK) and chance.random() < 0.2:  # data that looks like an error
+                bits(dense).view(-1).view(torch.uint8)[: len(MARK)] = torch.tensor(list(MARK), dtype=torch.uint8)
             layout, group = random_layout(chance, shape, ranks), groups[0]
             if chance.random() < 0.1:
                 layout, group = whole(shape), None
@@ -159,10 +162,10 @@ def _few_buckets_at_a_time(rank: int, in_place: int) -> int:
         under_way += 1
         return start(cls, *args, **kwargs)
 
-    def counted_land(self: Any) -> None:
+    def counted_land(self: Any) -> Any:
         nonlocal under_way
-        land(self)
         under_way -= 1
+        return land(self)
 
     _wire._IN_PLACE = in_place
     _exchange.Flight.start = classmethod(counted_start)
@@ -192,10 +195,12 @@ def failing_locate(at: int, error: Exception, size: int) -> Any:
     return locate
 
 
-def _every_failure_is_everybodys(rank: int) -> list[Any]:
+def _every_failure_is_everybodys(rank: int, in_place: int) -> list[Any]:
+    _wire._IN_PLACE = in_place
     found = []
-    plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=128)
+    plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=128 if in_place else 64)
     assert len(plan.buckets) == 4
+    assert all((wire.marked is None) == bool(in_place) for wires in plan.wires for wire in wires)
     for at, dst in product(range(7), [None, 0, 1]):
         locate = (
             failing_locate(at, InvalidValueError(f"item {at}"), 4) if rank == 1 else failing_locate(-1, OSError(), 4)
@@ -207,10 +212,41 @@ def _every_failure_is_everybodys(rank: int) -> list[Any]:
     return found
 
 
-def test_a_failure_at_any_item_is_raised_on_every_rank() -> None:
-    mine, other = run_ranks(_every_failure_is_everybodys, 2)
+@pytest.mark.parametrize("in_place", [1 << 20, 0])
+def test_a_failure_at_any_item_is_raised_on_every_rank(in_place: int) -> None:
+    mine, other = run_ranks(_every_failure_is_everybodys, 2, in_place)
     assert mine == other
     assert mine == [("InvalidValueError", f"rank 1: item {at}") for at in range(7) for _ in range(3)]
+
+
+def _only_one_rank_knows(rank: int, groups: int) -> list[Any]:
+    """A whole that one rank lacks is nobody else's business until a later bucket carries the word."""
+    world = dist.group.WORLD
+    others = [world, dist.new_group([0, 1])][:groups]
+    found = []
+    for at, count in product([0, 3, 11], [12, 13]):
+        places = [simple_places(1, 8, others[item % groups], 2)[0] for item in range(count)]
+        places[at] = Place(torch.Size((8,)), torch.float32, CPU, whole((8,)), None)
+        plan = Plan(places, bucket_bytes=1)
+        assert len(plan.buckets) == count
+        held = lambda item, places=places: torch.ones(8 if places[item].group is None else 4)  # noqa: E731
+        bad = lambda item, at=at, held=held: None if item == at else held(item)  # noqa: E731
+        found.append(raised(lambda plan=plan, locate=bad if rank else held: list(gather(plan, each(locate)))))
+        for group in others:
+            total = torch.ones(())
+            dist.all_reduce(total, group=group)
+            assert total == 2
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_one_rank_lacks_reaches_the_others_with_a_later_bucket(groups: int) -> None:
+    mine, other = run_ranks(_only_one_rank_knows, 2, groups)
+    text = "rank 1: item {}: 0 elements are here where the whole has 8"
+    assert other == [("FragmentError", text.format(at)) for at in (0, 0, 3, 3, 11, 11)]
+    # Nothing follows item 11 of 12: there is nobody to tell.
+    assert [e for i, e in enumerate(mine) if i != 4] == [e for i, e in enumerate(other) if i != 4]
+    assert mine[4] is None
 
 
 def _wrong_sizes(rank: int) -> list[Any]:

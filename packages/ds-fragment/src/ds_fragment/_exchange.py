@@ -9,6 +9,7 @@ travels over one group is `_wire`'s and `_flight`'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Plan:
         self.packed = [sum(packed[item] for item in bucket) for bucket in self.buckets]
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
-        self.groups = len({wire.group for wires in self.wires for wire in wires})
+        self.groups = {wire.group for wires in self.wires for wire in wires}
 
     def _cut(self, packed: Sequence[int]) -> list[list[int]]:
         """Items by bucket.
@@ -106,61 +107,105 @@ def gather(
     Raises:
         FragmentError: a rank could not deliver its piece; the same on every rank.
     """
-    here = dst is None or dist.get_rank() == dst
-    flights: list[list[Flight]] = []
-    started = 0
-
-    def start(locate: Locate) -> None:
-        nonlocal started
-        flights.append([Flight.start(wire, locate, out, dst) for wire in plan.wires[started]])
-        started += 1
-
-    def fill(bucket: int, extra: int) -> None:
-        """Start what there is room for beside a bucket, and the next one in any case."""
-        while started < len(plan.buckets):
-            taken = sum(plan.sizes[bucket : started + 1]) + extra
-            if started > bucket + 1 and taken > 2 * plan.bucket_bytes:
-                break
-            start(locate)
-
-    def land(bucket: int) -> list[torch.Tensor | None]:
-        """The oldest bucket under way, which nothing refers to any more afterwards."""
-        landing = flights.pop(0)
-        shared = True  # whether the other ranks of the group learn of a failure with this bucket
-        try:
-            for flight in landing:
-                flight.land()
-            shared = False
-            wholes = _copied(plan, plan.alone[bucket], locate, out) if here and plan.alone[bucket] else {}
-            for flight in landing:
-                wholes.update(flight.deliver())
-        except Exception as error:
-            for flight in landing:
-                flight.wait()
-            # Ranks that learn of it with a later bucket only must not wait for that in vain.
-            while started < len(plan.buckets) and (plan.groups > 1 or not shared):
-                start(_raising(error))
-            if isinstance(error, FragmentError):  # say it here in the words in which the others will hear it
-                _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
-            raise
-        return [wholes.get(item) for item in plan.buckets[bucket]]
-
+    convoy = _Convoy(plan, locate, dst, out)
     try:
         for bucket in range(len(plan.buckets)):
-            fill(bucket, plan.packed[bucket])
-            wholes = land(bucket)
-            fill(bucket, 0)
-            yield wholes
+            convoy.fill(bucket, plan.packed[bucket])
+            wholes = convoy.land(bucket)
+            convoy.fill(bucket, 0)
+            if convoy.failure is None:
+                yield wholes
+            elif convoy.told >= plan.groups:
+                break
+        if convoy.failure is not None:
+            convoy.fail()
     finally:
-        for flight in (f for left in flights for f in left):
+        convoy.wait()
+
+
+class _Convoy:
+    """The buckets of a plan on their way.
+
+    [Note: failure] All ranks of a group read the same statuses with the same bucket, and send nothing more over that
+    group. What only one rank knows of (a whole that it lacks or has no memory for, what it heard in another of its
+    groups) travels in the place of its pieces with the next bucket that is not yet under way; until all its groups have
+    been told, that rank goes on as the others do, so that nobody waits for it in vain.
+    """
+
+    def __init__(self, plan: Plan, locate: Locate, dst: int | None, out: Out | None) -> None:
+        self.plan, self.locate, self.dst, self.out = plan, locate, dst, out
+        self.here = dst is None or dist.get_rank() == dst
+        self.failure: Exception | None = None  # why nothing more is delivered
+        self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of a failure
+        self._word: Exception | None = None  # what this rank sends in the place of pieces
+        self._under_way: list[tuple[list[Flight], Pieces | Exception]] = []  # with the pieces that are wholes
+        self._started = 0
+
+    def fill(self, bucket: int, extra: int) -> None:
+        """Start what there is room for beside a bucket, and the next one in any case."""
+        plan = self.plan
+        while self._started < len(plan.buckets):
+            taken = sum(plan.sizes[bucket : self._started + 1]) + extra
+            if self._started > bucket + 1 and taken > 2 * plan.bucket_bytes:
+                break
+            self._start(plan.alone[self._started], plan.wires[self._started])
+            self._started += 1
+
+    def _start(self, alone: list[int], wires: list[Wire]) -> None:
+        pieces: Pieces | Exception = ()
+        if alone and self.here and self._word is None:
+            try:
+                pieces = _whole_pieces(self.plan, alone, self.locate)
+            except Exception as error:
+                pieces = self._word = error
+        locate = self.locate if self._word is None else _raising(self._word)
+        flights = [Flight.start(wire, locate, self.out, self.dst) for wire in wires if wire.group not in self.told]
+        self._under_way.append((flights, pieces))
+
+    def land(self, bucket: int) -> list[torch.Tensor | None]:
+        """The wholes of the oldest bucket under way, which nothing refers to any more afterwards."""
+        flights, pieces = self._under_way.pop(0)
+        for flight in flights:
             flight.wait()
+        wholes: dict[int, torch.Tensor] = {}
+        for flight in flights:
+            try:
+                wholes.update(flight.land())
+            except Exception as error:
+                self.failure = self.failure or error
+                if isinstance(error, FragmentError) and error.status:
+                    self.told.add(flight.wire.group)
+        if isinstance(pieces, Exception):
+            self.failure = self.failure or pieces
+        elif pieces and self.failure is None:
+            try:
+                wholes.update(_copied(self.plan, self.plan.alone[bucket], pieces, self.out))
+            except Exception as error:
+                self.failure = error
+        self._word = self._word or self.failure
+        return [wholes.get(item) for item in self.plan.buckets[bucket]]
+
+    def fail(self) -> NoReturn:
+        """Raise the failure, in the words in which the others hear it."""
+        error, self.failure, self._word = self.failure, None, None
+        assert error is not None
+        try:
+            if isinstance(error, FragmentError) and not error.status:
+                _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
+            raise error
+        finally:
+            del error  # whose traceback refers to this frame
+
+    def wait(self) -> None:
+        """Wait for what is still under way, whatever it says."""
+        for flights, _ in self._under_way:
+            for flight in flights:
+                flight.wait()
 
 
 def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
     """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
-    flight = Flight.start(plan.wires[0][0], locate, None, None, at_once=True)
-    flight.land()
-    return flight.deliver()[0]
+    return Flight.start(plan.wires[0][0], locate, None, None, at_once=True).land()[0]
 
 
 def _raising(error: Exception) -> Locate:
@@ -170,18 +215,21 @@ def _raising(error: Exception) -> Locate:
     return locate
 
 
-def _copied(plan: Plan, items: Sequence[int], locate: Locate, out: Out | None) -> dict[int, torch.Tensor]:
-    """The wholes from pieces that are the wholes."""
-    wholes = {item: room_for(plan.places[item], item, out) for item in items}
-    dsts, srcs = [], []
-    for item, piece in zip(items, locate(items), strict=True):
-        held, expected = 0 if piece is None else piece.numel(), wholes[item].numel()
+def _whole_pieces(plan: Plan, items: Sequence[int], locate: Locate) -> Pieces:
+    """This rank's pieces that are the wholes."""
+    pieces = locate(items)
+    for item, piece in zip(items, pieces, strict=True):
+        held, expected = 0 if piece is None else piece.numel(), plan.places[item].shape.numel()
         if held != expected:
             raise FragmentError(f"item {item}: {held} elements are here where the whole has {expected}")
-        if piece is not None:
-            dsts.append(wholes[item])
-            srcs.append(piece.detach())
-    _kernels.copy(dsts, srcs)
+    return pieces
+
+
+def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -> dict[int, torch.Tensor]:
+    """The wholes from pieces that are the wholes."""
+    wholes = {item: room_for(plan.places[item], item, out) for item in items}
+    pairs = [(wholes[item], piece.detach()) for item, piece in zip(items, pieces, strict=True) if piece is not None]
+    _kernels.copy([whole for whole, _ in pairs], [piece for _, piece in pairs])
     return wholes
 
 

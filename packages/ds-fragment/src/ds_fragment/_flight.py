@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _status
-from ds_fragment._wire import Locate, Out, Wire, as_bytes, room_for
+from ds_fragment._wire import Locate, Out, Wire, as_bytes
 
 
 @dataclass(slots=True)
@@ -61,25 +61,21 @@ class Flight:
         if not self._here:
             return torch.empty(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
         self.landing = torch.empty(wire.begins[-1], dtype=torch.uint8, device=wire.device)
-        self.wholes = {item: room_for(wire.places[item], item, self.out) for item in wire.in_place}
+        self.wholes = wire.receive(self.out)
         return wire.chunk(self.landing, wire.rank)
 
     def _spread(self, chunk: torch.Tensor) -> None:
         """Every item to all ranks."""
         wire, landing = self.wire, self.landing
         assert landing is not None
-        outputs, inputs = [], []
+        outputs, inputs = self._even()
         parts: list[tuple[int, torch.Tensor]] = []  # (sender, what it sends)
-        for item, stretches in wire.in_place.items():
+        for item, stretches in wire.uneven.items():
             whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
-            if item in wire.even:
-                outputs.append(whole)
-                inputs.append(torch.empty_like(whole[: stretches[0][2]]) if piece is None else piece)
-                continue
             for rank, start, nbytes in stretches:
                 part = whole.narrow(0, start, nbytes)
                 if rank == wire.rank and piece is not None:
-                    part.copy_(piece)
+                    part.copy_(as_bytes(piece))
                 parts.append((rank, part))
         if wire.gathered:
             if self.error is not None:
@@ -87,11 +83,29 @@ class Flight:
             self._all_gather([*outputs, landing], [*inputs, chunk])
             self.statuses = landing.view(wire.size, -1)[:, : wire.head]
         else:
-            self._gather(outputs, inputs)
+            if wire.marked is None:
+                self._gather(outputs, inputs)
+            else:
+                self._all_gather(outputs, inputs)
             parts += [(rank, wire.chunk(landing, rank)) for rank, length in enumerate(wire.lengths) if length]
         if parts:
             sources = [(wire.global_ranks[rank], part) for rank, part in parts]
             self.works.extend(_collectives.broadcast_many(sources, wire.group))
+
+    def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where what is cut evenly is received, and what of it is sent."""
+        wire = self.wire
+        if self.error is not None:
+            outputs = [as_bytes(self.wholes[item]) for item in wire.even]
+            inputs = [torch.empty_like(output[: len(output) // wire.size]) for output in outputs]
+            if wire.marked is not None:
+                _status.mark(inputs[wire.even.index(wire.marked)])
+            return outputs, inputs
+        outputs, inputs = [self.wholes[item] for item in wire.even], [self.pieces[item] for item in wire.even]
+        if wire.typed and len(outputs) > 1:
+            pairs = zip(outputs, inputs, strict=True)
+            return [whole if whole.dim() == piece.dim() else whole.view(-1) for whole, piece in pairs], inputs
+        return list(map(as_bytes, outputs)), list(map(as_bytes, inputs))
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""
@@ -113,8 +127,8 @@ class Flight:
         root = wire.global_ranks.index(dst)
         parts: list[tuple[int, torch.Tensor]] = []  # (holder, where it comes from or goes to), of those seen here
         for item, stretches in wire.in_place.items():
+            piece = as_bytes(self.pieces[item]) if item in self.pieces else None
             for rank, start, nbytes in stretches:
-                piece = self.pieces.get(item)
                 if self._here:
                     target = as_bytes(self.wholes[item]).narrow(0, start, nbytes)
                     if rank == root and piece is not None:
@@ -141,17 +155,26 @@ class Flight:
         while self.works:
             self.works.pop(0).wait()
 
-    def land(self) -> None:
-        """Wait for the data and raise what any rank has to say."""
+    def land(self) -> dict[int, torch.Tensor]:
+        """Wait for the data, raise what any rank has to say, and return the whole of every item that is received here."""
         self.wait()
+        try:  # on a GPU this is under way before the statuses are here; nothing of the caller's is written before that
+            wholes = self._unpacked() if self.out is None else {}
+        finally:  # all ranks look, whatever went wrong here
+            self._check()
+        return wholes if self.out is None else self._unpacked()
+
+    def _unpacked(self) -> dict[int, torch.Tensor]:
+        return {} if self.landing is None else {**self.wholes, **self.wire.unpack(self.landing, self.out)}
+
+    def _check(self) -> None:
+        """Raise what any rank has to say."""
+        marked = self.wire.marked
+        if self.statuses is None and marked is not None:
+            if not _status.is_marked(as_bytes(self.wholes[marked]).view(self.wire.size, -1)):
+                return
+            self._gather([], [])
+            self.wait()
         assert self.statuses is not None
         if any(self.statuses[:, 0].tolist()):
             _status.check(self.statuses.cpu(), cause=self.error)
-        self.held.clear()
-
-    def deliver(self) -> dict[int, torch.Tensor]:
-        """The whole of every item, where it is received."""
-        landing, self.landing, self.statuses = self.landing, None, None
-        if landing is None:
-            return {}
-        return {**self.wholes, **self.wire.unpack(landing, self.out)}

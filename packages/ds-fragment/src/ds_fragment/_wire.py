@@ -5,8 +5,8 @@ and into the whole. All others are *packed*: a rank's pieces stand one after the
 *chunk*, and each rank computes every rank's offsets from the layouts alone. The chunks of all ranks lie side by side
 where they arrive, in the *landing*. Bytes travel as they are: -0.0, NaN payloads and subnormals arrive bit for bit.
 
-The status of each rank (see `_status`) stands at the head of its chunk where all chunks are gathered, else it travels
-beside. What follows it is cut into sections (see `_sections`).
+The status of each rank (see `_status`) stands at the head of its chunk where all chunks are gathered. What follows it
+is cut into sections (see `_sections`). Without such chunks an error is marked in the data itself: see [Note: mark].
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from ds_fragment._place import Place, box, wire_device
 from ds_fragment._sections import CUTS, Cut, Room, Section, cut_of, is_even, stretches
 from ds_fragment.errors import FragmentError
 
-# Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not.
+# Bytes of the whole from which a copy costs more than a collective of its own. On a GPU copies are cheap, and
+# collectives are where all-gathers of many go as one launch.
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 4 << 20
+_IN_PLACE_EVEN_GPU = 1 << 20
+_OWN_STORAGE_GPU = 4 << 20  # bytes from which a tensor of a bucket has a storage of its own
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
@@ -34,7 +37,8 @@ Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
 Out = Callable[[int], torch.Tensor]
 
-_CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
+# What torch.cat, split_with_sizes_copy and every backend take as it is; others travel as bytes.
+_COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 
 
 class Wire:
@@ -50,17 +54,23 @@ class Wire:
         self.group, self.places, self.size, self.rank = group, places, group.size(), group.rank()
         self.home = places[items[0]].device
         self.device = wire_device(group, self.home)
-        self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
+        self.shares = self.home.type == "cuda" and len(items) > 1  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.in_place = {item: found for item in items if (found := stretches_of(places[item]))}
+        in_place = {item: found for item in items if (found := stretches_of(places[item]))}
         if len(items) == 1 and self.home.type == "cuda":  # then a launch less counts more than anything
             only = stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
             if only and is_even(only, self.size) and self.device == self.home:
-                self.in_place[items[0]] = only
-        self.even = {item for item, cuts in self.in_place.items() if is_even(cuts, self.size)}
-        self.sections = self._sections([item for item in items if item not in self.in_place])
+                in_place[items[0]] = only
+        self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
+        self.even.sort(key=lambda item: places[item].shape)
+        self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
+        self.typed = self.home.type == "cuda" and {places[item].dtype for item in self.even} <= _COMMON
+        self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
+        self._dtypes = [places[item].dtype for item in self.in_place if places[item].layout.sent(self.rank)]
+        self._shared = self._shared_rooms()
+        self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
-        self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not self.in_place else None
+        self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
         # Pieces that are sent here, in the order of `pieces`.
         self.items = [*self.in_place, *(item for section in self.sections for item in section.items)]
         self.sent = [places[item].layout.sent(self.rank) for item in self.items]
@@ -68,7 +78,9 @@ class Wire:
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
         little = _LITTLE if self.device.type == "cpu" else _LITTLE_GPU
-        self.gathered = padded <= little or 4 * padded <= 5 * sum(bodies)
+        self.gathered = 0 < padded <= little or 0 < 4 * padded <= 5 * sum(bodies)
+        roomy = [item for item in self.even if places[item].nbytes >= self.size * len(_status.MARK)]
+        self.marked = roomy[0] if roomy and not self.gathered else None  # the item in which an error travels
         self.head = _status.STATUS_BYTES if self.gathered else 0
         longest = max(bodies)
         lengths = [self.head + (longest if self.gathered else body) for body in bodies]
@@ -101,18 +113,52 @@ class Wire:
         return landing.narrow(0, self.begins[rank], self.lengths[rank])
 
     def pieces(self, locate: Locate) -> dict[int, torch.Tensor]:
-        """What this rank sends, by item; it is asked about all, as it may know of an error where it sends nothing."""
-        pieces: dict[int, torch.Tensor] = {}
-        for item, piece, expected in zip(self.items, locate(self.items), self.sent, strict=True):
-            held = 0 if piece is None or not expected else piece.numel()
-            if held != expected:
-                raise FragmentError(f"item {item}: {held} elements are here where the layout says {expected}")
-            if piece is not None and held:
-                pieces[item] = piece
-        for item in self.in_place:
-            if item in pieces:
-                pieces[item] = as_bytes(pieces[item].detach().to(self.device, self.places[item].dtype).contiguous())
+        """What this rank sends, by item; it is asked about all, as it may know of an error where it sends nothing.
+
+        What travels in place is contiguous, of its place's dtype, on the wire's device.
+        """
+        found = locate(self.items)
+        held = [0 if piece is None else piece.numel() for piece in found]
+        if held != self.sent:
+            for item, numel, expected in zip(self.items, held, self.sent, strict=True):
+                if expected not in (numel, 0):
+                    raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
+        pieces = {
+            item: piece
+            for item, piece, sent in zip(self.items, found, self.sent, strict=True)
+            if sent and piece is not None
+        }
+        moving = [pieces[item] for item in self.in_place if item in pieces]
+        as_they_are = self.device.type == "cuda" and _kernels.all_plain(moving, self.device)
+        if not as_they_are or [piece.dtype for piece in moving] != self._dtypes:
+            for item in self.in_place:
+                if item in pieces:
+                    pieces[item] = pieces[item].detach().to(self.device, self.places[item].dtype).contiguous()
         return pieces
+
+    def receive(self, out: Out | None) -> dict[int, torch.Tensor]:
+        """Where what travels in place is received, by item."""
+        if out is not None:
+            return {item: out(item) for item in self.in_place}
+        wholes: dict[int, torch.Tensor] = {}
+        for dtype, room in self._shared:
+            storage = torch.empty(room.numel, dtype=dtype, device=self.home)
+            wholes.update(zip(room.items, room.views(storage), strict=True))
+        for item in self.in_place:
+            if item not in wholes:
+                wholes[item] = room_for(self.places[item], item, None)
+        return wholes
+
+    def _shared_rooms(self) -> list[tuple[torch.dtype, Room]]:
+        """Storages for the small ones of what travels in place."""
+        found: dict[torch.dtype, list[int]] = {}
+        for item in self.in_place if self.shares else ():
+            if self.places[item].nbytes < _OWN_STORAGE_GPU:
+                found.setdefault(self.places[item].dtype, []).append(item)
+        return [(dtype, self._room_of(items, dtype)) for dtype, items in found.items()]
+
+    def _room_of(self, items: Sequence[int], dtype: torch.dtype) -> Room:
+        return Room(items, self.places, _ROOM_ALIGN // dtype.itemsize or 1)
 
     def pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
         """Fill this rank's chunk, with a status that is all zeros."""
@@ -133,7 +179,7 @@ class Wire:
                 if not mine:
                     continue
                 alike = {(piece.dtype, piece.device) for piece in mine} == {(section.dtype, self.home)}
-                if alike and section.dtype in _CAT:
+                if alike and section.dtype in _COMMON:
                     torch.cat([p if p.dim() == 1 else p.reshape(-1) for p in mine], out=section.of(room, self.rank))
                 else:
                     _kernels.copy([part for _, part in section.parts(room, self.rank)], mine)
@@ -182,7 +228,7 @@ class Wire:
             wholes.update(zip(section.items, rooms, strict=True))
             if kernels and shares and section.cut in ("even", "runs"):
                 self._table(number).move(room, landing)
-            elif section.cut == "even" and self.gathered and section.dtype in _CAT:
+            elif section.cut == "even" and self.gathered and section.dtype in _COMMON:
                 self._unpack_rows(section, landing, rooms)
             else:
                 for rank in range(self.size):
@@ -271,7 +317,7 @@ class Wire:
     def _room(self, number: int) -> Room:
         if number not in self._rooms:
             section = self.sections[number]
-            self._rooms[number] = Room(section.items, self.places, _ROOM_ALIGN // section.dtype.itemsize or 1)
+            self._rooms[number] = self._room_of(section.items, section.dtype)
         return self._rooms[number]
 
     def _table(self, number: int) -> _kernels.Stretches:
@@ -305,7 +351,11 @@ def stretches_of(place: Place) -> list[tuple[int, int, int]]:
     """What travels in place of an item, as `stretches` says; nothing where all of it is packed."""
     if place.group is None:
         return []
-    threshold = _IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU
-    if place.nbytes < threshold or place.device != wire_device(place.group, place.device):
+    on_cpu = place.device.type == "cpu"
+    least = _IN_PLACE if on_cpu else _IN_PLACE_EVEN_GPU
+    if place.nbytes < least or place.device != wire_device(place.group, place.device):
         return []
-    return stretches(place.layout, place.dtype.itemsize) or []
+    found = stretches(place.layout, place.dtype.itemsize) or []
+    if on_cpu or place.nbytes >= _IN_PLACE_GPU or (found and is_even(found, len(place.layout.fragments))):
+        return found
+    return []
