@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from operator import is_
 from typing import Any, cast
 
 import pytest
@@ -64,9 +65,12 @@ class Stretches:
 class Tensors:
     """Stands for the kernels' copies between tensors and a buffer."""
 
-    def __init__(self, offsets: list[int], dtypes: list[torch.dtype], pieces: Any = None, numels: Any = None) -> None:
-        self._offsets, self._dtypes, self._numels = offsets, dtypes, numels
+    def __init__(
+        self, offsets: list[int], dtypes: list[torch.dtype], pieces: Any = None, numels: Any = None, head: Any = None
+    ) -> None:
+        self._offsets, self._dtypes, self._numels, self._head = offsets, dtypes, numels, head
         self._pieces = [(i, 0) for i in range(len(offsets))] if pieces is None else pieces
+        self._last: list[torch.Tensor] = []
 
     def _pairs(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for row, (offset, dtype) in enumerate(zip(self._offsets, self._dtypes, strict=True)):
@@ -80,7 +84,14 @@ class Tensors:
             return False
         for room, part in self._pairs(buffer, tensors):
             bits(room).copy_(bits(part))
+        if self._head is not None:
+            buffer[: len(self._head)] = self._head
+        self._last = tensors
         return True
+
+    def again(self, buffer: torch.Tensor, tensors: list[torch.Tensor | None]) -> bool:
+        same = len(tensors) == len(self._last) > 0 and all(map(is_, tensors, self._last))
+        return same and self.pack(buffer, self._last)
 
     def unpack(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
         for room, part in self._pairs(buffer, tensors):
@@ -132,15 +143,17 @@ def test_what_all_ranks_pack_one_unpacks(
             made = [wire for wire in wires(places, ranks) if not wire.in_place]
             if not made:  # on a GPU one that is alone and even goes in place
                 continue
+            cuts = [
+                [cut_by_hand(dense, place.layout, rank) for dense, place in zip(denses, places, strict=True)]
+                for rank in range(ranks)
+            ]
+            held = [[None if piece is None else piece.to(places[0].device) for piece in cut] for cut in cuts]
             for _ in range(2):  # again, as a plan does
                 landing = torch.full((made[0].begins[-1],), 255, dtype=torch.uint8, device=places[0].device)
                 for rank, wire in enumerate(made):
                     assert wire.lengths == made[0].lengths
-                    cut = [cut_by_hand(dense, place.layout, rank) for dense, place in zip(denses, places, strict=True)]
-                    pieces = [None if piece is None else piece.to(places[0].device) for piece in cut]
-                    wire.pack(
-                        wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank)
-                    )
+                    wire.load(lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunk(landing, rank))
+                    assert not wire.chunk(landing, rank)[: wire.head].any()
                 for wire in made:
                     wire.shares = device == "cuda" or tables or chance.random() < 0.5
                     seen |= {section.cut for section in wire.sections}
@@ -163,12 +176,22 @@ def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device
         for n in (64, 6, 64)
     ]
     made = wires(places, 2)
+    held: list[list[torch.Tensor]] = []
     with use_kernels(kernels):
-        for _ in range(3):
+        for change in ("new", "new values", "new memory", "new strides", "new values", "new"):
             masters = [torch.randn(place.shape, device=device) for place in places]
-            landing = torch.empty(made[0].begins[-1], dtype=torch.uint8, device=device)
+            if change == "new":
+                held = [[master.chunk(2)[rank].clone() for master in masters] for rank in range(2)]
+            for rank, pieces in enumerate(held):
+                for piece, master in zip(pieces, masters, strict=True):
+                    if change == "new memory":
+                        piece.data = torch.empty_like(piece)
+                    elif change == "new strides":
+                        piece.data = torch.empty(len(piece), 2, device=device)[:, 0]
+                    piece.copy_(master.chunk(2)[rank])
+            landing = torch.full((made[0].begins[-1],), 255, dtype=torch.uint8, device=device)
             for rank, wire in enumerate(made):
-                pieces = [master.chunk(2)[rank] for master in masters]
-                wire.pack(wire.pieces(lambda items, p=pieces: [p[item] for item in items]), wire.chunk(landing, rank))
+                wire.load(lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunk(landing, rank))
+                assert not wire.chunk(landing, rank)[: wire.head].any()
             for item, whole in made[0].unpack(landing, None).items():
-                assert torch.equal(whole, masters[item].bfloat16())
+                assert torch.equal(whole, masters[item].bfloat16()), change

@@ -100,8 +100,9 @@ def save_full(
             return quantity.pieces(items)
 
         try:
-            for item, tensor in quantity.full(bucket_bytes, dst=0 if dist.is_initialized() else None, locate=locate):
-                if writer is not None and tensor is not None and not failure:
+            dst = 0 if dist.is_initialized() else None
+            for item, tensor in quantity.full(range(len(quantity.params)), bucket_bytes, dst, locate):
+                if writer is not None and not failure:
                     try:
                         report(writer.write_item(item, tensor), writer.total)
                     except OSError as caught:

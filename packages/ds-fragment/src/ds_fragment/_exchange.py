@@ -205,7 +205,16 @@ class _Convoy:
 
 def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
     """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
-    return Flight.start(plan.wires[0][0], locate, None, None, at_once=True).land()[0]
+    wire = plan.wires[0][0]
+    if wire.marked is None or wire.device.type != "cpu":
+        return Flight.start(wire, locate, None, None, later=False).land()[0]
+    # All of the below takes a CPU no longer than starting the collective.
+    whole = room_for(plan.places[0], 0, None)
+    try:
+        piece = wire.ready(locate, whole)
+    except Exception as error:
+        return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
+    return Flight.at_once(wire, whole, piece)
 
 
 def _raising(error: Exception) -> Locate:

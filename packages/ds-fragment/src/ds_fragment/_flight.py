@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _status
-from ds_fragment._wire import Locate, Out, Wire, as_bytes
+from ds_fragment._wire import Locate, Out, Wire, as_bytes, room_for
 
 
 @dataclass(slots=True)
@@ -33,13 +33,20 @@ class Flight:
     held: list[torch.Tensor] = field(default_factory=list)  # what is being sent or received on the way
 
     @classmethod
-    def start(cls, wire: Wire, locate: Locate, out: Out | None, dst: int | None, *, at_once: bool = False) -> Flight:
-        """Send this rank's pieces, or its error in their place; ``at_once`` waits for them too, which is faster."""
-        flight = cls(wire, out, dst, not at_once)
+    def at_once(cls, wire: Wire, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        """The only item of a wire, which is marked if any rank has an error, received into its whole."""
+        flight = cls(wire, None, None, later=False, wholes={wire.items[0]: whole})
+        _collectives.all_gather(as_bytes(whole), as_bytes(piece), group=wire.group)
+        flight._check()
+        return whole
+
+    @classmethod
+    def start(cls, wire: Wire, locate: Locate, out: Out | None, dst: int | None, *, later: bool = True) -> Flight:
+        """Send this rank's pieces, or its error in their place, and come back before they are there if ``later``."""
+        flight = cls(wire, out, dst, later)
         chunk = flight._room()
         try:
-            flight.pieces = wire.pieces(locate)
-            wire.pack(flight.pieces, chunk)
+            flight.pieces = wire.load(locate, flight.wholes, chunk)
         except Exception as error:
             flight.error, flight.pieces = error, {}
             chunk.zero_()
@@ -61,7 +68,7 @@ class Flight:
         if not self._here:
             return torch.empty(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
         self.landing = torch.empty(wire.begins[-1], dtype=torch.uint8, device=wire.device)
-        self.wholes = wire.receive(self.out)
+        self.wholes = {item: room_for(wire.places[item], item, self.out) for item in wire.in_place}
         return wire.chunk(self.landing, wire.rank)
 
     def _spread(self, chunk: torch.Tensor) -> None:
@@ -74,7 +81,7 @@ class Flight:
             whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
             for rank, start, nbytes in stretches:
                 part = whole.narrow(0, start, nbytes)
-                if rank == wire.rank and piece is not None:
+                if rank == wire.rank and piece is not None and piece.data_ptr() != part.data_ptr():
                     part.copy_(as_bytes(piece))
                 parts.append((rank, part))
         if wire.gathered:
@@ -131,7 +138,7 @@ class Flight:
             for rank, start, nbytes in stretches:
                 if self._here:
                     target = as_bytes(self.wholes[item]).narrow(0, start, nbytes)
-                    if rank == root and piece is not None:
+                    if rank == root and piece is not None and piece.data_ptr() != target.data_ptr():
                         target.copy_(piece)
                     parts.append((rank, target))
                 elif rank == wire.rank:
@@ -156,7 +163,7 @@ class Flight:
             self.works.pop(0).wait()
 
     def land(self) -> dict[int, torch.Tensor]:
-        """Wait for the data, raise what any rank has to say, and return the whole of every item that is received here."""
+        """Wait for the data, raise what any rank has to say, and return the whole of every item received here."""
         self.wait()
         try:  # on a GPU this is under way before the statuses are here; nothing of the caller's is written before that
             wholes = self._unpacked() if self.out is None else {}

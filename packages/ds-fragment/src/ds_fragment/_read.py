@@ -7,8 +7,7 @@ import hashlib
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._adapters import Adapter, adapter_of
 from ds_fragment._check import meet
-from ds_fragment._exchange import Locate, Pieces, Place, agree, fetch, gather, plan_of
+from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, fetch, gather, plan_of
 from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
 from ds_fragment._recent import Recent
@@ -28,6 +27,7 @@ _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to 
 _BUCKET_BYTES_GPU = 512 << 20
 
 Named = tuple[str, torch.Tensor]
+K = TypeVar("K")
 
 
 class _Survey:
@@ -37,7 +37,8 @@ class _Survey:
         self.what, self.generation = what, registry.generation
         self.error: FragmentError | None = None
         self.adapters = [adapter_of(param) for param in params]
-        self._params = [weakref.ref(param) for param in params]
+        self._gone: list[object] = []  # references to parameters that are no more
+        self._params = [weakref.ref(param, self._gone.append) for param in params]
         self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
         self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
         self.held = [place.layout.held(place.rank) for place in self.places]
@@ -46,6 +47,7 @@ class _Survey:
         for item, adapter in enumerate(self.adapters):
             by_adapter.setdefault(adapter, []).append(item)
         self.by_adapter = list(by_adapter.items())
+        self.plans: dict[int | None, Plan] = {}  # by bytes of a bucket
         self._stamps = [] if self.error is not None else self._stamps_of(params)
 
     def _place(self, param: torch.Tensor, item: int) -> Place:
@@ -61,10 +63,8 @@ class _Survey:
         return [adapter.stamps([params[i] for i in items], self.what) for adapter, items in self.by_adapter]
 
     def holds(self, params: Sequence[torch.Tensor]) -> bool:
-        """Whether it is still good for these parameters."""
-        if self.generation != registry.generation:
-            return False
-        if not all(map(is_, (ref() for ref in self._params), params)):
+        """Whether it is still good for these parameters, which have the ids of those that it was made for."""
+        if self.generation != registry.generation or self._gone:
             return False
         try:
             return self._stamps_of(params) == self._stamps
@@ -180,31 +180,49 @@ class Quantity:
         return found
 
     def full(
-        self, bucket_bytes: int | None = None, dst: int | None = None, locate: Locate | None = None
-    ) -> Iterator[tuple[int, torch.Tensor | None]]:
-        """The whole tensors by item; all ranks must take all of them. ``locate`` stands in for `pieces`."""
-        if bucket_bytes is None:
-            bucket_bytes = _BUCKET_BYTES
-            if self.device().type != "cpu":  # two of the largest parameter are taken in any case
-                bucket_bytes = max(_BUCKET_BYTES_GPU, *(place.nbytes for place in self.places))
-        plan = plan_of(self.places, bucket_bytes)
+        self,
+        keys: Sequence[K],
+        bucket_bytes: int | None = None,
+        dst: int | None = None,
+        locate: Locate | None = None,
+    ) -> Iterator[tuple[K, torch.Tensor]]:
+        """The whole tensors that are delivered here, each with its key; all ranks must take all of them.
+
+        ``locate`` stands in for `pieces`.
+        """
+        plan = self._plan(bucket_bytes)
         buckets = gather(plan, locate or self.pieces, dst=dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
             for position, item in enumerate(items):
                 tensor, tensors[position] = tensors[position], None
-                yield item, tensor
-                del tensor
+                if tensor is not None:
+                    yield keys[item], tensor
+                del tensor  # not to be held while the next bucket is received
+
+    def _plan(self, bucket_bytes: int | None) -> Plan:
+        """What travels with what."""
+        plans = self._survey.plans if self.places is self._survey.places else {}
+        if bucket_bytes not in plans:
+            limit = bucket_bytes
+            if limit is None:
+                limit = _BUCKET_BYTES
+                if self.device().type != "cpu":  # two of the largest parameter are taken in any case
+                    limit = max(_BUCKET_BYTES_GPU, *(place.nbytes for place in self.places))
+            plans[bucket_bytes] = plan_of(self.places, limit)
+        return plans[bucket_bytes]
 
     def one(self) -> torch.Tensor:
         """The whole tensor of the only parameter; as `full`, without what it takes for many."""
         if self.places[0].alone:
-            ((_, tensor),) = self.full()
+            ((_, tensor),) = self.full([0])
         else:
-            with self.named_if_broken([0]):
-                tensor = fetch(plan_of(self.places, 1), self.pieces)
-        assert tensor is not None
+            try:
+                tensor = fetch(self._plan(1), self.pieces)
+            except Exception:
+                with self.named_if_broken([0]):
+                    raise
         return tensor
 
     @contextlib.contextmanager
@@ -246,10 +264,11 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
         TypeError: something is neither a tensor nor a (name, tensor) pair.
     """
     items: list[Any] = list(sharded(params).named_parameters() if isinstance(params, nn.Module) else params)
-    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
+    kinds = set(map(type, items))
+    if kinds == {tuple} and set(map(len, items)) == {2}:
         names, tensors = zip(*items, strict=True)
-        return list(map(clean_name, names)), _tensors(tensors)
-    return None, _tensors(items)
+        return list(map(clean_name, names)), _tensors(tensors, set(map(type, tensors)))
+    return None, _tensors(items, kinds)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -266,8 +285,8 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _tensors(items: Sequence[Any]) -> list[torch.Tensor]:
-    wrong = next((kind for kind in set(map(type, items)) if not issubclass(kind, torch.Tensor)), None)
+def _tensors(items: Sequence[Any], kinds: set[type]) -> list[torch.Tensor]:
+    wrong = next((kind for kind in kinds if not issubclass(kind, torch.Tensor)), None)
     if wrong is not None:
         raise TypeError(f"params holds a {wrong.__name__}, expected parameters or (name, parameter) pairs")
     return list(items)
@@ -300,7 +319,7 @@ def iter_full(
 
     Yields:
         (name, tensor) where names were given, else (parameter, tensor): fresh tensors of the whole shape, in order. On
-        a GPU those below 4 MiB share storages of up to a bucket: clone a small one that is to be kept by itself.
+        a GPU those below 8 MiB share storages of up to a bucket: clone a small one that is to be kept by itself.
 
     Raises:
         FragmentError: a rank could not deliver its piece (no such state, no gradient); the same on every rank.
@@ -314,23 +333,11 @@ def iter_full(
             raise ValueError(f"dst is {dst}, expected a global rank in [0, {world_size})")
     names, tensors = named(params)
     quantity = Quantity(tensors, check_what(what), "iter_full")
-    return _iterate(quantity, names, bucket_bytes, dst, device, dtype)
-
-
-def _iterate(
-    quantity: Quantity,
-    names: list[str] | None,
-    bucket_bytes: int | None,
-    dst: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Iterator[tuple[str | torch.Tensor, torch.Tensor]]:
-    keys: Sequence[str | torch.Tensor] = quantity.params if names is None else names
-    as_it_is = device is None and dtype is None
-    for item, tensor in quantity.full(bucket_bytes, dst):
-        if tensor is not None:
-            yield keys[item], tensor if as_it_is else tensor.to(device=device, dtype=dtype)
-        del tensor  # not to be held while the next bucket is received
+    keys: Sequence[str | torch.Tensor] = tensors if names is None else names
+    found = quantity.full(keys, bucket_bytes, dst)
+    if device is None and dtype is None:
+        return found
+    return ((key, tensor.to(device=device, dtype=dtype)) for key, tensor in found)
 
 
 def check_what(what: object) -> str:

@@ -7,9 +7,10 @@ ranks raise the error of the lowest failing rank, by type and by text. It costs 
 that came from another rank is passed on as it came, so that its rank stays known.
 
 [Note: mark] Where large data travels in place, out of the piece and into the whole, there is no room before it, and a
-status beside it would be a collective more. There the failing rank sends `MARK` at the beginning of its piece of an item
-of which every rank sends a piece. All ranks receive the same bytes and look there; where any of them finds a mark, all
-do, and exchange the statuses then. A mark that is data, by a chance of one in 2**128, costs a round trip and no more.
+status beside it would be a collective more. There the failing rank sends `MARK` at the beginning of its piece of an
+item of which every rank sends a piece. All ranks receive the same bytes and look there; where any of them finds a
+mark, all do, and exchange the statuses then. A mark that is data, by a chance of one in 2**128, costs a round trip
+and no more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from ds_fragment import errors
 
 MARK = hashlib.sha256(b"ds-fragment: an error").digest()[:16]
+_MARK = list(MARK)
 STATUS_BYTES = 512  # a multiple of the alignment that the data behind it needs
 _TEXT_AT = 7  # after the code, the global rank (4 bytes) and the length of the text (2)
 _SUMS_AT = 8  # bytes before what `encode_sums` writes: a count (8 bytes) and a digest
@@ -59,7 +61,7 @@ def mark(piece: torch.Tensor) -> None:
 
 def is_marked(pieces: torch.Tensor) -> bool:
     """Whether any rank's piece, a row of uint8, begins with the mark."""
-    return list(MARK) in pieces[:, : len(MARK)].tolist()
+    return _MARK in pieces[:, : len(MARK)].tolist()
 
 
 def encode_sums(sums: Sequence[int]) -> torch.Tensor:

@@ -22,12 +22,9 @@ from ds_fragment._place import Place, box, wire_device
 from ds_fragment._sections import CUTS, Cut, Room, Section, cut_of, is_even, stretches
 from ds_fragment.errors import FragmentError
 
-# Bytes of the whole from which a copy costs more than a collective of its own. On a GPU copies are cheap, and
-# collectives are where all-gathers of many go as one launch.
+# Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not.
 _IN_PLACE = 256 << 10
-_IN_PLACE_GPU = 4 << 20
-_IN_PLACE_EVEN_GPU = 1 << 20
-_OWN_STORAGE_GPU = 4 << 20  # bytes from which a tensor of a bucket has a storage of its own
+_IN_PLACE_GPU = 8 << 20
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
@@ -54,20 +51,17 @@ class Wire:
         self.group, self.places, self.size, self.rank = group, places, group.size(), group.rank()
         self.home = places[items[0]].device
         self.device = wire_device(group, self.home)
-        self.shares = self.home.type == "cuda" and len(items) > 1  # whether fresh tensors of a bucket share a storage
+        self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
         in_place = {item: found for item in items if (found := stretches_of(places[item]))}
-        if len(items) == 1 and self.home.type == "cuda":  # then a launch less counts more than anything
+        if len(items) == 1 and self.device == self.home:  # then a copy or a launch less counts more than anything
             only = stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
-            if only and is_even(only, self.size) and self.device == self.home:
+            if only and is_even(only, self.size) and only[0][2] >= len(_status.MARK):
                 in_place[items[0]] = only
         self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
-        self.even.sort(key=lambda item: places[item].shape)
         self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
         self.typed = self.home.type == "cuda" and {places[item].dtype for item in self.even} <= _COMMON
         self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
-        self._dtypes = [places[item].dtype for item in self.in_place if places[item].layout.sent(self.rank)]
-        self._shared = self._shared_rooms()
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
@@ -112,65 +106,72 @@ class Wire:
         """A rank's part of the landing."""
         return landing.narrow(0, self.begins[rank], self.lengths[rank])
 
-    def pieces(self, locate: Locate) -> dict[int, torch.Tensor]:
-        """What this rank sends, by item; it is asked about all, as it may know of an error where it sends nothing.
+    def load(self, locate: Locate, wholes: dict[int, torch.Tensor], chunk: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Fill this rank's chunk, with a status that is all zeros, and return the pieces that travel in place, by item.
 
-        What travels in place is contiguous, of its place's dtype, on the wire's device.
+        Those are ready for it: contiguous, of the place's dtype, on the wire's device. What was not is copied to where
+        it is received, if that is here, and sent from there. The rank is asked about all items, as it may know of an
+        error where it sends nothing.
         """
         found = locate(self.items)
+        if self._packer is not None and _kernels.usable(self.device) and self._packer.again(chunk, found):
+            return {}
         held = [0 if piece is None else piece.numel() for piece in found]
         if held != self.sent:
             for item, numel, expected in zip(self.items, held, self.sent, strict=True):
                 if expected not in (numel, 0):
                     raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
-        pieces = {
-            item: piece
-            for item, piece, sent in zip(self.items, found, self.sent, strict=True)
-            if sent and piece is not None
-        }
-        moving = [pieces[item] for item in self.in_place if item in pieces]
-        as_they_are = self.device.type == "cuda" and _kernels.all_plain(moving, self.device)
-        if not as_they_are or [piece.dtype for piece in moving] != self._dtypes:
-            for item in self.in_place:
-                if item in pieces:
-                    pieces[item] = pieces[item].detach().to(self.device, self.places[item].dtype).contiguous()
+        triples = zip(self.items, found, self.sent, strict=True)
+        pieces = {item: _detached(piece) for item, piece, sent in triples if sent and piece is not None}
+        self._set_off(pieces, wholes)
+        self._pack(pieces, chunk)
         return pieces
 
-    def receive(self, out: Out | None) -> dict[int, torch.Tensor]:
-        """Where what travels in place is received, by item."""
-        if out is not None:
-            return {item: out(item) for item in self.in_place}
-        wholes: dict[int, torch.Tensor] = {}
-        for dtype, room in self._shared:
-            storage = torch.empty(room.numel, dtype=dtype, device=self.home)
-            wholes.update(zip(room.items, room.views(storage), strict=True))
-        for item in self.in_place:
-            if item not in wholes:
-                wholes[item] = room_for(self.places[item], item, None)
-        return wholes
+    def ready(self, locate: Locate, whole: torch.Tensor) -> torch.Tensor:
+        """The piece of the only item, ready to travel in place; see `load`."""
+        (piece,) = locate(self.items)
+        if piece is None or piece.numel() != self.sent[0]:
+            held = 0 if piece is None else piece.numel()
+            raise FragmentError(f"item {self.items[0]}: {held} elements are here where the layout says {self.sent[0]}")
+        piece = _detached(piece)
+        if self._travels(piece, whole.dtype):
+            return piece
+        return self.part(whole, self.items[0], self.rank).copy_(piece.reshape(-1))
 
-    def _shared_rooms(self) -> list[tuple[torch.dtype, Room]]:
-        """Storages for the small ones of what travels in place."""
-        found: dict[torch.dtype, list[int]] = {}
-        for item in self.in_place if self.shares else ():
-            if self.places[item].nbytes < _OWN_STORAGE_GPU:
-                found.setdefault(self.places[item].dtype, []).append(item)
-        return [(dtype, self._room_of(items, dtype)) for dtype, items in found.items()]
+    def _set_off(self, pieces: dict[int, torch.Tensor], wholes: dict[int, torch.Tensor]) -> None:
+        """Make what travels in place ready for it."""
+        moving = [item for item in self.in_place if item in pieces]
+        if self.device.type == "cuda" and _kernels.all_plain([pieces[item] for item in moving], self.device):
+            late = [item for item in moving if pieces[item].dtype != self.places[item].dtype]
+        else:
+            late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
+        if not wholes:
+            for item in late:
+                pieces[item] = pieces[item].to(self.device, self.places[item].dtype).contiguous()
+            return
+        parts = [self.part(wholes[item], item, self.rank) for item in late]
+        _kernels.copy(parts, [pieces[item] for item in late])
+        pieces.update(zip(late, parts, strict=True))
 
-    def _room_of(self, items: Sequence[int], dtype: torch.dtype) -> Room:
-        return Room(items, self.places, _ROOM_ALIGN // dtype.itemsize or 1)
+    def _travels(self, piece: torch.Tensor, dtype: torch.dtype) -> bool:
+        return piece.dtype == dtype and piece.device == self.device and piece.is_contiguous()
 
-    def pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
-        """Fill this rank's chunk, with a status that is all zeros."""
+    def part(self, whole: torch.Tensor, item: int, rank: int) -> torch.Tensor:
+        """The part of a whole that a rank sends in place, 1-D."""
+        size = whole.dtype.itemsize
+        start, nbytes = next((start, nbytes) for sender, start, nbytes in self.in_place[item] if sender == rank)
+        return whole.view(-1).narrow(0, start // size, nbytes // size)
+
+    def _pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
+        packed = [pieces[item] for section in self.sections for item in section.items if item in pieces]
+        if packed and self.only is None and _kernels.usable(self.device) and self._pack_by_kernel(chunk, packed):
+            return
         if self.head:
             chunk[: self.head].zero_()
-        packed = [pieces[item] for section in self.sections for item in section.items if item in pieces]
         if not packed:
             return
         if self.only is not None:
-            self.only.of(chunk, self.rank).copy_(packed[0].detach().reshape(-1))
-            return
-        if _kernels.usable(self.device) and self._pack_by_kernel(chunk, packed):
+            self.only.of(chunk, self.rank).copy_(packed[0].reshape(-1))
             return
         room = chunk if self.home == self.device else torch.empty_like(chunk, device=self.home)
         with torch.no_grad():
@@ -194,7 +195,8 @@ class Wire:
                     if numel:
                         offsets.append(offset)
                         dtypes.append(section.dtype)
-            self._packer = _kernels.Tensors(offsets, dtypes)
+            status = torch.zeros(self.head, dtype=torch.uint8, device=self.device) if self.head else None
+            self._packer = _kernels.Tensors(offsets, dtypes, head=status)
         return self._packer.pack(chunk, packed)
 
     def unpack(self, landing: torch.Tensor, out: Out | None) -> dict[int, torch.Tensor]:
@@ -317,7 +319,7 @@ class Wire:
     def _room(self, number: int) -> Room:
         if number not in self._rooms:
             section = self.sections[number]
-            self._rooms[number] = self._room_of(section.items, section.dtype)
+            self._rooms[number] = Room(section.items, self.places, _ROOM_ALIGN // section.dtype.itemsize or 1)
         return self._rooms[number]
 
     def _table(self, number: int) -> _kernels.Stretches:
@@ -331,6 +333,10 @@ class Wire:
             nbytes = [size * numel for _, _, numel, _ in landed]
             self._tables[number] = _kernels.Stretches.within(dsts, srcs, nbytes, self.home)
         return self._tables[number]
+
+
+def _detached(piece: torch.Tensor) -> torch.Tensor:
+    return piece.detach() if piece.requires_grad else piece  # which takes ten times as long as to ask
 
 
 def _aligned(nbytes: int, align: int = _SECTION_ALIGN) -> int:
@@ -351,11 +357,7 @@ def stretches_of(place: Place) -> list[tuple[int, int, int]]:
     """What travels in place of an item, as `stretches` says; nothing where all of it is packed."""
     if place.group is None:
         return []
-    on_cpu = place.device.type == "cpu"
-    least = _IN_PLACE if on_cpu else _IN_PLACE_EVEN_GPU
-    if place.nbytes < least or place.device != wire_device(place.group, place.device):
+    threshold = _IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU
+    if place.nbytes < threshold or place.device != wire_device(place.group, place.device):
         return []
-    found = stretches(place.layout, place.dtype.itemsize) or []
-    if on_cpu or place.nbytes >= _IN_PLACE_GPU or (found and is_even(found, len(place.layout.fragments))):
-        return found
-    return []
+    return stretches(place.layout, place.dtype.itemsize) or []

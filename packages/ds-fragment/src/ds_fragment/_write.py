@@ -129,8 +129,7 @@ def update_many(
         return None if cut is None else cut.clone()
 
     try:
-        for item, tensor in quantity.full(bucket_bytes):
-            assert tensor is not None
+        for item, tensor in quantity.full(range(len(tensors)), bucket_bytes):
             piece: torch.Tensor | None = None
             if not failure:
                 try:

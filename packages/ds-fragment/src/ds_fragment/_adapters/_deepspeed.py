@@ -55,6 +55,7 @@ class Slot:
         untrained: why there is no fp32 value; empty where there is one.
         position: where its gradient is in the engine's lists.
         places: by quantity, made on first use.
+        numel: elements that this rank holds.
     """
 
     shape: torch.Size
@@ -66,11 +67,10 @@ class Slot:
     untrained: str = ""
     position: int = -1
     places: dict[object, Place] = field(default_factory=dict)
+    numel: int = field(init=False)
 
-    @property
-    def numel(self) -> int:
-        """Elements that this rank holds."""
-        return self.layout.held(0 if self.group is None else self.group.rank())
+    def __post_init__(self) -> None:
+        self.numel = self.layout.held(0 if self.group is None else self.group.rank())
 
     def place(self, key: object, dtype: torch.dtype, device: torch.device) -> Place:
         """The place of a quantity that is cut like the parameter."""
@@ -154,7 +154,7 @@ class DeepSpeedAdapter(Adapter):
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
         slot = self._slot(param)
         if what == "grad":
-            gradient = self._unscaled_gradient(param, slot)
+            gradient = self._unscaled_gradient(param, slot, set())
             return None if gradient is None else gradient.to(torch.float32)
         if what == "value":
             if slot.untrained:
@@ -170,7 +170,8 @@ class DeepSpeedAdapter(Adapter):
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
         if what != "grad":
             return super().pieces(params, what)
-        return [self._unscaled_gradient(param, self._slot(param)) for param in params]
+        settled: set[int] = set()
+        return [self._unscaled_gradient(param, self._slot(param), settled) for param in params]
 
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
         """Replace this rank's piece; a gradient is stored times the loss scale, in the engine's own dtype."""
@@ -178,22 +179,28 @@ class DeepSpeedAdapter(Adapter):
             super().write(param, what, piece)
             return
         slot = self._slot(param)
-        stored, scale = self._scaled_gradient(param, slot)
+        stored, scale = self._scaled_gradient(param, slot, set())
         assert stored is not None
         stored.detach().copy_(piece.reshape(stored.shape).float() * scale)
         self._after_gradient(param, slot, self._optimizer(param, slot), stored)
 
-    def _unscaled_gradient(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
-        """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32."""
-        stored, scale = self._scaled_gradient(param, slot)
+    def _unscaled_gradient(self, param: torch.Tensor, slot: Slot, settled: set[int]) -> torch.Tensor | None:
+        """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32.
+
+        ``settled`` are the ids of the optimizers that have come to rest in this call.
+        """
+        stored, scale = self._scaled_gradient(param, slot, settled)
         if stored is None or scale == 1.0:
             return None if stored is None else stored.detach().view(-1)
         return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
 
-    def _scaled_gradient(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor | None, float]:
+    def _scaled_gradient(self, param: torch.Tensor, slot: Slot, settled: set[int]) -> tuple[torch.Tensor | None, float]:
         if slot.untrained:
             raise no_gradient(param, slot.untrained)
         optimizer = self._optimizer(param, slot)
+        if id(optimizer) not in settled:
+            settled.add(id(optimizer))
+            _settle(param, optimizer)
         return self._gradient(param, slot, optimizer), loss_scale(optimizer)
 
     def _master(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -274,11 +281,11 @@ def remembered(optimizer: Any, name: str) -> Any:
     return getattr(optimizer, name)
 
 
-def settle(param: torch.Tensor, optimizer: Any, *, offloaded: bool) -> None:
+def _settle(param: torch.Tensor, optimizer: Any) -> None:
     """Wait for what the engine does with gradients beside the current CUDA stream."""
     if not param.is_cuda:
         return
-    if offloaded:
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         torch.cuda.synchronize(param.device)
     stream = getattr(optimizer, "reduce_and_partition_stream", None)
     if stream is not None:

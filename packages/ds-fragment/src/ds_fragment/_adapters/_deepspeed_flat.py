@@ -25,7 +25,6 @@ from ds_fragment._adapters._deepspeed import (
     Slot,
     no_gradient,
     remembered,
-    settle,
 )
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout, whole
@@ -140,7 +139,6 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             )
         if not slot.numel:
             return None  # the ranks that hold it say whether there is one
-        settle(param, optimizer, offloaded=True)
         identity = optimizer.get_param_id(param)
         summed = identity in remembered(optimizer, "_offload_accumulated_param_ids")
         if identity not in optimizer.norm_for_param_grads and not summed:

@@ -24,7 +24,6 @@ from ds_fragment._adapters._deepspeed import (
     Slot,
     no_gradient,
     remembered,
-    settle,
 )
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import even_layout
@@ -86,7 +85,6 @@ class Zero3Adapter(DeepSpeedAdapter):
             raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
         if self._mixed.get(param):
             raise no_gradient(param, MIXED)
-        settle(param, optimizer, offloaded=bool(optimizer.offload_optimizer))
         return self._stepped(slot, optimizer) if _at_boundary(optimizer) else self._running(param, slot, optimizer)
 
     def _stepped(self, slot: Slot, optimizer: Any) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Sequence
-from operator import is_
 
 import torch
 
@@ -53,6 +52,7 @@ class Tensors:
         pieces: for each stretch, which tensor it is of, and where in it, in elements; each of the tensors whole and in
             order unless told.
         numels: elements of each stretch; all of its tensor unless told.
+        head: bytes that `pack` puts at the beginning of the buffer; nothing unless told.
     """
 
     def __init__(
@@ -61,10 +61,13 @@ class Tensors:
         dtypes: Sequence[torch.dtype],
         pieces: Sequence[tuple[int, int]] | None = None,
         numels: Sequence[int] | None = None,
+        head: torch.Tensor | None = None,
     ) -> None:
-        self._offsets, self._dtypes, self._numels = offsets, dtypes, numels
+        self._offsets, self._dtypes, self._numels, self._head = offsets, dtypes, numels, head
         self._pieces = [(position, 0) for position in range(len(offsets))] if pieces is None else pieces
+        self._ids: list[int] = []  # of the tensors seen last
         self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._gone: list[object] = []  # references to those of them that are no more
         self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
         self._stretches: dict[bool, Stretches] = {}  # by direction
 
@@ -72,18 +75,30 @@ class Tensors:
         """Fill the buffer; False, and nothing done, where a kernel cannot read the tensors as they are."""
         return self._move(buffer, tensors, into_tensors=False)
 
+    def again(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
+        """Fill the buffer as the last time; False, and nothing done, where these are others or look otherwise."""
+        if False not in self._stretches or list(map(id, tensors)) != self._ids or self._gone:
+            return False
+        same = [tensor for tensor in tensors if tensor is not None]  # all of them
+        if list(map(_address, same)) != self._made_of[0] or not all(map(torch.Tensor.is_contiguous, same)):
+            return False
+        self._stretches[False].move(buffer, None)
+        return True
+
     def unpack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
         """Fill the tensors from the buffer; False, and nothing done, where a kernel cannot write to them."""
         return self._move(buffer, tensors, into_tensors=True)
 
     def _move(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool) -> bool:
-        if not self._same(tensors):
+        columns = _columns(tensors)
+        if columns != self._made_of:
             self._stretches.clear()
-            self._made_of = _columns(tensors)
-            if not all_plain(tensors, buffer.device):
-                self._seen = []
-                return False
-            self._seen = list(map(weakref.ref, tensors))
+            self._made_of = columns
+        if not all_plain(tensors, buffer.device):
+            self._see(())
+            return False
+        if list(map(id, tensors)) != self._ids or self._gone:
+            self._see(tensors)
         if into_tensors not in self._stretches:
             made = self._prepared(tensors, buffer.device, into_tensors)
             if made is None:
@@ -95,16 +110,10 @@ class Tensors:
             self._stretches[False].move(buffer, None)
         return True
 
-    def _same(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are, or are like, the tensors seen last, where and as they were."""
-        if len(tensors) != len(self._seen) or list(map(_address, tensors)) != self._made_of[0]:
-            return False
-        if all(map(is_, (ref() for ref in self._seen), tensors)):
-            return all(map(torch.Tensor.is_contiguous, tensors))
-        if _columns(tensors) != self._made_of or not all_plain(tensors, tensors[0].device):
-            return False
-        self._seen = list(map(weakref.ref, tensors))
-        return True
+    def _see(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._gone = []
+        self._ids = list(map(id, tensors))
+        self._seen = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def _prepared(self, tensors: Sequence[torch.Tensor], device: torch.device, into_tensors: bool) -> Stretches | None:
         addresses, sizes, kinds = [], [], []
@@ -118,7 +127,13 @@ class Tensors:
             addresses.append(tensor.data_ptr() + start * tensor.dtype.itemsize)
             sizes.append(numel * dtype.itemsize if kind == SAME else numel)
             kinds.append(kind)
-        dsts, srcs = (addresses, self._offsets) if into_tensors else (self._offsets, addresses)
+        offsets = list(self._offsets)
+        if self._head is not None and not into_tensors:
+            offsets.append(0)
+            addresses.append(self._head.data_ptr())
+            sizes.append(self._head.numel())
+            kinds.append(SAME)
+        dsts, srcs = (addresses, offsets) if into_tensors else (offsets, addresses)
         return Stretches(dsts, srcs, sizes, bytes(kinds), device)
 
 
