@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
 _spec, _local, _dtype = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("dtype")
+_placements = attrgetter("_spec.placements")
 
 
 class DTensorAdapter(Adapter):
@@ -73,8 +75,11 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return list(map(_local, params))
         if what == "grad":
+            grads: list[Any] = [param.grad for param in params]
+            if set(map(type, grads)) == {DTensor} and list(map(_placements, grads)) == list(map(_placements, params)):
+                return list(map(_local, grads))
             return [DTensorAdapter.local(self, param, what) for param in params]
-        return [e._local_tensor.detach() if isinstance(e, DTensor) else e for e in entries_of(params, what)]
+        return [e._local_tensor if isinstance(e, DTensor) else e for e in entries_of(params, what)]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -44,7 +43,18 @@ class FlatAdapter(Adapter):
         """The links, which are made anew whenever a parameter is linked; what state is, the optimizer says."""
         if what in ("value", "grad"):
             return [hasattr(param, "_hp_mapping") and link_of(param) for param in params]
-        return super().stamps(params, what)
+        links = list(map(_link, params))
+        entries = _attached_entries(links, params, what)
+        kinds = [None if entry is None else (entry.shape, entry.dtype, entry.device) for entry in entries]
+        return list(zip(links, kinds, strict=True))
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As `local`; optimizer state is asked for once for each partition."""
+        if what in ("value", "grad"):
+            return super().pieces(params, what)
+        links = list(map(_link, params))
+        triples = zip(links, params, _attached_entries(links, params, what), strict=True)
+        return [_local_state(link, param, what, entry) for link, param, entry in triples]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment."""
@@ -53,7 +63,7 @@ class FlatAdapter(Adapter):
         if what == "grad":
             self._check_gradient(param, link)
         if what not in ("value", "grad"):
-            return self._local_state(param, what, link, mapping)
+            return _local_state(link, param, what, _attached_entry(_flat(link, param), param, what))
         if mapping is None:
             return None
         if what == "value":
@@ -67,26 +77,6 @@ class FlatAdapter(Adapter):
         reason = None if owner is None else owner.why_no_gradient(param)
         if reason is not None:
             raise GradientUnavailableError(f"{registry.name_of(param)} has no gradient to read: {reason}")
-
-    def _local_state(self, param: torch.Tensor, key: str, link: FlatLink, mapping: Any) -> torch.Tensor | None:
-        flat = _flat(link, param)
-        entry = _attached_entry(flat, param, key)
-        if entry is not None:
-            if entry.shape != flat.shape:
-                return entry
-            if mapping is None:
-                return None
-            address = mapping.get_hp_fragment_address()
-            return _wide(entry, flat, param, key).narrow(0, address.start, address.numel)
-        if mapping is None:
-            return None
-        fragment = mapping.get_optim_state_fragment(key)
-        if not isinstance(fragment, torch.Tensor) or fragment.numel() != mapping.get_hp_fragment_address().numel:
-            raise InvalidValueError(
-                f"optim_state_key '{key}' of {registry.name_of(param)} is not one number for each element, and ranks "
-                "without a part of the parameter do not hold it: call attach(model, optimizer) on every rank to read it"
-            )
-        return _wide(fragment, flat, param, key)
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the attached optimizer's state, else of the linked fragment's."""
@@ -150,6 +140,39 @@ def _attached_entry(flat: torch.Tensor, param: torch.Tensor, key: str) -> torch.
     if registry.optimizer_of(flat) is None:
         return None
     return state_entry(state_of(flat, param), param, key)
+
+
+def _attached_entries(links: Sequence[FlatLink], params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor | None]:
+    """`_attached_entry` for each parameter; those of one partition have the same."""
+    found: dict[int, torch.Tensor | None] = {}
+    entries = []
+    for link, param in zip(links, params, strict=True):
+        flat = _flat(link, param)
+        if id(flat) not in found:
+            found[id(flat)] = _attached_entry(flat, param, key)
+        entries.append(found[id(flat)])
+    return entries
+
+
+def _local_state(link: FlatLink, param: torch.Tensor, key: str, entry: torch.Tensor | None) -> torch.Tensor | None:
+    """This rank's part of the attached optimizer's entry; of what is linked to the fragment where there is none."""
+    flat, mapping = _flat(link, param), param._hp_mapping  # type: ignore[attr-defined]
+    if entry is not None:
+        if entry.shape != flat.shape:
+            return entry
+        if mapping is None:
+            return None
+        address = mapping.get_hp_fragment_address()
+        return _wide(entry, flat, param, key).narrow(0, address.start, address.numel)
+    if mapping is None:
+        return None
+    fragment = mapping.get_optim_state_fragment(key)
+    if not isinstance(fragment, torch.Tensor) or fragment.numel() != mapping.get_hp_fragment_address().numel:
+        raise InvalidValueError(
+            f"optim_state_key '{key}' of {registry.name_of(param)} is not one number for each element, and ranks "
+            "without a part of the parameter do not hold it: call attach(model, optimizer) on every rank to read it"
+        )
+    return _wide(fragment, flat, param, key)
 
 
 def _wide(entry: torch.Tensor, flat: torch.Tensor, param: torch.Tensor, key: str) -> torch.Tensor:
