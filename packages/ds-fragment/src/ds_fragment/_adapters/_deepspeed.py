@@ -132,9 +132,9 @@ class DeepSpeedAdapter(Adapter):
         if what == "grad":
             return slot.place(what, torch.float32, param.device)
         if what == "value":
-            held = self._untrained(param, slot) if slot.untrained else self._master(param, slot)
+            held = self._source(param, slot, what)
             return slot.place((what, held.dtype), held.dtype, param.device)
-        entry = self._entry(param, slot, what)
+        entry = self._source(param, slot, what)
         if entry.dim():
             return slot.place(("state", entry.dtype), entry.dtype, param.device)
         key = ("number", entry.dtype)
@@ -144,11 +144,11 @@ class DeepSpeedAdapter(Adapter):
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """Where the engine keeps each, and what it optimizes it with."""
-        known = [(self.claims(param), self._slot(param)) for param in params]
+        slots = list(map(self._slot, params))
+        known = list(zip(map(self.claims, params), slots, strict=True))
         if what in ("value", "grad"):
             return known
-        entries = [self._entry(param, slot, what) for param, (_, slot) in zip(params, known, strict=True)]
-        return [(*one, entry.dim(), entry.dtype) for one, entry in zip(known, entries, strict=True)]
+        return [(*one, e.dim(), e.dtype) for one, e in zip(known, self._sources(params, slots, what), strict=True)]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
@@ -156,22 +156,33 @@ class DeepSpeedAdapter(Adapter):
         if what == "grad":
             gradient = self._unscaled_gradient(param, slot, set())
             return None if gradient is None else gradient.to(torch.float32)
-        if what == "value":
-            if slot.untrained:
-                return self._untrained(param, slot)
-            held = self._master(param, slot)
-        else:
-            held = self._entry(param, slot, what)
-        if not held.dim():
-            return held
-        return held.narrow(0, slot.start, slot.numel) if slot.numel else None
+        return _cut(slot, self._source(param, slot, what))
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
-        if what != "grad":
-            return super().pieces(params, what)
-        settled: set[int] = set()
-        return [self._unscaled_gradient(param, self._slot(param), settled) for param in params]
+        slots = list(map(self._slot, params))
+        if what == "grad":
+            settled: set[int] = set()
+            return [self._unscaled_gradient(*pair, settled) for pair in zip(params, slots, strict=True)]
+        return list(map(_cut, slots, self._sources(params, slots, what)))
+
+    def _source(self, param: torch.Tensor, slot: Slot, what: str) -> torch.Tensor:
+        """What the parameter's piece of a value or state is cut out of."""
+        if what != "value":
+            return self._entry(param, slot, what)
+        return self._untrained(param, slot) if slot.untrained else self._master(param, slot)
+
+    def _sources(self, params: Sequence[torch.Tensor], slots: Sequence[Slot], what: str) -> list[torch.Tensor]:
+        """`_source` of each; the engine is asked once for each of its flat tensors."""
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        sources = []
+        for param, slot in zip(params, slots, strict=True):
+            key = (id(slot.optimizer), slot.index)
+            source = None if slot.untrained else found.get(key)
+            if source is None:
+                source = found[key] = self._source(param, slot, what)
+            sources.append(source)
+        return sources
 
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
         """Replace this rank's piece; a gradient is stored times the loss scale, in the engine's own dtype."""
@@ -252,6 +263,13 @@ class DeepSpeedAdapter(Adapter):
         self._mixed.pop(param)
         if param.requires_grad:
             self._watches[param] = param.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def _cut(slot: Slot, source: torch.Tensor) -> torch.Tensor | None:
+    """This rank's piece."""
+    if slot.untrained or not source.dim():
+        return source
+    return source.narrow(0, slot.start, slot.numel) if slot.numel else None
 
 
 def no_gradient(param: torch.Tensor, reason: str) -> GradientUnavailableError:
