@@ -102,17 +102,13 @@ class Flight:
     def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where what is cut evenly is received, and what of it is sent."""
         wire = self.wire
-        if self.error is not None:
-            outputs = [as_bytes(self.wholes[item]) for item in wire.even]
-            inputs = [torch.empty_like(output[: len(output) // wire.size]) for output in outputs]
-            if wire.marked is not None:
-                _status.mark(inputs[wire.even.index(wire.marked)])
-            return outputs, inputs
-        outputs, inputs = [self.wholes[item] for item in wire.even], [self.pieces[item] for item in wire.even]
-        if wire.typed and len(outputs) > 1:
-            pairs = zip(outputs, inputs, strict=True)
-            return [whole if whole.dim() == piece.dim() else whole.view(-1) for whole, piece in pairs], inputs
-        return list(map(as_bytes, outputs)), list(map(as_bytes, inputs))
+        outputs = [as_bytes(self.wholes[item]) for item in wire.even]
+        if self.error is None:
+            return outputs, [as_bytes(self.pieces[item]) for item in wire.even]
+        inputs = [torch.empty_like(output[: len(output) // wire.size]) for output in outputs]
+        if wire.marked is not None:
+            _status.mark(inputs[wire.even.index(wire.marked)])
+        return outputs, inputs
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""

@@ -34,8 +34,7 @@ Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
 Out = Callable[[int], torch.Tensor]
 
-# What torch.cat, split_with_sizes_copy and every backend take as it is; others travel as bytes.
-_COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
+_CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 
 
 class Wire:
@@ -60,7 +59,6 @@ class Wire:
                 in_place[items[0]] = only
         self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
         self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
-        self.typed = self.home.type == "cuda" and {places[item].dtype for item in self.even} <= _COMMON
         self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
@@ -136,30 +134,27 @@ class Wire:
         piece = _detached(piece)
         if self._travels(piece, whole.dtype):
             return piece
-        return self.part(whole, self.items[0], self.rank).copy_(piece.reshape(-1))
+        return self._part(whole, self.items[0]).copy_(piece.reshape(-1))
 
     def _set_off(self, pieces: dict[int, torch.Tensor], wholes: dict[int, torch.Tensor]) -> None:
         """Make what travels in place ready for it."""
         moving = [item for item in self.in_place if item in pieces]
-        if self.device.type == "cuda" and _kernels.all_plain([pieces[item] for item in moving], self.device):
-            late = [item for item in moving if pieces[item].dtype != self.places[item].dtype]
-        else:
-            late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
+        late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
         if not wholes:
             for item in late:
                 pieces[item] = pieces[item].to(self.device, self.places[item].dtype).contiguous()
             return
-        parts = [self.part(wholes[item], item, self.rank) for item in late]
+        parts = [self._part(wholes[item], item) for item in late]
         _kernels.copy(parts, [pieces[item] for item in late])
         pieces.update(zip(late, parts, strict=True))
 
     def _travels(self, piece: torch.Tensor, dtype: torch.dtype) -> bool:
         return piece.dtype == dtype and piece.device == self.device and piece.is_contiguous()
 
-    def part(self, whole: torch.Tensor, item: int, rank: int) -> torch.Tensor:
-        """The part of a whole that a rank sends in place, 1-D."""
+    def _part(self, whole: torch.Tensor, item: int) -> torch.Tensor:
+        """The part of a whole that this rank sends in place, 1-D."""
         size = whole.dtype.itemsize
-        start, nbytes = next((start, nbytes) for sender, start, nbytes in self.in_place[item] if sender == rank)
+        start, nbytes = next((start, nbytes) for rank, start, nbytes in self.in_place[item] if rank == self.rank)
         return whole.view(-1).narrow(0, start // size, nbytes // size)
 
     def _pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
@@ -180,7 +175,7 @@ class Wire:
                 if not mine:
                     continue
                 alike = {(piece.dtype, piece.device) for piece in mine} == {(section.dtype, self.home)}
-                if alike and section.dtype in _COMMON:
+                if alike and section.dtype in _CAT:
                     torch.cat([p if p.dim() == 1 else p.reshape(-1) for p in mine], out=section.of(room, self.rank))
                 else:
                     _kernels.copy([part for _, part in section.parts(room, self.rank)], mine)
@@ -230,7 +225,7 @@ class Wire:
             wholes.update(zip(section.items, rooms, strict=True))
             if kernels and shares and section.cut in ("even", "runs"):
                 self._table(number).move(room, landing)
-            elif section.cut == "even" and self.gathered and section.dtype in _COMMON:
+            elif section.cut == "even" and self.gathered and section.dtype in _CAT:
                 self._unpack_rows(section, landing, rooms)
             else:
                 for rank in range(self.size):
