@@ -68,30 +68,39 @@ def cut_by_hand(dense: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor 
     return bits(dense).reshape(-1)[numbers].view(dense.dtype)
 
 
+def drawn(chance: random.Random, generator: torch.Generator, rank: int, ranks: int) -> tuple[Any, Any, Any]:
+    """Up to 12 tensors, how each is cut, and this rank's pieces; thresholds for every way of travelling."""
+    groups: list[Any] = [dist.group.WORLD]
+    denses, places, pieces = [], [], []
+    for _ in range(chance.randint(0, 12)):
+        shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
+        even = chance.random() < 0.3  # as most parameters are cut
+        if even:
+            shape = torch.Size((ranks * chance.choice([1, 4, 16]), chance.choice([1, 4])))
+        dense = noise(shape, chance.choice(DTYPES), generator)
+        if dense.nbytes >= len(MARK) and chance.random() < 0.2:  # data that looks like an error
+            bits(dense).view(-1).view(torch.uint8)[: len(MARK)] = torch.tensor(list(MARK), dtype=torch.uint8)
+        layout, group = mesh_layout(shape, (ranks,), [0]) if even else random_layout(chance, shape, ranks), groups[0]
+        if chance.random() < 0.1:
+            layout, group = whole(shape), None
+        places.append(Place(shape, dense.dtype, CPU, layout, group))
+        denses.append(dense)
+        piece = cut_by_hand(dense, layout, rank if group is not None else 0)
+        transposed = chance.random() < 0.5
+        if piece is not None and piece.dim() == 2 and transposed:
+            piece = piece.t().contiguous().t()
+        pieces.append(piece)
+    # Every way of travelling, also for tensors as small as these.
+    _wire._IN_PLACE, _wire._LITTLE = chance.choice([0, 20, 1 << 20]), chance.choice([0, 1 << 20])
+    return denses, places, pieces
+
+
 def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
-    groups: list[Any] = [dist.group.WORLD]
     layouts = 0
     for _ in range(rounds):
-        denses, places, pieces = [], [], []
-        for _ in range(chance.randint(0, 12)):
-            shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
-            dense = noise(shape, chance.choice(DTYPES), generator)
-            if dense.nbytes >= len(MARK) and chance.random() < 0.2:  # data that looks like an error
-                bits(dense).view(-1).view(torch.uint8)[: len(MARK)] = torch.tensor(list(MARK), dtype=torch.uint8)
-            layout, group = random_layout(chance, shape, ranks), groups[0]
-            if chance.random() < 0.1:
-                layout, group = whole(shape), None
-            places.append(Place(shape, dense.dtype, CPU, layout, group))
-            denses.append(dense)
-            piece = cut_by_hand(dense, layout, rank if group is not None else 0)
-            transposed = chance.random() < 0.5
-            if piece is not None and piece.dim() == 2 and transposed:
-                piece = piece.t().contiguous().t()
-            pieces.append(piece)
+        denses, places, pieces = drawn(chance, generator, rank, ranks)
         layouts += len(places)
-        # Every way of travelling, also for tensors as small as these.
-        _wire._IN_PLACE, _wire._LITTLE = chance.choice([0, 20, 1 << 20]), chance.choice([0, 1 << 20])
         plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
         dst = chance.choice([None, chance.randrange(ranks)])
         outs = [torch.empty_like(dense) for dense in denses] if chance.random() < 0.3 else None
@@ -113,6 +122,39 @@ def test_random_layouts_arrive_bit_for_bit(ranks: int) -> None:
     counts = run_ranks(_random_layouts, ranks, ranks, 200)
     assert counts[0] > 1000
     assert len(set(counts)) == 1
+
+
+def _random_failures(rank: int, ranks: int, rounds: int) -> tuple[list[Any], int]:
+    chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
+    found, marked = [], 0
+    for number in range(rounds):
+        denses, places, pieces = drawn(chance, generator, rank, ranks)
+        plan = Plan(places, chance.choice([1, 200, 1 << 20]))
+        dst = chance.choice([None, None, chance.randrange(ranks)])
+        shared = [item for item, place in enumerate(places) if not place.alone]
+        failing, at = chance.randrange(ranks), chance.choice(shared or [0])
+        marked += any(wire.marked is not None for wires in plan.wires for wire in wires)
+
+        def locate(item: int, number: int = number, at: int = at, failing: int = failing, pieces: Any = pieces) -> Any:
+            if rank == failing and item == at:
+                raise InvalidValueError(f"round {number}")
+            return pieces[item]
+
+        if shared:
+            found.append(raised(lambda plan=plan, locate=locate, dst=dst: list(gather(plan, each(locate), dst=dst))))
+            assert found[-1] == ("InvalidValueError", f"rank {failing}: round {number}")
+        got = [tensor for bucket in gather(plan, each(pieces.__getitem__)) for tensor in bucket]  # nothing is left
+        for tensor, dense in zip(got, denses, strict=True):
+            assert_same(tensor, dense)
+    return found, marked
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_failure_in_random_layouts_is_everybodys(ranks: int) -> None:
+    found = run_ranks(_random_failures, ranks, ranks, 150)
+    assert len(found[0][0]) > 100
+    assert found[0][1] > 20
+    assert all(mine == found[0] for mine in found)
 
 
 def _cut_is_what_was_gathered(rank: int) -> None:
