@@ -45,7 +45,9 @@ class Allocated(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _peak(rank: int, sizes: list[int], bucket_bytes: int, fsdp: bool) -> tuple[int, int]:
+def _peak(
+    rank: int, sizes: list[int], bucket_bytes: int, fsdp: bool, dtype: torch.dtype | None = None
+) -> tuple[int, int]:
     torch.manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.randn(size // 64, 16)) for size in sizes)  # 4 bytes an element
     partition = None
@@ -58,7 +60,7 @@ def _peak(rank: int, sizes: list[int], bucket_bytes: int, fsdp: bool) -> tuple[i
     gc.disable()
     taken = 0
     with Allocated() as allocated:
-        for _, tensor in iter_full(model.named_parameters(), bucket_bytes=bucket_bytes):
+        for _, tensor in iter_full(model.named_parameters(), bucket_bytes=bucket_bytes, dtype=dtype):
             taken += tensor.nbytes
             del tensor
             time.sleep(0.002)  # gloo's threads let go of what they have sent a moment after it arrived
@@ -79,3 +81,10 @@ def test_few_buckets_are_enough(world_size: int, fsdp: bool, kind: str) -> None:
         assert sum(sizes) > most * bucket_bytes, "else the test shows nothing"
         assert peak <= most * bucket_bytes + (64 << 10), f"{peak / bucket_bytes:.2f} buckets"
         assert peak > bucket_bytes / 2, "the next bucket should be under way"
+
+
+def test_what_is_cast_is_not_kept_as_it_was() -> None:
+    size = 4 << 20
+    for peak, taken in run_ranks(_peak, 2, [size] * 6, size, True, torch.bfloat16):
+        assert taken == 3 * size
+        assert 2 * size < peak <= 2.5 * size + (64 << 10), f"{peak / size:.2f} buckets"

@@ -337,7 +337,15 @@ def iter_full(
     found = quantity.full(keys, bucket_bytes, dst)
     if device is None and dtype is None:
         return found
-    return ((key, tensor.to(device=device, dtype=dtype)) for key, tensor in found)
+    return _converted(found, device, dtype)
+
+
+def _converted(
+    found: Iterator[tuple[K, torch.Tensor]], device: torch.device | str | None, dtype: torch.dtype | None
+) -> Iterator[tuple[K, torch.Tensor]]:
+    for key, tensor in found:
+        yield key, tensor.to(device=device, dtype=dtype)
+        del tensor  # not to be held while the next bucket is received
 
 
 def check_what(what: object) -> str:
