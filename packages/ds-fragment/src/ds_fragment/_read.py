@@ -312,7 +312,7 @@ def iter_full(
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
         bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 512 MiB or the largest
             parameter where that is more. The memory taken is about two buckets, or two of the largest parameter, beside
-            what the caller still holds.
+            what the caller still holds. Buckets of 2 GiB are some percent faster on a GPU.
         dst: the global rank to deliver to; the others take part and are yielded nothing. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.

@@ -199,10 +199,8 @@ class Wire:
 
         Fresh tensors of one bucket share a storage on a GPU, where making one of each costs more than moving it.
         """
-        if self.only is not None and out is None and self.gathered and self.device == self.home:
-            found = self._unpack_only(self.only, landing)
-            if found is not None:
-                return {self.only.items[0]: found}
+        if self.only is not None and self.only.cut == "single" and out is None and self.device == self.home:
+            return {self.only.items[0]: self._unpack_only(self.only, landing)}
         wholes: dict[int, torch.Tensor] = {}
         dsts: list[torch.Tensor] = []
         srcs: list[torch.Tensor] = []
@@ -268,17 +266,11 @@ class Wire:
             for rank, start, numel in cuts:
                 yield position, start, numel, self.begins[rank] + offsets[rank][position]
 
-    def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor | None:
-        """The whole of the only item, if it can be had at once."""
-        shape = self.places[section.items[0]].shape
-        if section.cut == "single":
-            holder = next(rank for rank in range(self.size) if section.sent[rank][0])
-            return section.of(self.chunk(landing, holder), holder).view(shape).clone()  # the landing may be far larger
-        if section.cut == "even":
-            whole = torch.empty(shape, dtype=section.dtype, device=self.home)
-            whole.view(self.size, -1).copy_(self._rows(section, landing))
-            return whole
-        return None
+    def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor:
+        """The whole of the only item, which one rank sends."""
+        holder = next(rank for rank in range(self.size) if section.sent[rank][0])
+        found = section.of(self.chunk(landing, holder), holder).view(self.places[section.items[0]].shape)
+        return found.clone()  # the landing may be far larger
 
     def _rows(self, section: Section, landing: torch.Tensor) -> torch.Tensor:
         """A section of every rank's chunk, (ranks, elements), where all begin at the same byte."""
