@@ -80,7 +80,7 @@ class Tensors:
         if False not in self._stretches or list(map(id, tensors)) != self._ids or self._gone:
             return False
         same = [tensor for tensor in tensors if tensor is not None]  # all of them
-        if list(map(_address, same)) != self._made_of[0] or not all(map(torch.Tensor.is_contiguous, same)):
+        if _columns(same) != self._made_of or not all(map(torch.Tensor.is_contiguous, same)):
             return False
         self._stretches[False].move(buffer, None)
         return True
