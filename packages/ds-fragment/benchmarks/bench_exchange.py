@@ -315,11 +315,10 @@ def main() -> None:
         return
     gpus = torch.cuda.device_count()
     if "LOCAL_RANK" not in os.environ:
-        # What one contestant's small tensors leave of the allocator's memory is to be there for another's large ones.
-        allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         environment = {
             "OMP_NUM_THREADS": "1",
-            **allocator,
+            # What one contestant's small tensors leave of the memory is to be there for another's large ones.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "LOCAL_SIZE": "0",
             **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
         }

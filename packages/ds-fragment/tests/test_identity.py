@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 import torch
-from ds_fragment._identity import IdentityMap
+from ds_fragment._identity import IdentityMap, Seen
 from torch import nn
 
 
@@ -50,3 +50,17 @@ def test_another_tensor_at_the_same_address_is_another_key() -> None:
         seen.add(id(tensor))
         del tensor
     assert len(seen) < 50, "else the test shows nothing"
+
+
+def test_tensors_are_the_same_as_long_as_they_live() -> None:
+    tensors = [torch.zeros(1), torch.zeros(1)]
+    seen = Seen(tensors)
+    assert seen.are(tensors)
+    assert not seen.are(tensors[::-1])
+    assert not seen.are(tensors[:1])
+    assert not seen.are([torch.zeros(1), torch.zeros(1)])
+    assert seen.alive
+    tensors[0] = torch.zeros(1)  # perhaps with the id of the one that goes
+    assert not seen.alive
+    assert not seen.are(tensors)
+    assert Seen().are([])

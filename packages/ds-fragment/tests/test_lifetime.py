@@ -133,6 +133,11 @@ def _plans(rank: int) -> None:
         dict(iter_full(partition.params * count, bucket_bytes=count))
     assert 1 <= len(_exchange._plans) <= 10
     assert 1 <= len(_read._surveys) <= 10
+    for bucket_bytes in range(1, 40):  # a survey keeps the last plan alone, whatever is asked for
+        dict(iter_full(partition.params, bucket_bytes=bucket_bytes))
+    gc.collect()
+    alive = sum(isinstance(thing, _exchange.Plan) for thing in gc.get_objects())
+    assert alive <= len(_exchange._plans) + len(_read._surveys)
     weight = weakref.ref(model.weight)
     with no_collector():
         del model, partition

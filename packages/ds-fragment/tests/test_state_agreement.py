@@ -41,8 +41,8 @@ def stepped(kind: str) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
     return params, optimizer, owned
 
 
-def _once(rank: int, kind: str) -> list[int]:
-    params, optimizer, _ = stepped(kind)
+def counted_agreements() -> list[int]:
+    """A list that grows by one at every agreement from now on."""
     agree, calls = _read.agree, []
 
     def counted(*args: Any, **kwargs: Any) -> None:
@@ -50,6 +50,12 @@ def _once(rank: int, kind: str) -> list[int]:
         agree(*args, **kwargs)
 
     _read.agree = counted
+    return calls
+
+
+def _once(rank: int, kind: str) -> list[int]:
+    params, optimizer, _ = stepped(kind)
+    calls = counted_agreements()
     counts = []
     for _ in range(3):
         dict(iter_full(params, KEY))
@@ -170,13 +176,7 @@ def _mixed(rank: int) -> list[int]:
     optimizer.add_param_group({"params": [plain]})
     attach(None, optimizer)
     optimizer.step()
-    agree, calls = _read.agree, []
-
-    def counted(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        agree(*args, **kwargs)
-
-    _read.agree = counted
+    calls = counted_agreements()
     counts = []
     for _ in range(3):
         read = dict(iter_full([*params, plain], KEY))

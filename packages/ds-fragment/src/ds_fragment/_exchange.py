@@ -21,7 +21,29 @@ from ds_fragment._recent import Recent
 from ds_fragment._wire import Locate, Out, Pieces, Wire, room_for, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
-__all__ = ["Locate", "Pieces", "Place", "Plan", "agree", "box", "fetch", "gather", "plan_of", "wire_device"]
+__all__ = [
+    "Locate",
+    "Pieces",
+    "Place",
+    "Plan",
+    "agree",
+    "box",
+    "bucket_bytes_for",
+    "fetch",
+    "gather",
+    "plan_of",
+    "wire_device",
+]
+
+
+_BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
+_BUCKET_BYTES_GPU = 512 << 20
+
+
+def bucket_bytes_for(places: Sequence[Place]) -> int:
+    """How much travels at once unless the caller says."""
+    on_cpu = all(place.device.type == "cpu" for place in places)
+    return _BUCKET_BYTES if on_cpu else _BUCKET_BYTES_GPU
 
 
 class Plan:

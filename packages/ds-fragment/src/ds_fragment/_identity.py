@@ -1,4 +1,4 @@
-"""Values by tensor, by identity and weakly.
+"""Values by tensor, by identity and weakly; and whether tensors are the same as before.
 
 As `torch.utils.weak.WeakIdKeyDictionary`, whose look-ups cost ten times as much: what is read by the thousand is looked
 up several times for each parameter.
@@ -7,7 +7,7 @@ up several times for each parameter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -52,3 +52,24 @@ class IdentityMap(Generic[V]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+class Seen:
+    """Some tensors, which it does not keep alive, to tell whether others are the same.
+
+    An id means one tensor as long as that lives, so that ids are compared once it is known that none is gone.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self._gone: list[object] = []
+        self._ids = list(map(id, tensors))
+        self._references = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of them are still there."""
+        return not self._gone
+
+    def are(self, tensors: Sequence[object]) -> bool:
+        """Whether these are the same, in the same order."""
+        return list(map(id, tensors)) == self._ids and self.alive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,15 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._adapters import Adapter, adapter_of
 from ds_fragment._check import meet
-from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, fetch, gather, plan_of
-from ds_fragment._identity import IdentityMap
+from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, plan_of
+from ds_fragment._identity import IdentityMap, Seen
 from ds_fragment._loaded import is_a
 from ds_fragment._recent import Recent
 from ds_fragment._registry import clean_name, registry
 from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError
-
-_BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
-_BUCKET_BYTES_GPU = 512 << 20
 
 Named = tuple[str, torch.Tensor]
 K = TypeVar("K")
@@ -37,8 +33,7 @@ class _Survey:
         self.what, self.generation = what, registry.generation
         self.error: FragmentError | None = None
         self.adapters = [adapter_of(param) for param in params]
-        self._gone: list[object] = []  # references to parameters that are no more
-        self._params = [weakref.ref(param, self._gone.append) for param in params]
+        self._params = Seen(params)
         self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
         self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
         self.held = [place.layout.held(place.rank) for place in self.places]
@@ -47,7 +42,7 @@ class _Survey:
         for item, adapter in enumerate(self.adapters):
             by_adapter.setdefault(adapter, []).append(item)
         self.by_adapter = list(by_adapter.items())
-        self.plans: dict[int | None, Plan] = {}  # by bytes of a bucket
+        self.plan: tuple[int | None, Plan] | None = None  # the last one, and the bucket_bytes that were asked for
         self._stamps = [] if self.error is not None else self._stamps_of(params)
 
     def _place(self, param: torch.Tensor, item: int) -> Place:
@@ -64,7 +59,7 @@ class _Survey:
 
     def holds(self, params: Sequence[torch.Tensor]) -> bool:
         """Whether it is still good for these parameters, which have the ids of those that it was made for."""
-        if self.generation != registry.generation or self._gone:
+        if self.generation != registry.generation or not self._params.alive:
             return False
         try:
             return self._stamps_of(params) == self._stamps
@@ -203,15 +198,18 @@ class Quantity:
 
     def _plan(self, bucket_bytes: int | None) -> Plan:
         """What travels with what."""
-        plans = self._survey.plans if self.places is self._survey.places else {}
-        if bucket_bytes not in plans:
-            limit = bucket_bytes
-            if limit is None:
-                limit = _BUCKET_BYTES
-                if self.device().type != "cpu":  # two of the largest parameter are taken in any case
-                    limit = max(_BUCKET_BYTES_GPU, *(place.nbytes for place in self.places))
-            plans[bucket_bytes] = plan_of(self.places, limit)
-        return plans[bucket_bytes]
+        last = self._survey.plan if self.places is self._survey.places else None
+        if last is not None and last[0] == bucket_bytes:
+            return last[1]
+        limit = bucket_bytes
+        if limit is None:
+            limit = bucket_bytes_for(self.places)
+            if self.device().type != "cpu":  # two of the largest parameter are taken in any case
+                limit = max(limit, *(place.nbytes for place in self.places))
+        plan = plan_of(self.places, limit)
+        if self.places is self._survey.places:
+            self._survey.plan = (bucket_bytes, plan)
+        return plan
 
     def one(self) -> torch.Tensor:
         """The whole tensor of the only parameter; as `full`, without what it takes for many."""
@@ -220,7 +218,7 @@ class Quantity:
         else:
             try:
                 tensor = fetch(self._plan(1), self.pieces)
-            except Exception:
+            except Exception:  # to enter the context for every parameter takes as long as to look it up
                 with self.named_if_broken([0]):
                     raise
         return tensor

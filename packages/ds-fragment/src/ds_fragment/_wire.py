@@ -114,11 +114,7 @@ class Wire:
         found = locate(self.items)
         if self._packer is not None and _kernels.usable(self.device) and self._packer.again(chunk, found):
             return {}
-        held = [0 if piece is None else piece.numel() for piece in found]
-        if held != self.sent:
-            for item, numel, expected in zip(self.items, held, self.sent, strict=True):
-                if expected not in (numel, 0):
-                    raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
+        self._check(found)
         triples = zip(self.items, found, self.sent, strict=True)
         pieces = {item: _detached(piece) for item, piece, sent in triples if sent and piece is not None}
         self._set_off(pieces, wholes)
@@ -127,14 +123,21 @@ class Wire:
 
     def ready(self, locate: Locate, whole: torch.Tensor) -> torch.Tensor:
         """The piece of the only item, ready to travel in place; see `load`."""
-        (piece,) = locate(self.items)
-        if piece is None or piece.numel() != self.sent[0]:
-            held = 0 if piece is None else piece.numel()
-            raise FragmentError(f"item {self.items[0]}: {held} elements are here where the layout says {self.sent[0]}")
-        piece = _detached(piece)
+        found = locate(self.items)
+        self._check(found)
+        assert found[0] is not None  # every rank sends a part of it
+        piece = _detached(found[0])
         if self._travels(piece, whole.dtype):
             return piece
         return self._part(whole, self.items[0]).copy_(piece.reshape(-1))
+
+    def _check(self, found: Pieces) -> None:
+        """Raise where a piece that is sent is of another size than its place says."""
+        held = [0 if piece is None else piece.numel() for piece in found]
+        if held != self.sent:
+            for item, numel, expected in zip(self.items, held, self.sent, strict=True):
+                if expected not in (numel, 0):
+                    raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
 
     def _set_off(self, pieces: dict[int, torch.Tensor], wholes: dict[int, torch.Tensor]) -> None:
         """Make what travels in place ready for it."""
@@ -200,7 +203,7 @@ class Wire:
         Fresh tensors of one bucket share a storage on a GPU, where making one of each costs more than moving it.
         """
         if self.only is not None and self.only.cut == "single" and out is None and self.device == self.home:
-            return {self.only.items[0]: self._unpack_only(self.only, landing)}
+            return {item: whole.clone() for item, whole in self._views(0, landing)}  # the landing may be far larger
         wholes: dict[int, torch.Tensor] = {}
         dsts: list[torch.Tensor] = []
         srcs: list[torch.Tensor] = []
@@ -265,12 +268,6 @@ class Wire:
                 cuts = stretches(self.places[item].layout, 1) or []
             for rank, start, numel in cuts:
                 yield position, start, numel, self.begins[rank] + offsets[rank][position]
-
-    def _unpack_only(self, section: Section, landing: torch.Tensor) -> torch.Tensor:
-        """The whole of the only item, which one rank sends."""
-        holder = next(rank for rank in range(self.size) if section.sent[rank][0])
-        found = section.of(self.chunk(landing, holder), holder).view(self.places[section.items[0]].shape)
-        return found.clone()  # the landing may be far larger
 
     def _rows(self, section: Section, landing: torch.Tensor) -> torch.Tensor:
         """A section of every rank's chunk, (ranks, elements), where all begin at the same byte."""

@@ -10,13 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment._exchange import Locate, Pieces, Place, gather, plan_of
+from ds_fragment._exchange import Locate, Pieces, Place, bucket_bytes_for, gather, plan_of
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._registry import registry
 from ds_fragment.errors import StateKeyError, StateNotReadyError, UnlinkedParameterError
-
-_REFRESH_BYTES = 64 << 20
-_REFRESH_BYTES_GPU = 512 << 20
 
 
 class Adapter(ABC):
@@ -186,8 +183,7 @@ def spread(params: Sequence[torch.Tensor], places: Sequence[Place], locate: Loca
     def located(items: Sequence[int]) -> Pieces:
         return locate([order[item] for item in items])
 
-    on_cpu = all(place.device.type == "cpu" for place in places)
-    plan = plan_of([places[item] for item in order], _REFRESH_BYTES if on_cpu else _REFRESH_BYTES_GPU)
+    plan = plan_of([places[item] for item in order], bucket_bytes_for(places))
     for _ in gather(plan, located, out=lambda i: params[order[i]].data):
         pass
 

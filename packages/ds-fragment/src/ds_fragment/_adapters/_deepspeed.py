@@ -131,15 +131,13 @@ class DeepSpeedAdapter(Adapter):
         slot = self._slot(param)
         if what == "grad":
             return slot.place(what, torch.float32, param.device)
-        if what == "value":
-            held = self._source(param, slot, what)
-            return slot.place((what, held.dtype), held.dtype, param.device)
-        entry = self._source(param, slot, what)
-        if entry.dim():
-            return slot.place(("state", entry.dtype), entry.dtype, param.device)
-        key = ("number", entry.dtype)
+        source = self._source(param, slot, what)
+        if what == "value" or source.dim():
+            kind = "value" if what == "value" else "state"
+            return slot.place((kind, source.dtype), source.dtype, param.device)
+        key = ("number", source.dtype)
         if key not in slot.places:
-            slot.places[key] = Place(entry.shape, entry.dtype, entry.device, whole(()), None)
+            slot.places[key] = Place(source.shape, source.dtype, source.device, whole(()), None)
         return slot.places[key]
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
@@ -152,11 +150,8 @@ class DeepSpeedAdapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
-        slot = self._slot(param)
-        if what == "grad":
-            gradient = self._unscaled_gradient(param, slot, set())
-            return None if gradient is None else gradient.to(torch.float32)
-        return _cut(slot, self._source(param, slot, what))
+        (piece,) = self.pieces([param], what)
+        return piece.to(torch.float32) if what == "grad" and piece is not None else piece
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""

@@ -58,12 +58,12 @@ class FlatAdapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment."""
+        if what not in ("value", "grad"):
+            return self.pieces([param], what)[0]
         link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
         _flat(link, param)
         if what == "grad":
             self._check_gradient(param, link)
-        if what not in ("value", "grad"):
-            return _local_state(link, param, what, _attached_entry(_flat(link, param), param, what))
         if mapping is None:
             return None
         if what == "value":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from array import array
 from collections.abc import Sequence
 
 import torch
 
+from ds_fragment._identity import Seen
 from ds_fragment._kernels import _cuda
 from ds_fragment._kernels._library import LINE, loaded
 from ds_fragment._kernels._plan import SAME, Pieces, Plan, all_plain, kind_of
@@ -65,9 +65,7 @@ class Tensors:
     ) -> None:
         self._offsets, self._dtypes, self._numels, self._head = offsets, dtypes, numels, head
         self._pieces = [(position, 0) for position in range(len(offsets))] if pieces is None else pieces
-        self._ids: list[int] = []  # of the tensors seen last
-        self._seen: list[weakref.ref[torch.Tensor]] = []
-        self._gone: list[object] = []  # references to those of them that are no more
+        self._seen = Seen()  # the last time
         self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
         self._stretches: dict[bool, Stretches] = {}  # by direction
 
@@ -77,7 +75,7 @@ class Tensors:
 
     def again(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Fill the buffer as the last time; False, and nothing done, where these are others or look otherwise."""
-        if False not in self._stretches or list(map(id, tensors)) != self._ids or self._gone:
+        if False not in self._stretches or not self._seen.are(tensors):
             return False
         same = [tensor for tensor in tensors if tensor is not None]  # all of them
         if _columns(same) != self._made_of or not all(map(torch.Tensor.is_contiguous, same)):
@@ -95,10 +93,10 @@ class Tensors:
             self._stretches.clear()
             self._made_of = columns
         if not all_plain(tensors, buffer.device):
-            self._see(())
+            self._seen = Seen()
             return False
-        if list(map(id, tensors)) != self._ids or self._gone:
-            self._see(tensors)
+        if not self._seen.are(tensors):
+            self._seen = Seen(tensors)
         if into_tensors not in self._stretches:
             made = self._prepared(tensors, buffer.device, into_tensors)
             if made is None:
@@ -109,11 +107,6 @@ class Tensors:
         else:
             self._stretches[False].move(buffer, None)
         return True
-
-    def _see(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._gone = []
-        self._ids = list(map(id, tensors))
-        self._seen = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def _prepared(self, tensors: Sequence[torch.Tensor], device: torch.device, into_tensors: bool) -> Stretches | None:
         addresses, sizes, kinds = [], [], []
