@@ -48,7 +48,7 @@ class Adapter(ABC):
         """Where the fp32 value comes from: ``"fp32"``, or ``"upcast"`` where only a low-precision one exists."""
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """For each parameter, what its places follow from: as long as these are equal, so are the places.
+        """What the places of the parameters follow from: as long as it is equal, so are the places.
 
         It is asked before every use of places that were found earlier. May raise what `place` raises.
         """
@@ -125,12 +125,14 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     Raises:
         FragmentError: what `state_of` and `state_entry` raise for the first that has none.
     """
-    optimizers = map(registry.optimizer_of, params)
-    pairs = zip(optimizers, params, strict=True)
-    found = [None if optimizer is None else optimizer.state.get(param, {}).get(key) for optimizer, param in pairs]
-    tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
-    if len(tensors) == len(found):
-        return tensors
+    optimizers = registry.optimizers_of(params)
+    if len(optimizers) == 1 and None not in optimizers:  # as a rule, and fast
+        (optimizer,) = optimizers
+        assert optimizer is not None
+        found = [(state or {}).get(key) for state in map(optimizer.state.get, params)]
+        tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
+        if len(tensors) == len(found):
+            return tensors
     return [state_entry(state_of(param, param), param, key) for param in params]
 
 

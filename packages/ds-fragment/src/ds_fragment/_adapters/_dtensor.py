@@ -23,7 +23,7 @@ from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
-_spec, _local, _dtype = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("dtype")
+_spec, _local = attrgetter("_spec"), attrgetter("_local_tensor")
 _placements = attrgetter("_spec.placements")
 
 
@@ -67,8 +67,10 @@ class DTensorAdapter(Adapter):
         if what in ("value", "grad"):
             return specs
         entries = entries_of(params, what)
+        if set(map(type, entries)) == {DTensor}:
+            return [specs, list(map(_spec, entries))]
         kinds = [entry._spec if isinstance(entry, DTensor) else object() for entry in entries]
-        return list(zip(specs, kinds, map(_dtype, entries), strict=True))
+        return [specs, kinds]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """The local tensors."""
@@ -79,7 +81,10 @@ class DTensorAdapter(Adapter):
             if set(map(type, grads)) == {DTensor} and list(map(_placements, grads)) == list(map(_placements, params)):
                 return list(map(_local, grads))
             return [DTensorAdapter.local(self, param, what) for param in params]
-        return [e._local_tensor if isinstance(e, DTensor) else e for e in entries_of(params, what)]
+        entries = entries_of(params, what)
+        if set(map(type, entries)) == {DTensor}:
+            return list(map(_local, entries))
+        return [entry._local_tensor if isinstance(entry, DTensor) else entry for entry in entries]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
