@@ -23,7 +23,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 TIMEOUT = 30.0  # half of it is what a collective waits: an error in its place comes at once
 
@@ -295,6 +295,38 @@ def test_a_piece_that_is_missing_on_one_rank() -> None:
     assert all(error is not None for error in mine)
     assert "0 elements are here where its layout says" in mine[0][1]
     assert "was deleted" in mine[2][1]
+
+
+def _gradient_of_a_replica_missing(rank: int) -> list[Any]:
+    """The last one, so that nothing travels after it, and alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    dense = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    copied = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    found = []
+    for turn in range(3):
+        for param in (dense, copied):
+            param.grad = torch.ones_like(param)
+        if turn == 1 and rank == 1:
+            copied.grad = None
+        calls: list[Callable[[], object]] = [
+            lambda: list(iter_full([dense, copied], "grad", bucket_bytes=1)),
+            lambda: list(iter_full([copied], "grad")),
+            lambda: names.safe_get_full_grad(copied),
+        ]
+        found.append([raised(call) for call in calls])
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total == 2
+    return found
+
+
+def test_a_gradient_that_is_missing_on_one_of_the_replicas() -> None:
+    mine, other = run_ranks(_gradient_of_a_replica_missing, 2, timeout=TIMEOUT)
+    assert mine == other
+    assert mine[0] == mine[2] == [None] * 3
+    for kind, text in mine[1]:
+        assert kind == "GradientUnavailableError"
+        assert text.startswith("rank 1: ")
 
 
 def _replicas(rank: int) -> list[Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise, product
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import _exchange, _kernels, _wire
+from ds_fragment import _collectives, _exchange, _flight, _kernels, _wire
+from ds_fragment._collectives import all_gather_many
 from ds_fragment._exchange import Place, Plan, agree, box, gather
-from ds_fragment._layout import Fragment, Layout, flat_layout, mesh_layout, whole
+from ds_fragment._layout import Fragment, Layout, even_layout, flat_layout, mesh_layout, whole
 from ds_fragment._status import MARK
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from fragment_oracle import assert_same, bits, raised
@@ -68,9 +70,27 @@ def cut_by_hand(dense: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor 
     return bits(dense).reshape(-1)[numbers].view(dense.dtype)
 
 
-def drawn(chance: random.Random, generator: torch.Generator, rank: int, ranks: int) -> tuple[Any, Any, Any]:
+GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+WHERE = [("gloo", 2), ("gloo", 3), ("gloo", 4), pytest.param("nccl", 2, marks=GPUS)]
+
+
+def where(backend: str, rank: int) -> tuple[Any, torch.device]:
+    """A group of all ranks, and the device that it is for."""
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        return dist.new_group(backend="nccl"), torch.device("cuda", rank)
+    _flight._collectives = SimpleNamespace(**{**vars(_collectives), "all_gather_many": _all_gather_flattened})
+    return dist.group.WORLD, CPU
+
+
+def _all_gather_flattened(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """For gloo what NCCL is given as one launch, in any shape."""
+    return all_gather_many([t.view(-1) for t in outputs], [t.view(-1) for t in inputs], *args, **kwargs)
+
+
+def drawn(chance: random.Random, generator: torch.Generator, group: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """Up to 12 tensors, how each is cut, and this rank's pieces; thresholds for every way of travelling."""
-    groups: list[Any] = [dist.group.WORLD]
+    everyone, rank, ranks = group, group.rank(), group.size()
     denses, places, pieces = [], [], []
     for _ in range(chance.randint(0, 12)):
         shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
@@ -80,30 +100,37 @@ def drawn(chance: random.Random, generator: torch.Generator, rank: int, ranks: i
         dense = noise(shape, chance.choice(DTYPES), generator)
         if dense.nbytes >= len(MARK) and chance.random() < 0.2:  # data that looks like an error
             bits(dense).view(-1).view(torch.uint8)[: len(MARK)] = torch.tensor(list(MARK), dtype=torch.uint8)
-        layout, group = mesh_layout(shape, (ranks,), [0]) if even else random_layout(chance, shape, ranks), groups[0]
+        layout, group = mesh_layout(shape, (ranks,), [0]) if even else random_layout(chance, shape, ranks), everyone
         if chance.random() < 0.1:
             layout, group = whole(shape), None
-        places.append(Place(shape, dense.dtype, CPU, layout, group))
+        places.append(Place(shape, dense.dtype, device, layout, group))
         denses.append(dense)
         piece = cut_by_hand(dense, layout, rank if group is not None else 0)
         transposed = chance.random() < 0.5
         if piece is not None and piece.dim() == 2 and transposed:
             piece = piece.t().contiguous().t()
-        pieces.append(piece)
+        pieces.append(None if piece is None else piece.to(device))
     # Every way of travelling, also for tensors as small as these.
-    _wire._IN_PLACE, _wire._LITTLE = chance.choice([0, 20, 1 << 20]), chance.choice([0, 1 << 20])
+    _wire._IN_PLACE = _wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
+    _wire._IN_PLACE_TOGETHER = chance.choice([len(MARK), 1 << 20])
+    _wire._LITTLE = _wire._LITTLE_GPU = chance.choice([0, 1 << 20])
+    _exchange._AT_FIRST = chance.choice([1, 48])
+    together = chance.random() < 0.3
+    if device.type == "cpu":
+        _wire._collectives = SimpleNamespace(coalesces=lambda group, device: together)
     return denses, places, pieces
 
 
-def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
+def _random_layouts(rank: int, ranks: int, backend: str, rounds: int) -> int:
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
-    layouts = 0
+    layouts, (group, device) = 0, where(backend, rank)
     for _ in range(rounds):
-        denses, places, pieces = drawn(chance, generator, rank, ranks)
+        denses, places, pieces = drawn(chance, generator, group, device)
         layouts += len(places)
-        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
         dst = chance.choice([None, chance.randrange(ranks)])
-        outs = [torch.empty_like(dense) for dense in denses] if chance.random() < 0.3 else None
+        to_one = dst is not None and chance.random() < 0.7  # a plan for the one does for the other
+        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]), to_one=to_one)
+        outs = [torch.empty_like(dense, device=device) for dense in denses] if chance.random() < 0.3 else None
         out = None if outs is None else outs.__getitem__
         got = [tensor for bucket in gather(plan, each(pieces.__getitem__), dst=dst, out=out) for tensor in bucket]
         assert len(got) == len(denses)
@@ -111,24 +138,24 @@ def _random_layouts(rank: int, ranks: int, rounds: int) -> int:
             if dst is not None and rank != dst:
                 assert tensor is None
             else:
-                assert_same(tensor, dense, (places[item].layout, dst))
+                assert_same(tensor.cpu(), dense, (places[item].layout, dst))
                 assert outs is None or tensor is outs[item]
                 assert places[item].alone or pieces[item] is None or tensor.data_ptr() != pieces[item].data_ptr()
     return layouts
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_random_layouts_arrive_bit_for_bit(ranks: int) -> None:
-    counts = run_ranks(_random_layouts, ranks, ranks, 200)
+@pytest.mark.parametrize(("backend", "ranks"), [("gloo", 1), *WHERE])
+def test_random_layouts_arrive_bit_for_bit(backend: str, ranks: int) -> None:
+    counts = run_ranks(_random_layouts, ranks, ranks, backend, 200)
     assert counts[0] > 1000
     assert len(set(counts)) == 1
 
 
-def _random_failures(rank: int, ranks: int, rounds: int) -> tuple[list[Any], int]:
+def _random_failures(rank: int, ranks: int, backend: str, rounds: int) -> tuple[list[Any], int]:
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
-    found, marked = [], 0
+    found, marked, (group, device) = [], 0, where(backend, rank)
     for number in range(rounds):
-        denses, places, pieces = drawn(chance, generator, rank, ranks)
+        denses, places, pieces = drawn(chance, generator, group, device)
         plan = Plan(places, chance.choice([1, 200, 1 << 20]))
         dst = chance.choice([None, None, chance.randrange(ranks)])
         shared = [item for item, place in enumerate(places) if not place.alone]
@@ -145,13 +172,13 @@ def _random_failures(rank: int, ranks: int, rounds: int) -> tuple[list[Any], int
             assert found[-1] == ("InvalidValueError", f"rank {failing}: round {number}")
         got = [tensor for bucket in gather(plan, each(pieces.__getitem__)) for tensor in bucket]  # nothing is left
         for tensor, dense in zip(got, denses, strict=True):
-            assert_same(tensor, dense)
+            assert_same(tensor.cpu(), dense)
     return found, marked
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_a_failure_in_random_layouts_is_everybodys(ranks: int) -> None:
-    found = run_ranks(_random_failures, ranks, ranks, 150)
+@pytest.mark.parametrize(("backend", "ranks"), WHERE)
+def test_a_failure_in_random_layouts_is_everybodys(backend: str, ranks: int) -> None:
+    found = run_ranks(_random_failures, ranks, ranks, backend, 150)
     assert len(found[0][0]) > 100
     assert found[0][1] > 20
     assert all(mine == found[0] for mine in found)
@@ -452,16 +479,22 @@ def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
     assert bits(target)[4] == -0x8000
 
 
-def test_on_a_gpu_the_first_and_the_last_bucket_are_smaller() -> None:
-    group: Any = None
-    cuda = torch.device("cuda", 0)
+def test_on_a_gpu_little_is_packed_at_first_and_at_last_and_few_set_off_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_exchange, "_AT_FIRST", 2)
+    group, cuda = cast(Any, SimpleNamespace(rank=lambda: 0)), torch.device("cuda", 0)
 
-    def plan(sizes: list[int], device: torch.device) -> Plan:
-        # Nobody is asked to move anything: these are alone, and what is alone is not packed.
-        return Plan([Place(torch.Size((n,)), torch.uint8, device, whole((n,)), group) for n in sizes], 16)
+    def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, shared: bool = True) -> list[list[int]]:
+        layout = (lambda n: even_layout(n, 2)) if shared else (lambda n: whole((n,)))
+        places = [Place(torch.Size((n,)), torch.uint8, device, layout(n), group) for n in sizes]
+        return Plan._cut(cast(Any, SimpleNamespace(places=places, bucket_bytes=16)), sizes, packed)
 
-    assert plan([4] * 9, CPU).buckets == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert plan([4] * 9, cuda).buckets == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
-    assert Plan._cut(plan([2] * 9, cuda), [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7], [8]]
-    assert Plan._cut(plan([8] * 3, cuda), [8] * 3) == [[0], [1], [2]]
-    assert Plan._cut(plan([], cuda), []) == []
+    assert cut([4] * 9, [0] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert cut([2] * 9, [2] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert cut([2] * 9, [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7], [8]]
+    assert cut([8] * 3, [8] * 3) == [[0], [1], [2]]
+    assert cut([], []) == []
+    assert cut([1] * 9, [0] * 9) == [[0, 1], [2, 3, 4, 5, 6, 7, 8]]
+    assert cut([1] * 9, [0] * 9, shared=False) == [list(range(9))]  # nobody is asked to move anything
+    assert cut([12, 1, 1, 4, 1], [0, 1, 1, 0, 0]) == [[0, 1, 2], [3, 4]]

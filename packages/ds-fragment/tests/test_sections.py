@@ -45,7 +45,7 @@ def test_neighbours_of_one_shape_are_made_at_once_and_all_are_aligned() -> None:
         Place(torch.Size(s), torch.float32, torch.device("cpu"), even_layout(torch.Size(s).numel(), 2), None)
         for s in shapes
     ]
-    room = Room(range(len(places)), places, step=4)
+    room = Room(range(len(places)), places, align=16)
     storage = torch.arange(float(room.numel))
     views = room.views(storage)
     assert [tuple(view.shape) for view in views] == shapes

@@ -111,6 +111,48 @@ def test_a_rank_that_lost_it_later_is_everybodys_error() -> None:
     assert "now torch.bfloat16" in mine[2][1]
 
 
+def _one_rank_loses_what_all_hold_whole(rank: int, what: str) -> list[Any]:
+    params, optimizer, _ = stepped("fsdp2")
+    last = params[-1]
+    full: nn.Module = nn.Linear(3, 2)  # of no group, read together with those of one
+    optimizer.add_param_group({"params": list(full.parameters())})
+    attach(full, optimizer)
+    full(torch.ones(3)).sum().backward()
+    optimizer.step()
+    if what == "mixed":
+        params, last, key = [*params, full.bias], full.bias, KEY
+    else:
+        key = what
+    read = {
+        "all": lambda: list(iter_full(params, key)),
+        "one bucket each": lambda: list(iter_full(params, key, bucket_bytes=1)),
+        "one": lambda: safe_get_full_optimizer_state(params[0], key) if what == "mixed" else _read.read_one(last, key),
+        "norms": lambda: norms(params, what=key),
+    }
+    found = []
+    for name, call in read.items():
+        assert raised(call) is None
+        lost = optimizer.state[last].pop(key) if rank == 1 else None
+        for _ in range(2):
+            found.append((name, raised(call)))
+            total = torch.ones(())
+            dist.all_reduce(total)  # nobody is anywhere else
+            assert total == 2
+        if lost is not None:
+            optimizer.state[last][key] = lost
+        assert raised(call) is None
+    return found
+
+
+@pytest.mark.parametrize("what", ["step", "mixed"])
+def test_a_rank_that_lost_what_all_hold_whole_is_everybodys_error(what: str) -> None:
+    mine, other = run_ranks(_one_rank_loses_what_all_hold_whole, 2, what)
+    assert mine == other
+    errors = [error for name, error in mine if what == "step" or name != "one"]
+    assert {kind for kind, _ in errors} == {"StateKeyError"}
+    assert all(text.startswith("rank 1: ") for _, text in errors)
+
+
 def _all_ranks_change_it(rank: int) -> list[Any]:
     params, optimizer, owned = stepped("fsdp2")
     dict(iter_full(params, KEY))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from operator import is_
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -39,6 +40,9 @@ class Group:
 
     def size(self) -> int:
         return self._ranks
+
+    def _get_backend(self, device: torch.device) -> object:
+        return SimpleNamespace(supports_coalescing=device.type == "cuda")
 
 
 @pytest.fixture(autouse=True)

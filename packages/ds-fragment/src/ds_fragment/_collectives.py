@@ -15,11 +15,9 @@ _coalescing: Any = distributed_c10d._coalescing_manager  # what `batch_isend_ire
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def coalesces(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor]) -> bool:
+def coalesces(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the group takes collectives on several tensors as one launch: NCCL does, gloo and others do not."""
-    if len(tensors) < 2 or tensors[0].device.type == "cpu":
-        return False
-    return bool(getattr(group._get_backend(tensors[0].device), "supports_coalescing", False))
+    return device.type != "cpu" and bool(getattr(group._get_backend(device), "supports_coalescing", False))
 
 
 def all_gather_many(
@@ -30,15 +28,15 @@ def all_gather_many(
     All ranks of the group must call it.
 
     Args:
-        outputs: uint8, 1-D, for each the inputs of all ranks in rank order.
-        inputs: uint8, 1-D, as long on every rank.
+        outputs: contiguous, for each the inputs of all ranks in rank order. 1-D unless the group `coalesces`.
+        inputs: contiguous, of the outputs' dtypes, as long on every rank. 1-D unless the group `coalesces`.
         group: the ranks.
         later: come back before they are done.
 
     Returns:
         What is to be waited for.
     """
-    if coalesces(group, outputs):
+    if coalesces(group, outputs[0].device):
         many = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
         return [many(list(outputs), list(inputs))]
     if len(outputs) == 1 and not later:
@@ -60,7 +58,7 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
     Returns:
         What is to be waited for.
     """
-    if coalesces(group, [part for _, part in parts]):
+    if len(parts) > 1 and coalesces(group, parts[0][1].device):
         with _coalescing(group, parts[0][1].device, async_ops=True) as together:
             for source, part in parts:
                 dist.broadcast(part, source, group=group, async_op=True)

@@ -18,7 +18,7 @@ from ds_fragment import _collectives, _kernels, _status
 from ds_fragment._flight import Flight
 from ds_fragment._place import Place, box, wire_device
 from ds_fragment._recent import Recent
-from ds_fragment._wire import Locate, Out, Pieces, Wire, room_for, stretches_of
+from ds_fragment._wire import Locate, Out, Pieces, Wire, numels, room_for, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
 __all__ = [
@@ -31,13 +31,15 @@ __all__ = [
     "bucket_bytes_for",
     "fetch",
     "gather",
+    "numels",
     "plan_of",
     "wire_device",
 ]
 
 
 _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
-_BUCKET_BYTES_GPU = 512 << 20
+_BUCKET_BYTES_GPU = 1 << 30
+_AT_FIRST = 48  # tensors that travel in place in a GPU's first bucket, at most: each takes its time to set off
 
 
 def bucket_bytes_for(places: Sequence[Place]) -> int:
@@ -49,34 +51,43 @@ def bucket_bytes_for(places: Sequence[Place]) -> int:
 class Plan:
     """What travels with what, for one list of places: made once, used for as long as the places stay the same."""
 
-    def __init__(self, places: Sequence[Place], bucket_bytes: int) -> None:
-        self.places, self.bucket_bytes = places, bucket_bytes
-        packed = [0 if place.alone or stretches_of(place) else place.nbytes for place in places]
-        self.buckets = self._cut(packed)
+    def __init__(self, places: Sequence[Place], bucket_bytes: int, *, to_one: bool = False) -> None:
+        self.places, self.bucket_bytes, self.to_one = places, bucket_bytes, to_one
+        in_place = [place.alone or stretches_of(place, to_one=to_one) for place in places]
+        packed = [0 if here else place.nbytes for here, place in zip(in_place, places, strict=True)]
+        # What a rank holds whole it may keep in another dtype than the others do, and all must cut and start alike.
+        together = any(not place.alone for place in places)
+        taken = [4 * place.shape.numel() if place.alone and together else place.nbytes for place in places]
+        self.buckets = self._cut(taken, packed)
         # Bytes of each bucket, in flight or when it is there, and how many of them are there twice between the two.
-        self.sizes = [sum(places[item].nbytes for item in bucket) for bucket in self.buckets]
+        self.sizes = [sum(taken[item] for item in bucket) for bucket in self.buckets]
         self.packed = [sum(packed[item] for item in bucket) for bucket in self.buckets]
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = {wire.group for wires in self.wires for wire in wires}
 
-    def _cut(self, packed: Sequence[int]) -> list[list[int]]:
-        """Items by bucket.
+    def _cut(self, taken: Sequence[int], packed: Sequence[int]) -> list[list[int]]:
+        """Items by bucket, from the bytes that each takes, and how many of them are packed.
 
-        On a GPU the first and the last one are smaller: the wire waits for the one to be packed, and the caller for the
-        other to be unpacked.
+        On a GPU the first and the last one are soon packed, set off and unpacked: the wire waits for the one, and the
+        caller for the other.
         """
         on_gpu = any(place.device.type == "cuda" for place in self.places)
-        little = self.bucket_bytes // 4 if on_gpu else self.bucket_bytes
+        little = self.bucket_bytes // 4 if on_gpu else self.bucket_bytes  # of what is packed
         buckets: list[list[int]] = []
-        filled = 0
+        filled = packing = setting_off = 0
         for item, place in enumerate(self.places):
-            taken = place.nbytes + packed[item]
-            if not buckets or filled + taken > (little if len(buckets) == 1 else self.bucket_bytes):
+            extra, moves = packed[item], not (packed[item] or place.alone)
+            fits = filled + taken[item] + extra <= self.bucket_bytes
+            if len(buckets) == 1 and on_gpu:
+                fits = fits and packing + 2 * extra <= little and setting_off + moves <= _AT_FIRST
+            if not buckets or not fits:
                 buckets.append([])
-                filled = 0
+                filled = packing = setting_off = 0
             buckets[-1].append(item)
-            filled += taken
+            filled += taken[item] + extra
+            packing += 2 * extra
+            setting_off += moves
         if buckets and sum(packed[item] for item in buckets[-1]) > little:
             last, filled = buckets[-1], 0
             while filled + 2 * packed[last[-1]] <= little:
@@ -91,26 +102,32 @@ class Plan:
             place = self.places[item]
             if place.group is not None and not place.alone:
                 found.setdefault((place.group, place.device), []).append(item)
-        return [Wire(group, items, self.places) for (group, _), items in found.items()]
+        return [Wire(group, items, self.places, to_one=self.to_one) for (group, _), items in found.items()]
 
 
 _plans = Recent[Plan](most=20_000)  # items
 
 
-def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
+def plan_of(places: Sequence[Place], bucket_bytes: int, *, to_one: bool = False) -> Plan:
     """A plan for the places, from the few that were used last if it is one of them."""
     if all(place.alone for place in places):
         return Plan(places, bucket_bytes)
-    key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
+    key = (bucket_bytes, to_one, *map(id, places))  # a plan keeps its places, so that an id means one place
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(places, bucket_bytes)
+        plan = Plan(places, bucket_bytes, to_one=to_one)
         _plans.put(key, plan, len(places))
     return plan
 
 
 def gather(
-    plan: Plan, locate: Locate, *, dst: int | None = None, out: Out | None = None
+    plan: Plan,
+    locate: Locate,
+    *,
+    dst: int | None = None,
+    out: Out | None = None,
+    settle: Sequence[dist.ProcessGroup] = (),
+    told: set[dist.ProcessGroup] | None = None,
 ) -> Iterator[list[torch.Tensor | None]]:
     """Bring the whole of every quantity to every rank (or to one), bucket by bucket, in order.
 
@@ -122,6 +139,9 @@ def gather(
             it raises is raised on every rank.
         dst: the global rank that receives, or None for all.
         out: where item i is to be written, contiguous, of the whole shape; a fresh tensor unless told.
+        settle: groups whose ranks tell each other at the end how it went, which all of them wait for: that a rank lacks
+            what all of them hold whole is told nobody, unless something travels later.
+        told: takes the groups whose ranks all know of a failure.
 
     Yields:
         For each bucket, the whole tensors in the plan's order, None where another rank receives.
@@ -129,7 +149,7 @@ def gather(
     Raises:
         FragmentError: a rank could not deliver its piece; the same on every rank.
     """
-    convoy = _Convoy(plan, locate, dst, out)
+    convoy = _Convoy(plan, locate, dst, out, set() if told is None else told)
     try:
         for bucket in range(len(plan.buckets)):
             convoy.fill(bucket, plan.packed[bucket])
@@ -139,6 +159,7 @@ def gather(
                 yield wholes
             elif convoy.told >= plan.groups:
                 break
+        convoy.settle(settle)
         if convoy.failure is not None:
             convoy.fail()
     finally:
@@ -154,11 +175,13 @@ class _Convoy:
     been told, that rank goes on as the others do, so that nobody waits for it in vain.
     """
 
-    def __init__(self, plan: Plan, locate: Locate, dst: int | None, out: Out | None) -> None:
+    def __init__(
+        self, plan: Plan, locate: Locate, dst: int | None, out: Out | None, told: set[dist.ProcessGroup]
+    ) -> None:
         self.plan, self.locate, self.dst, self.out = plan, locate, dst, out
         self.here = dst is None or dist.get_rank() == dst
         self.failure: Exception | None = None  # why nothing more is delivered
-        self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of a failure
+        self.told = told  # the groups whose ranks all know of a failure
         self._word: Exception | None = None  # what this rank sends in the place of pieces
         self._under_way: list[tuple[list[Flight], Pieces | Exception]] = []  # with the pieces that are wholes
         self._started = 0
@@ -205,7 +228,16 @@ class _Convoy:
             except Exception as error:
                 self.failure = error
         self._word = self._word or self.failure
-        return [wholes.get(item) for item in self.plan.buckets[bucket]]
+        return list(map(wholes.get, self.plan.buckets[bucket]))
+
+    def settle(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Tell some groups of a failure, one after the other, and hear of theirs."""
+        for group in groups:
+            try:
+                agree(self.failure, [group], self.plan.places[0].device)
+            except FragmentError as error:
+                self.failure = error
+                self.told.add(group)
 
     def fail(self) -> NoReturn:
         """Raise the failure, in the words in which the others hear it."""
@@ -225,17 +257,21 @@ class _Convoy:
                 flight.wait()
 
 
-def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
+def fetch(plan: Plan, locate: Locate, told: set[dist.ProcessGroup]) -> torch.Tensor:
     """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
     wire = plan.wires[0][0]
-    if wire.marked is None:
-        return Flight.start(wire, locate, None, None, later=False).land()[0]
-    whole = room_for(plan.places[0], 0, None)
     try:
-        piece = wire.ready(locate, whole)
-    except Exception as error:
-        return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
-    return Flight.at_once(wire, whole, piece)
+        if wire.marked is None:
+            return Flight.start(wire, locate, None, None, later=False).land()[0]
+        whole = room_for(plan.places[0], 0, None)
+        try:
+            piece = wire.ready(locate, whole)
+        except Exception as error:
+            return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
+        return Flight.at_once(wire, whole, piece)
+    except FragmentError:
+        told.add(wire.group)
+        raise
 
 
 def _raising(error: Exception) -> Locate:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _status
-from ds_fragment._wire import Locate, Out, Wire, as_bytes, room_for
+from ds_fragment._wire import Locate, Out, Wire, as_bytes
 
 
 @dataclass(slots=True)
@@ -36,7 +36,8 @@ class Flight:
     def at_once(cls, wire: Wire, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         """The only item of a wire, which is marked if any rank has an error, received into its whole."""
         flight = cls(wire, None, None, later=False, wholes={wire.items[0]: whole})
-        _collectives.all_gather(as_bytes(whole), as_bytes(piece), group=wire.group)
+        pair = (as_bytes(whole), as_bytes(piece)) if wire.as_bytes else (whole, piece)
+        _collectives.all_gather(*pair, group=wire.group)
         flight._check()
         return whole
 
@@ -68,7 +69,7 @@ class Flight:
         if not self._here:
             return torch.empty(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
         self.landing = torch.empty(wire.begins[-1], dtype=torch.uint8, device=wire.device)
-        self.wholes = {item: room_for(wire.places[item], item, self.out) for item in wire.in_place}
+        self.wholes = wire.rooms(self.out)
         return wire.chunk(self.landing, wire.rank)
 
     def _spread(self, chunk: torch.Tensor) -> None:
@@ -102,12 +103,15 @@ class Flight:
     def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where what is cut evenly is received, and what of it is sent."""
         wire = self.wire
-        outputs = [as_bytes(self.wholes[item]) for item in wire.even]
+        outputs = [self.wholes[item] for item in wire.even]
         if self.error is None:
-            return outputs, [as_bytes(self.pieces[item]) for item in wire.even]
-        inputs = [torch.empty_like(output[: len(output) // wire.size]) for output in outputs]
-        if wire.marked is not None:
-            _status.mark(inputs[wire.even.index(wire.marked)])
+            inputs = [self.pieces[item] for item in wire.even]
+        else:
+            inputs = [torch.empty_like(whole.view(-1)[: whole.numel() // wire.size]) for whole in outputs]
+            if wire.marked is not None:
+                _status.mark(as_bytes(inputs[wire.even.index(wire.marked)]))
+        if wire.as_bytes:
+            return list(map(as_bytes, outputs)), list(map(as_bytes, inputs))
         return outputs, inputs
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._adapters import Adapter, adapter_of
 from ds_fragment._check import meet
-from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, plan_of
+from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
 from ds_fragment._identity import IdentityMap, Seen
 from ds_fragment._loaded import is_a
 from ds_fragment._recent import Recent
@@ -42,6 +42,8 @@ class _Survey:
         for item, adapter in enumerate(self.adapters):
             by_adapter.setdefault(adapter, []).append(item)
         self.by_adapter = list(by_adapter.items())
+        self.settle = self.to_settle(self.places)
+        self.agreed_at: int | None = None  # what `_agreements` counted when all was as agreed
         self.plan: tuple[int | None, Plan] | None = None  # the last one, and the bucket_bytes that were asked for
         self._stamps = [] if self.error is not None else self._stamps_of(params)
 
@@ -51,6 +53,15 @@ class _Survey:
         except FragmentError as error:
             self.error = self.error or error
             return self.homes[item]
+
+    def to_settle(self, places: Sequence[Place]) -> Sequence[dist.ProcessGroup]:
+        """The groups whose ranks each hold something whole that some of them may lack."""
+        groups: dict[dist.ProcessGroup, None] = {}
+        if self.what != "value":
+            for place, home in zip(places, self.homes, strict=True):
+                if place.alone:
+                    groups.update(dict.fromkeys(home.replicas if home.group is None else (home.group,)))
+        return tuple(groups)
 
     def _stamps_of(self, params: Sequence[torch.Tensor]) -> list[Sequence[object]]:
         if len(self.by_adapter) == 1:
@@ -82,18 +93,50 @@ def _survey_of(params: Sequence[torch.Tensor], what: str) -> _Survey:
     return made
 
 
-# By state, where the ranks agreed that it is, and where the parameter was then.
-_agreed = IdentityMap[dict[str, tuple[Place, Place]]]()
+class _Agreements:
+    """By parameter and state, where the ranks agreed that it is; until then, nothing.
+
+    Attributes:
+        changes: a count of what changed, so that a caller knows whether anything did.
+    """
+
+    def __init__(self) -> None:
+        # The place, or None where they have to agree anew; and where the parameter was then.
+        self._places = IdentityMap[dict[str, tuple[Place | None, Place]]]()
+        self.changes = 0
+
+    def get(self, param: torch.Tensor, what: str, home: Place) -> Place | None:
+        """Where the state is, if the ranks agreed when the parameter was where it is now."""
+        place, then = (self._places.get(param) or {}).get(what, (None, None))
+        return place if then is home else None
+
+    def ever(self, param: torch.Tensor, what: str) -> bool:
+        """Whether they have agreed before."""
+        return what in (self._places.get(param) or {})
+
+    def drop(self, param: torch.Tensor, what: str) -> None:
+        """As if they never had."""
+        if (self._places.get(param) or {}).pop(what, None) is not None:
+            self.changes += 1
+
+    def put(self, param: torch.Tensor, what: str, place: Place | None, home: Place) -> None:
+        """Remember it."""
+        self._places[param] = {**(self._places.get(param) or {}), what: (place, home)}
+        self.changes += 1
+
+
+_agreements = _Agreements()
 
 
 class Quantity:
     """One quantity of many parameters: where each is, and this rank's pieces.
 
     [Note: agreement] Where optimizer state is can depend on the optimizer, which a rank may lack or keep otherwise. The
-    ranks that hold the parameters agree on it before the first exchange, so that the constructor is collective then.
-    Later ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data,
-    and the next call agrees anew. For anything else, a place that cannot be told becomes an error that this rank sends
-    with the first piece.
+    ranks that hold a parameter agree on it before the first exchange, so that the constructor is collective then. Later
+    ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data, and the
+    next call agrees anew. It does so only where all ranks of the group that shares the parameter know of the error, and
+    among them, or some would agree while others read. A place that cannot be told becomes an error that this rank sends
+    with the first piece, as does a disagreement.
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
@@ -101,44 +144,73 @@ class Quantity:
         self._survey = _survey_of(params, what)
         self.adapters, self.homes = self._survey.adapters, self._survey.homes
         self.places, self.error = self._survey.places, self._survey.error
+        self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
-        if what not in ("value", "grad") and self._survey.groups:
+        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
             self._agree()
 
     def _agree(self) -> None:
+        """See [Note: agreement]; what no group holds is nobody else's business."""
         known = [self._known(item) for item in range(len(self.params))]
+        new, others = [], dict[dist.ProcessGroup | None, list[int]]()
+        for item, home in enumerate(self.homes):
+            if known[item] is None and not _agreements.ever(self.params[item], self.what):
+                new.append(item)
+            else:
+                others.setdefault(home.group, []).append(item)
+        asked = [(new, [self.homes[item].groups for item in new])] if new else []
+        for group, items in others.items():
+            if group is not None and any(known[item] is None for item in items):
+                asked.append((items, [(group,)] * len(items)))
+        for items, scopes in asked:
+            if self._agree_on(items, scopes):
+                for item in items:
+                    known[item] = self.places[item]
         if known == self.places and self.error is None:  # places are equal if they are the same
+            self._survey.agreed_at = _agreements.changes
             return
-        if None in known:
-            key = zlib.crc32(self.what.encode())
-            kinds = [hash((key, *place.shape, place.dtype.itemsize, place.alone)) for place in self.places]
-            scopes = [place.groups for place in self.homes]
-            name = lambda i: f"the state asked of {self.name(i)}"  # noqa: E731
-            agree(self.error, self._survey.groups, self.device(), kinds, name, scopes)
-            for param, place, home in zip(self.params, self.places, self.homes, strict=True):
-                _agreed[param] = {**(_agreed.get(param) or {}), self.what: (place, home)}
-            return
-        agreed = [place for place in known if place is not None]
-        for item, (before, now) in enumerate(zip(agreed, self.places, strict=True)):
-            if self.error is None and not before.like(now):
+        for item, (before, now) in enumerate(zip(known, self.places, strict=True)):
+            if self.error is None and before is not None and not before.like(now):
                 self.error = StateKeyError(
                     f"'{self.what}' of {self.name(item)} is not kept as at the last read (then {before.dtype} of shape "
                     f"{tuple(before.shape)}, now {now.dtype} of shape {tuple(now.shape)}): call again, so that the "
                     "ranks agree anew"
                 )
         if self.error is not None:
-            self.places = agreed
+            self.places = [home if place is None else place for home, place in zip(self.homes, known, strict=True)]
 
     def _known(self, item: int) -> Place | None:
-        """Where the ranks agreed that the state is, if the parameter is where it was then."""
-        place, home = (_agreed.get(self.params[item]) or {}).get(self.what, (None, None))
-        return place if home is self.homes[item] else None
+        """Where the state is to be found, as far as that need not be agreed on."""
+        home = self.homes[item]
+        return self.places[item] if home.group is None else _agreements.get(self.params[item], self.what, home)
 
-    def _forget(self) -> None:
-        """Have the next call agree; all ranks do so when they raise an error."""
+    def _agree_on(self, items: Sequence[int], scopes: Sequence[Sequence[dist.ProcessGroup]]) -> bool:
+        """Whether the ranks of some groups found the state of some parameters alike; all of them call it."""
+        key = zlib.crc32(self.what.encode())
+        places = [self.places[item] for item in items]
+        kinds = [hash((key, *place.shape, place.dtype.itemsize, place.alone)) for place in places]
+        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+        name = lambda i: f"the state asked of {self.name(items[i])}"  # noqa: E731
+        try:
+            agree(self.error, groups, self.device(), kinds, name, scopes)
+        except FragmentError as error:
+            self.error = error
+            return False
+        for item in items:
+            _agreements.put(self.params[item], self.what, self.places[item], self.homes[item])
+        return True
+
+    def _doubt(self) -> None:
+        """Have the next call agree anew, among those of whom all know that they have to."""
+        for param, home in zip(self.params, self.homes, strict=True):
+            if home.group in self.told and _agreements.ever(param, self.what):
+                _agreements.put(param, self.what, None, home)
+
+    def forget(self) -> None:
+        """As if the ranks had never agreed; to be called where all that hold the parameters do."""
         for param in self.params:
-            (_agreed.get(param) or {}).pop(self.what, None)
+            _agreements.drop(param, self.what)
 
     def _words(self, call: str) -> str:
         """The call in words, different for different parameters."""
@@ -165,8 +237,7 @@ class Quantity:
             found = self.adapters[0].pieces([params[item] for item in items], self.what)
         else:
             found = [self.adapters[item].local(params[item], self.what) for item in items]
-        held = [0 if piece is None else piece.numel() for piece in found]
-        expected = [survey.held[item] for item in items]
+        held, expected = numels(found), [survey.held[item] for item in items]
         if held != expected:
             wrong = next(i for i in range(len(items)) if held[i] != expected[i])
             raise FragmentError(
@@ -185,8 +256,8 @@ class Quantity:
 
         ``locate`` stands in for `pieces`.
         """
-        plan = self._plan(bucket_bytes)
-        buckets = gather(plan, locate or self.pieces, dst=dst)
+        plan = self._plan(bucket_bytes, to_one=dst is not None)
+        buckets = self.gather(plan, locate or self.pieces, dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
@@ -195,18 +266,26 @@ class Quantity:
                 if tensor is not None:
                     yield keys[item], tensor
                 del tensor  # not to be held while the next bucket is received
+        with self.named_if_broken(range(len(self.params))):
+            next(buckets, None)  # there is no further bucket, but word of how it went elsewhere
 
-    def _plan(self, bucket_bytes: int | None) -> Plan:
+    def gather(self, plan: Plan, locate: Locate, dst: int | None = None) -> Iterator[list[torch.Tensor | None]]:
+        """As `gather` of the module `_exchange`, among the ranks that share the parameters."""
+        survey = self._survey
+        settle = survey.settle if self.places is survey.places else survey.to_settle(self.places)
+        return gather(plan, locate, dst=dst, settle=settle, told=self.told)
+
+    def _plan(self, bucket_bytes: int | None, *, to_one: bool = False) -> Plan:
         """What travels with what."""
         last = self._survey.plan if self.places is self._survey.places else None
-        if last is not None and last[0] == bucket_bytes:
+        if last is not None and last[0] == bucket_bytes and last[1].to_one == to_one:
             return last[1]
         limit = bucket_bytes
         if limit is None:
             limit = bucket_bytes_for(self.places)
             if self.device().type != "cpu":  # two of the largest parameter are taken in any case
-                limit = max(limit, *(place.nbytes for place in self.places))
-        plan = plan_of(self.places, limit)
+                limit = max(limit, *(place.nbytes for place in self.places if not place.alone), 0)
+        plan = plan_of(self.places, limit, to_one=to_one)
         if self.places is self._survey.places:
             self._survey.plan = (bucket_bytes, plan)
         return plan
@@ -217,7 +296,7 @@ class Quantity:
             ((_, tensor),) = self.full([0])
         else:
             try:
-                tensor = fetch(self._plan(1), self.pieces)
+                tensor = fetch(self._plan(1), self.pieces, self.told)
             except Exception:  # to enter the context for every parameter takes as long as to look it up
                 with self.named_if_broken([0]):
                     raise
@@ -229,7 +308,7 @@ class Quantity:
         try:
             yield
         except FragmentError:
-            self._forget()
+            self._doubt()
             raise
         except torch.OutOfMemoryError:
             raise
@@ -308,9 +387,9 @@ def iter_full(
     Args:
         params: a module, parameters, or (name, parameter) pairs.
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
-        bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 512 MiB or the largest
+        bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 1 GiB or the largest
             parameter where that is more. The memory taken is about two buckets, or two of the largest parameter, beside
-            what the caller still holds. Buckets of 2 GiB are some percent faster on a GPU.
+            what the caller still holds.
         dst: the global rank to deliver to; the others take part and are yielded nothing. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.

@@ -62,20 +62,22 @@ class Section:
 
 
 class Room:
-    """Where whole items stand in one storage; neighbours of the same shape are made into tensors at once.
+    """Where whole items of one dtype stand in one storage; neighbours of one shape are made into tensors at once.
 
     Args:
         items: in the order in which they stand.
         places: of all items.
-        step: each begins at a multiple of it, in elements.
+        align: bytes, of which each begins at a multiple; without gaps unless told.
 
     Attributes:
         starts: by item, in elements.
         numel: of the storage.
     """
 
-    def __init__(self, items: Sequence[int], places: Sequence[Place], step: int = 1) -> None:
+    def __init__(self, items: Sequence[int], places: Sequence[Place], align: int = 1) -> None:
         self.items, self.starts, self.numel = items, list[int](), 0
+        self.dtype = places[items[0]].dtype
+        step = align // self.dtype.itemsize or 1
         self._runs: list[tuple[int, int, torch.Size]] = []  # (start, items, shape)
         for item in items:
             shape = places[item].shape
@@ -87,6 +89,11 @@ class Room:
                 self._runs.append((self.numel, 1, shape))
             self.starts.append(self.numel)
             self.numel += shape.numel()
+
+    def fresh(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A storage, and each item in it."""
+        storage = torch.empty(self.numel, dtype=self.dtype, device=device)
+        return storage, self.views(storage)
 
     def views(self, storage: torch.Tensor) -> list[torch.Tensor]:
         """Each item in a 1-D tensor of ``numel`` elements."""

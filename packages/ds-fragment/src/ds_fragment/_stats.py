@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment._exchange import Place, Plan, gather
+from ds_fragment._exchange import Locate, Place, Plan, gather
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._read import Named, Quantity, check_what, named
 from ds_fragment.errors import GradientUnavailableError, StateKeyError, StateNotReadyError
@@ -82,8 +82,13 @@ def available(
             return torch.ones(())
         return torch.zeros(())
 
-    counts = _over_ranks(quantity.places, missing, lambda rows: rows.sum(dim=0))
-    chosen = [item for item, count in enumerate(counts) if not count]
+    shares = [missing(item) for item in range(len(tensors))]
+    axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
+    for axis in range(max(map(len, axes), default=0)):
+        groups = [found[axis] if axis < len(found) else None for found in axes]
+        counts = _over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+        shares = [torch.tensor(count) for count in counts]
+    chosen = [item for item, count in enumerate(shares) if not count]
     return [tensors[i] for i in chosen] if names is None else [(names[i], tensors[i]) for i in chosen]
 
 
@@ -111,45 +116,49 @@ def _reduced(
         return measure(piece) if counts and piece is not None else torch.zeros((), device=place.device)
 
     with quantity.named_if_broken(range(len(tensors))):
-        totals = _over_ranks(quantity.places, share, combine)
+        groups = [None if place.alone else place.group for place in quantity.places]
+        totals = _over_ranks(groups, quantity.device(), share, combine, quantity.gather)
     keys: list[str | torch.Tensor] = list(tensors if names is None else names)
     return dict(zip(keys, totals, strict=True))
 
 
 def _over_ranks(
-    places: Sequence[Place],
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device,
     share: Callable[[int], torch.Tensor],
     combine: Callable[[torch.Tensor], torch.Tensor],
+    bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
 ) -> list[float]:
-    """One number for each place, made from one of each rank of its group; one collective for each group.
+    """One number for each parameter, made from one of each rank of its group; one collective for each group.
 
     Args:
-        places: of the parameters.
+        groups: of the parameters; None where there is this rank's number only.
+        device: where collectives run.
         share: this rank's number for the i-th, 0-dimensional.
         combine: makes one row, fp64 (parameters,), of a row for each rank, (ranks, parameters).
+        bring: `gather`, or a quantity's.
     """
     by_group: dict[dist.ProcessGroup | None, list[int]] = {}
-    for item, place in enumerate(places):
-        by_group.setdefault(None if place.alone else place.group, []).append(item)
+    for item, group in enumerate(groups):
+        by_group.setdefault(group, []).append(item)
 
     # One row a rank, brought together like a parameter that is sharded by rows.
-    groups, tables = list(by_group), []
-    for group in groups:
+    order, tables = list(by_group), []
+    for group in order:
         ranks, count = 1 if group is None else group.size(), len(by_group[group])
         rows = Layout((ranks, count), tuple(Fragment((rank, 0), (1, count)) for rank in range(ranks)))
-        device = places[by_group[group][0]].device
         tables.append(Place(torch.Size((ranks, count)), torch.float64, device, rows, group))
 
     def row(table: int) -> torch.Tensor:
-        items, device = by_group[groups[table]], tables[table].device
+        items = by_group[order[table]]
         return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
 
     def rows_of(chosen: Sequence[int]) -> list[torch.Tensor]:
         return [row(table) for table in chosen]
 
-    totals = [0.0] * len(places)
-    for bucket in gather(Plan(tables, bucket_bytes=1 << 30), rows_of):
-        for group, table in zip(groups, bucket, strict=True):
+    totals = [0.0] * len(groups)
+    for bucket in bring(Plan(tables, bucket_bytes=1 << 30), rows_of):
+        for group, table in zip(order, bucket, strict=True):
             assert table is not None
             for item, total in zip(by_group[group], combine(table).tolist(), strict=True):
                 totals[item] = total

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from operator import attrgetter
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _kernels, _status
+from ds_fragment import _collectives, _kernels, _status
 from ds_fragment._place import Place, box, wire_device
 from ds_fragment._sections import CUTS, Cut, Room, Section, cut_of, is_even, stretches
 from ds_fragment.errors import FragmentError
@@ -25,6 +27,7 @@ from ds_fragment.errors import FragmentError
 # Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not.
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 8 << 20
+_IN_PLACE_TOGETHER = 1 << 20  # of each rank's part, where all-gathers on many tensors are one launch
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
@@ -35,6 +38,8 @@ Locate = Callable[[Sequence[int]], Pieces]
 Out = Callable[[int], torch.Tensor]
 
 _CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
+_NATIVE = _CAT  # dtypes that every backend moves as they are
+_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 class Wire:
@@ -44,28 +49,43 @@ class Wire:
         group: the ranks.
         items: positions in ``places``.
         places: all of the same group and device.
+        to_one: whether one rank receives.
     """
 
-    def __init__(self, group: dist.ProcessGroup, items: Sequence[int], places: Sequence[Place]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, items: Sequence[int], places: Sequence[Place], *, to_one: bool = False
+    ) -> None:
         self.group, self.places, self.size, self.rank = group, places, group.size(), group.rank()
         self.home = places[items[0]].device
         self.device = wire_device(group, self.home)
         self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
-        in_place = {item: found for item in items if (found := stretches_of(places[item]))}
+        in_place = {item: found for item in items if (found := stretches_of(places[item], to_one=to_one))}
         if len(items) == 1 and self.device == self.home:  # then a copy or a launch less counts more than anything
             only = stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
             if only and is_even(only, self.size) and only[0][2] >= len(_status.MARK):
                 in_place[items[0]] = only
         self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
+        self.even.sort(key=lambda item: places[item].shape)
         self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
         self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
+        dtypes = [places[item].dtype for item in self.even]
+        self.as_bytes = not (set(dtypes) <= _NATIVE and _collectives.coalesces(group, self.device))
+        shared: dict[torch.dtype, list[int]] = {}
+        for item, dtype in zip(self.even, dtypes, strict=True):
+            if self.shares and places[item].nbytes < _IN_PLACE_GPU:
+                shared.setdefault(dtype, []).append(item)
+        moving = {places[item].dtype for item in self.in_place}
+        self._moving = moving.pop() if len(moving) == 1 else None  # the dtype of what travels in place, if it is one
+        self._index = -1 if self.device.type == "cpu" else self.device.index
+        self._shared = [Room(chosen, places, _ROOM_ALIGN) for chosen in shared.values() if len(chosen) > 1]
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
         # Pieces that are sent here, in the order of `pieces`.
         self.items = [*self.in_place, *(item for section in self.sections for item in section.items)]
         self.sent = [places[item].layout.sent(self.rank) for item in self.items]
+        self._sends_all = all(self.sent)
 
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
@@ -86,7 +106,7 @@ class Wire:
         self._packer: _kernels.Tensors | None = None
         self._unpacker: _kernels.Tensors | None = None
         self._rooms: dict[int, Room] = {}  # by section, as those below
-        self._single: dict[int, list[Room]] = {}  # by rank
+        self._single: dict[int, list[tuple[int, Room]]] = {}  # with the rank
         self._tables: dict[int, _kernels.Stretches] = {}
 
     def _sections(self, items: list[int]) -> list[Section]:
@@ -100,6 +120,15 @@ class Wire:
             sections.append(Section(cut, dtype, chosen, sent, []))
         return sections
 
+    def rooms(self, out: Out | None) -> dict[int, torch.Tensor]:
+        """Where each item that travels in place is received."""
+        found: dict[int, torch.Tensor] = {}
+        if out is None:
+            for room in self._shared:
+                found.update(zip(room.items, room.fresh(self.home)[1], strict=True))
+        found.update((item, room_for(self.places[item], item, out)) for item in self.in_place if item not in found)
+        return found
+
     def chunk(self, landing: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's part of the landing."""
         return landing.narrow(0, self.begins[rank], self.lengths[rank])
@@ -112,13 +141,21 @@ class Wire:
         error where it sends nothing.
         """
         found = locate(self.items)
-        if self._packer is not None and _kernels.usable(self.device) and self._packer.again(chunk, found):
-            return {}
+        lead = len(self.in_place)
+        packed = self._packer is not None and _kernels.usable(self.device) and self._packer.again(chunk, found[lead:])
+        if packed:
+            found = found[:lead]
         self._check(found)
-        triples = zip(self.items, found, self.sent, strict=True)
-        pieces = {item: _detached(piece) for item, piece, sent in triples if sent and piece is not None}
+        if self._sends_all:
+            pieces = dict(zip(self.items, cast("Sequence[torch.Tensor]", found), strict=not packed))
+        else:
+            triples = zip(self.items, found, self.sent, strict=not packed)
+            pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
+        if any(map(_requires_grad, pieces.values())):
+            pieces = {item: piece.detach() for item, piece in pieces.items()}
         self._set_off(pieces, wholes)
-        self._pack(pieces, chunk)
+        if not packed:
+            self._pack(pieces, chunk)
         return pieces
 
     def ready(self, locate: Locate, whole: torch.Tensor) -> torch.Tensor:
@@ -126,22 +163,27 @@ class Wire:
         found = locate(self.items)
         self._check(found)
         assert found[0] is not None  # every rank sends a part of it
-        piece = _detached(found[0])
+        piece = found[0].detach() if found[0].requires_grad else found[0]  # which takes ten times as long as to ask
         if self._travels(piece, whole.dtype):
             return piece
         return self._part(whole, self.items[0]).copy_(piece.reshape(-1))
 
     def _check(self, found: Pieces) -> None:
         """Raise where a piece that is sent is of another size than its place says."""
-        held = [0 if piece is None else piece.numel() for piece in found]
-        if held != self.sent:
-            for item, numel, expected in zip(self.items, held, self.sent, strict=True):
+        held = numels(found)
+        expecting = self.sent[: len(held)]
+        if held != expecting:
+            for item, numel, expected in zip(self.items, held, expecting, strict=False):
                 if expected not in (numel, 0):
                     raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
 
     def _set_off(self, pieces: dict[int, torch.Tensor], wholes: dict[int, torch.Tensor]) -> None:
         """Make what travels in place ready for it."""
         moving = [item for item in self.in_place if item in pieces]
+        tensors = [pieces[item] for item in moving]
+        dtypes, devices = set(map(_dtype, tensors)), set(map(torch.Tensor.get_device, tensors))
+        if dtypes <= {self._moving} and devices <= {self._index} and all(map(torch.Tensor.is_contiguous, tensors)):
+            return  # as a rule, and told fast
         late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
         if not wholes:
             for item in late:
@@ -220,7 +262,7 @@ class Wire:
                 wholes.update(self._views(number, landing))
                 continue
             if shares:
-                room, rooms = self._shared_room(number)
+                room, rooms = self._room(number).fresh(self.home)
             else:
                 rooms = [room_for(self.places[item], item, out) for item in section.items]
             wholes.update(zip(section.items, rooms, strict=True))
@@ -279,14 +321,14 @@ class Wire:
         section = self.sections[number]
         if number not in self._single:
             rooms = []
-            for sent in section.sent:
+            for rank, sent in enumerate(section.sent):
                 items = [item for item, numel in zip(section.items, sent, strict=True) if numel]
-                rooms.append(Room(items, self.places))
+                if items:
+                    rooms.append((rank, Room(items, self.places)))
             self._single[number] = rooms
-        for rank, room in enumerate(self._single[number]):
-            if room.items:
-                views = room.views(section.of(self.chunk(landing, rank), rank))
-                yield from zip(room.items, views, strict=True)
+        for rank, room in self._single[number]:
+            views = room.views(section.of(self.chunk(landing, rank), rank))
+            yield from zip(room.items, views, strict=True)
 
     def _unpack_rows(self, section: Section, landing: torch.Tensor, wholes: list[torch.Tensor]) -> None:
         """Every rank's piece of every item at once, as columns of a table with a row for each rank."""
@@ -294,16 +336,10 @@ class Wire:
         with torch.no_grad():
             torch.split_with_sizes_copy(self._rows(section, landing), section.sent[0], dim=1, out=targets)
 
-    def _shared_room(self, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One storage for the items of a section, and each in it."""
-        section, room = self.sections[number], self._room(number)
-        storage = torch.empty(room.numel, dtype=section.dtype, device=self.home)
-        return storage, room.views(storage)
-
     def _room(self, number: int) -> Room:
+        """Where the items of a section stand in one storage."""
         if number not in self._rooms:
-            section = self.sections[number]
-            self._rooms[number] = Room(section.items, self.places, _ROOM_ALIGN // section.dtype.itemsize or 1)
+            self._rooms[number] = Room(self.sections[number].items, self.places, _ROOM_ALIGN)
         return self._rooms[number]
 
     def _table(self, number: int) -> _kernels.Stretches:
@@ -319,12 +355,16 @@ class Wire:
         return self._tables[number]
 
 
-def _detached(piece: torch.Tensor) -> torch.Tensor:
-    return piece.detach() if piece.requires_grad else piece  # which takes ten times as long as to ask
-
-
 def _aligned(nbytes: int, align: int = _SECTION_ALIGN) -> int:
     return -(-nbytes // align) * align
+
+
+def numels(pieces: Pieces) -> list[int]:
+    """The elements of each; 0 for None."""
+    try:
+        return list(map(torch.Tensor.numel, pieces))  # type: ignore[arg-type]
+    except TypeError:  # one of them is None
+        return [0 if piece is None else piece.numel() for piece in pieces]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -337,11 +377,14 @@ def room_for(place: Place, item: int, out: Out | None) -> torch.Tensor:
     return torch.empty(place.shape, dtype=place.dtype, device=place.device) if out is None else out(item)
 
 
-def stretches_of(place: Place) -> list[tuple[int, int, int]]:
+def stretches_of(place: Place, *, to_one: bool) -> list[tuple[int, int, int]]:
     """What travels in place of an item, as `stretches` says; nothing where all of it is packed."""
-    if place.group is None:
+    if place.group is None or place.device != wire_device(place.group, place.device):
         return []
-    threshold = _IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU
-    if place.nbytes < threshold or place.device != wire_device(place.group, place.device):
+    cuts = stretches(place.layout, place.dtype.itemsize)
+    if not cuts:
         return []
-    return stretches(place.layout, place.dtype.itemsize) or []
+    if place.nbytes >= (_IN_PLACE if place.device.type == "cpu" else _IN_PLACE_GPU):
+        return cuts
+    together = not to_one and is_even(cuts, len(place.layout.fragments)) and cuts[0][2] >= _IN_PLACE_TOGETHER
+    return cuts if together and _collectives.coalesces(place.group, place.device) else []

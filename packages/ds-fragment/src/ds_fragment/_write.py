@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
 
 
 def set_many(
-    values: Iterable[tuple[torch.Tensor, torch.Tensor]], what: str = "value", *, refresh_lp: bool = True
+    values: Mapping[torch.Tensor, torch.Tensor] | Iterable[tuple[torch.Tensor, torch.Tensor]],
+    what: str = "value",
+    *,
+    refresh_lp: bool = True,
 ) -> None:
     """Write whole values into many sharded parameters, all of them or, where anything is wrong, none.
 
@@ -29,16 +32,21 @@ def set_many(
     same is checked.
 
     Args:
-        values: (parameter, value) pairs; a value has the parameter's whole shape, any floating dtype and device.
+        values: values by parameter, or (parameter, value) pairs; a value has the parameter's whole shape, any floating
+            dtype and device.
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
         refresh_lp: bring the low-precision weights up to date at once.
 
     Raises:
+        TypeError: ``values`` holds something else.
         InvalidValueError: a value has the wrong shape or dtype.
         RankMismatchError: the ranks were given different values.
         FragmentError: there is nothing to write to (no such state, no gradient).
     """
-    pairs = list(values)
+    pairs = list(values.items() if isinstance(values, Mapping) else values)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"values holds a {type(pair).__name__}, expected (parameter, value) pairs, or a dict")
     quantity = Quantity([param for param, _ in pairs], check_what(what), "set_many")
     wholes: list[torch.Tensor] = []
     sums: list[int] = []
@@ -177,7 +185,11 @@ def _agreed(
     scopes = quantity.scopes()
     groups = list(dict.fromkeys(group for scope in scopes for group in scope))
     with quantity.named_if_broken(range(len(quantity.params))):
-        agree(error, groups, quantity.device(), sums, quantity.name, scopes if among is None else among)
+        try:
+            agree(error, groups, quantity.device(), sums, quantity.name, scopes if among is None else among)
+        except FragmentError:
+            quantity.forget()
+            raise
     return targets, pieces
 
 
