@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ds_fragment import FlatPartition, _flight, iter_full, load_full, save_full
 from ds_fragment.errors import FragmentError, InvalidValueError
+from fragment_oracle import raised
 from ranks import run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 class Net(nn.Module):
@@ -151,6 +155,32 @@ def test_bad_calls_are_the_same_error_everywhere_and_leave_the_file(tmp_path: Pa
     assert "there is neither that file nor an index" in absent
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
     assert torch.equal(load_file(tmp_path / "m.safetensors")["frozen"], Net().frozen)
+
+
+def _pairs_without_each_other(rank: int, folder: str) -> list[str]:
+    """Two ranks share the model, two others another of the same names."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("models", "shards"))["shards"]
+    model = nn.Linear(4, 2)
+    fully_shard(model, mesh=mesh)
+    before = {name: tensor.clone() for name, tensor in iter_full(model)}
+    path = Path(folder, "model.safetensors")
+    path.write_bytes(b"as it was")
+    found = [raised(lambda: save_full(model, path))]
+    assert path.read_bytes() == b"as it was"
+    if rank == 0:
+        save_file({"weight": torch.ones(2, 4), "bias": torch.ones(2)}, Path(folder, "other.safetensors"))
+    dist.barrier()
+    found.append(raised(lambda: load_full(model, Path(folder, "other.safetensors"))))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in iter_full(model))
+    return [str(error) for error in found]
+
+
+def test_what_only_other_ranks_hold_is_not_lost_silently(tmp_path: Path) -> None:
+    everybodys = run_ranks(_pairs_without_each_other, 4, str(tmp_path))
+    assert all(told == everybodys[0] for told in everybodys)
+    for text in everybodys[0]:
+        assert "InvalidValueError" in text
+        assert "rank 2: 'weight' is held by ranks [2, 3] without rank 0" in text
 
 
 def _wrong_shape(rank: int, folder: str) -> str:

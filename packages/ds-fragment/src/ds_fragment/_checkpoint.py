@@ -77,13 +77,15 @@ def save_full(
             written and bytes in all.
 
     Raises:
+        InvalidValueError: the path cannot be written to, or a parameter is shared by ranks without rank 0 and has no
+            replica there (experts of other expert-parallel ranks, which would be lost); the same on every rank.
         FragmentError: a piece could not be read, or rank 0 could not write; the same on every rank.
     """
     entries, tied, quantity = _entries(model, dtype, "save_full")
     target = Path(path)
     group = _everyone()
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    error = _unwritable(target, max_shard_bytes) if writes else None
+    error = (_unwritable(target, max_shard_bytes) if writes else None) or _ambiguous(entries, quantity)
     sums = [hash((entry.shape, entry.dtype.itemsize)) for entry in entries]
     agree(error, group, quantity.device(), sums, lambda i: f"the shape or dtype of '{entries[i].name}'")
     header = {**(metadata or {}), **({"tied": json.dumps(tied)} if tied else {})}
@@ -140,6 +142,9 @@ def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         try:
             reader = stack.enter_context(_safetensors.Reader(Path(path)))
             sums = reader.sums()
+            ambiguous = _ambiguous(entries, quantity)
+            if ambiguous is not None:
+                raise ambiguous
             _match(entries, tied, reader, strict)
             pieces = [
                 pair for entry in entries if entry.name in reader.shapes for pair in _pieces(entry, quantity, reader)
@@ -196,6 +201,21 @@ def _unwritable(target: Path, max_shard_bytes: int) -> Exception | None:
         return InvalidValueError(f"path is '{target}', but its folder does not exist: make it first")
     if target.is_dir():
         return InvalidValueError(f"path is '{target}', which is a folder: name the file")
+    return None
+
+
+def _ambiguous(entries: Sequence[_Entry], quantity: Quantity) -> Exception | None:
+    """Why a name means more than one tensor, if it does, as those of experts do that only some ranks hold."""
+    for entry in entries:
+        place = None if entry.item is None else quantity.places[entry.item]
+        if place is None or place.group is None or place.replicas:
+            continue
+        ranks = dist.get_process_group_ranks(place.group)
+        if 0 not in ranks:
+            return InvalidValueError(
+                f"'{entry.name}' is held by ranks {ranks} without rank 0, which has a tensor of its own under that "
+                "name, as in expert parallelism: one file cannot hold both. Use the engine's own checkpoints"
+            )
     return None
 
 

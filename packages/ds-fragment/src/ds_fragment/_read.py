@@ -390,7 +390,8 @@ def iter_full(
         bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 1 GiB or the largest
             parameter where that is more. The memory taken is about two buckets, or two of the largest parameter, beside
             what the caller still holds.
-        dst: the global rank to deliver to; the others take part and are yielded nothing. All ranks unless told.
+        dst: the global rank to deliver to; the others take part and are yielded nothing. What other ranks share without
+            it, as experts of another expert-parallel rank, is delivered nowhere then. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.
 
