@@ -37,8 +37,8 @@ Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
 Out = Callable[[int], torch.Tensor]
 
-_CAT = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
-_NATIVE = _CAT  # dtypes that every backend moves as they are
+# What NCCL moves as it is, and torch.cat takes.
+_COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 _dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
 
 
@@ -60,25 +60,16 @@ class Wire:
         self.device = wire_device(group, self.home)
         self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
-        in_place = {item: found for item in items if (found := stretches_of(places[item], to_one=to_one))}
-        if len(items) == 1 and self.device == self.home:  # then a copy or a launch less counts more than anything
-            only = stretches(places[items[0]].layout, places[items[0]].dtype.itemsize)
-            if only and is_even(only, self.size) and only[0][2] >= len(_status.MARK):
-                in_place[items[0]] = only
+        in_place = self._moving_in_place(items, to_one)
         self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
         self.even.sort(key=lambda item: places[item].shape)
         self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
         self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
-        dtypes = [places[item].dtype for item in self.even]
-        self.as_bytes = not (set(dtypes) <= _NATIVE and _collectives.coalesces(group, self.device))
-        shared: dict[torch.dtype, list[int]] = {}
-        for item, dtype in zip(self.even, dtypes, strict=True):
-            if self.shares and places[item].nbytes < _IN_PLACE_GPU:
-                shared.setdefault(dtype, []).append(item)
-        moving = {places[item].dtype for item in self.in_place}
-        self._moving = moving.pop() if len(moving) == 1 else None  # the dtype of what travels in place, if it is one
+        dtypes = {places[item].dtype for item in self.in_place}
+        self.as_bytes = not (dtypes <= _COMMON and _collectives.coalesces(group, self.device))
+        self._only_dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all that travels in place, if it is one
         self._index = -1 if self.device.type == "cpu" else self.device.index
-        self._shared = [Room(chosen, places, _ROOM_ALIGN) for chosen in shared.values() if len(chosen) > 1]
+        self._shared = self._shared_rooms()
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
@@ -108,6 +99,24 @@ class Wire:
         self._rooms: dict[int, Room] = {}  # by section, as those below
         self._single: dict[int, list[tuple[int, Room]]] = {}  # with the rank
         self._tables: dict[int, _kernels.Stretches] = {}
+
+    def _moving_in_place(self, items: Sequence[int], to_one: bool) -> dict[int, list[tuple[int, int, int]]]:
+        """What travels in place, and its stretches."""
+        found = {item: cuts for item in items if (cuts := stretches_of(self.places[item], to_one=to_one))}
+        if len(items) == 1 and self.device == self.home:  # then a copy or a launch less counts more than anything
+            only = self.places[items[0]]
+            whole = stretches(only.layout, only.dtype.itemsize)
+            if whole and is_even(whole, self.size) and whole[0][2] >= len(_status.MARK):
+                found[items[0]] = whole
+        return found
+
+    def _shared_rooms(self) -> list[Room]:
+        """For what is cut evenly and small, by dtype."""
+        found: dict[torch.dtype, list[int]] = {}
+        for item in self.even:
+            if self.shares and self.places[item].nbytes < _IN_PLACE_GPU:
+                found.setdefault(self.places[item].dtype, []).append(item)
+        return [Room(items, self.places, _ROOM_ALIGN) for items in found.values() if len(items) > 1]
 
     def _sections(self, items: list[int]) -> list[Section]:
         found: dict[tuple[Cut, torch.dtype], list[int]] = {}
@@ -182,7 +191,7 @@ class Wire:
         moving = [item for item in self.in_place if item in pieces]
         tensors = [pieces[item] for item in moving]
         dtypes, devices = set(map(_dtype, tensors)), set(map(torch.Tensor.get_device, tensors))
-        if dtypes <= {self._moving} and devices <= {self._index} and all(map(torch.Tensor.is_contiguous, tensors)):
+        if dtypes <= {self._only_dtype} and devices <= {self._index} and all(map(torch.Tensor.is_contiguous, tensors)):
             return  # as a rule, and told fast
         late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
         if not wholes:
@@ -220,7 +229,7 @@ class Wire:
                 if not mine:
                     continue
                 alike = {(piece.dtype, piece.device) for piece in mine} == {(section.dtype, self.home)}
-                if alike and section.dtype in _CAT:
+                if alike and section.dtype in _COMMON:
                     torch.cat([p if p.dim() == 1 else p.reshape(-1) for p in mine], out=section.of(room, self.rank))
                 else:
                     _kernels.copy([part for _, part in section.parts(room, self.rank)], mine)
@@ -268,7 +277,7 @@ class Wire:
             wholes.update(zip(section.items, rooms, strict=True))
             if kernels and shares and section.cut in ("even", "runs"):
                 self._table(number).move(room, landing)
-            elif section.cut == "even" and self.gathered and section.dtype in _CAT:
+            elif section.cut == "even" and self.gathered and section.dtype in _COMMON:
                 self._unpack_rows(section, landing, rooms)
             else:
                 for rank in range(self.size):
