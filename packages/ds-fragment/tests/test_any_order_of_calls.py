@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-WHATS = ["value", "grad", "exp_avg", "exp_avg_sq", "step"]
+QUANTITIES = ["value", "grad", "exp_avg", "exp_avg_sq", "step"]
 ONE_AXIS: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Replicate(), Shard(0))]
 
 
@@ -68,7 +68,7 @@ class Training:
     def spoil(self, chance: random.Random, here: bool) -> Callable[[], None]:
         """Take something away or change it, on this rank if it is the one; returns what mends it."""
         kind, owned = chance.choice(["nothing", "key", "state", "dtype", "grad", "number"]), chance.choice(self.owned)
-        key, param = chance.choice(WHATS[2:]), chance.choice(self.params)
+        key, param = chance.choice(QUANTITIES[2:]), chance.choice(self.params)
         if not here or kind == "nothing":
             return lambda: None
         if kind == "grad":
@@ -88,7 +88,7 @@ class Training:
 
     def call(self, chance: random.Random) -> tuple[str, Callable[[], object]]:
         """One of the calls that all ranks make together, and who should hear the same of it."""
-        what, chosen = chance.choice(WHATS), chance.sample(range(len(self.params)), chance.randint(1, 4))
+        what, chosen = chance.choice(QUANTITIES), chance.sample(range(len(self.params)), chance.randint(1, 4))
         size, dst = chance.choice([None, 1, 200]), chance.choice([None, None, 0, 1])
         some = [self.params[i] for i in chosen]
         one, ids = some[0], list(map(id, some))
@@ -133,7 +133,7 @@ def _any_order(rank: int, engine: str, ranks: int, rounds: int) -> list[tuple[st
             dist.all_reduce(total)  # nobody is in another collective
             assert total == ranks, about
         mend()
-        for what in WHATS if chance.random() < 0.1 else ():
+        for what in QUANTITIES if chance.random() < 0.1 else ():
             assert len(list(iter_full(training.params, what))) == len(training.params)  # all is well again
     return told
 
