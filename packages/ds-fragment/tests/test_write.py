@@ -153,6 +153,24 @@ def test_the_value_that_was_given_is_not_kept() -> None:
     assert_same(model.weight.detach(), torch.ones(2, 3))
 
 
+def test_values_by_parameter_or_in_pairs_and_nothing_else() -> None:
+    model = nn.Linear(3, 2)
+    for values in (
+        {model.weight: torch.ones(2, 3)},
+        [(model.weight, torch.ones(2, 3))],
+        iter([[model.weight, torch.ones(2, 3)]]),
+    ):
+        with torch.no_grad():
+            model.weight.zero_()
+        set_many(values)
+        assert torch.equal(model.weight, torch.ones(2, 3))
+    for wrong in ([model.weight], [(model.weight,)], ["ab"]):
+        with pytest.raises(TypeError, match=r"values holds a \w+, expected \(parameter, value\) pairs, or a dict"):
+            set_many(wrong)  # type: ignore[arg-type,list-item]
+    with pytest.raises(TypeError, match="param is a str, expected a parameter"):
+        set_many({"weight": torch.ones(2, 3)})  # type: ignore[dict-item]
+
+
 def test_nothing_to_write() -> None:
     set_many([])
     update_many([], lambda name, whole: whole)
