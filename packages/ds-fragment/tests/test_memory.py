@@ -62,8 +62,9 @@ def _peak(
     with Allocated() as allocated:
         for _, tensor in iter_full(model.named_parameters(), bucket_bytes=bucket_bytes, dtype=dtype):
             taken += tensor.nbytes
+            pause = 0.002 + tensor.nbytes / 1e8
             del tensor
-            time.sleep(0.002)  # gloo's threads let go of what they have sent a moment after it arrived
+            time.sleep(pause)  # gloo's threads let go of what they have sent a moment after it arrived
     assert partition is None or partition.rank == rank
     return allocated.peak, taken
 
