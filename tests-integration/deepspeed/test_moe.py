@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from ds_fragment import tensor_fragment as ours
 from engines import ENV, TIMEOUT, Case, configuration, groups_of
-from oracles import as_torch, differing, same, told
+from oracles import STATES, as_torch, differing, same, told
 from ranks import run_ranks
 from torch import nn
 
@@ -86,7 +86,7 @@ def experts_are_read_and_written(rank: int, case: Case, folder: str) -> None:
     assert len(experts) == 2 * EXPERTS // EXPERT_RANKS
     for step in range(3):
         backward(engine, step)
-        state = {key: whole(engine, key) for key in ("exp_avg", "exp_avg_sq", "step")} if step else {}
+        state = {key: whole(engine, key) for key in STATES} if step else {}
         value, grad = whole(engine, "value"), whole(engine, "grad")
         engine.step()
         expected = as_torch(value, grad, state, LR)
@@ -122,6 +122,4 @@ def experts_are_read_and_written(rank: int, case: Case, folder: str) -> None:
 
 @pytest.mark.parametrize("case", [Case("zero1", "fp32"), Case("zero2", "bf16")], ids=str)
 def test_experts_are_read_and_written(case: Case, tmp_path: Path) -> None:
-    run_ranks(
-        experts_are_read_and_written, 4, case, str(tmp_path), env={**ENV, "TORCHDYNAMO_DISABLE": "1"}, timeout=TIMEOUT
-    )
+    run_ranks(experts_are_read_and_written, 4, case, str(tmp_path), env=EAGER, timeout=TIMEOUT)

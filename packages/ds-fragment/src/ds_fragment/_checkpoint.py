@@ -135,22 +135,19 @@ def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     """
     entries, tied, quantity = _entries(model, None, "load_full")
     group = _everyone()
-    error: Exception | None = None
+    error = _ambiguous(entries, quantity)
     sums: list[int] = []
     with contextlib.ExitStack() as stack:
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             reader = stack.enter_context(_safetensors.Reader(Path(path)))
             sums = reader.sums()
-            ambiguous = _ambiguous(entries, quantity)
-            if ambiguous is not None:
-                raise ambiguous
             _match(entries, tied, reader, strict)
             pieces = [
                 pair for entry in entries if entry.name in reader.shapes for pair in _pieces(entry, quantity, reader)
             ]
         except Exception as caught:
-            error = caught
+            error = error or caught
         agree(error, group, quantity.device(), sums, lambda i: f"the file '{Path(path).name}' (part {i})")
         commit([target for target, _ in pieces], [piece for _, piece in pieces])
     if refresh_lp:

@@ -257,21 +257,17 @@ class _Convoy:
                 flight.wait()
 
 
-def fetch(plan: Plan, locate: Locate, told: set[dist.ProcessGroup]) -> torch.Tensor:
+def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
     """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
     wire = plan.wires[0][0]
+    if wire.marked is None:
+        return Flight.start(wire, locate, None, None, later=False).land()[0]
+    whole = room_for(plan.places[0], 0, None)
     try:
-        if wire.marked is None:
-            return Flight.start(wire, locate, None, None, later=False).land()[0]
-        whole = room_for(plan.places[0], 0, None)
-        try:
-            piece = wire.ready(locate, whole)
-        except Exception as error:
-            return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
-        return Flight.at_once(wire, whole, piece)
-    except FragmentError:
-        told.add(wire.group)
-        raise
+        piece = wire.ready(locate, whole)
+    except Exception as error:
+        return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
+    return Flight.at_once(wire, whole, piece)
 
 
 def _raising(error: Exception) -> Locate:

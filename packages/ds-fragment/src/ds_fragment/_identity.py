@@ -26,12 +26,6 @@ class IdentityMap(Generic[V]):
         found = self._kept.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
-    def of_all(self, tensors: Sequence[torch.Tensor]) -> list[V | None]:
-        """What `get` gives for each, in a third of the time."""
-        found = map(self._kept.get, map(id, tensors))
-        pairs = zip(found, tensors, strict=True)
-        return [kept[1] if kept is not None and kept[0]() is tensor else None for kept, tensor in pairs]
-
     def pop(self, tensor: torch.Tensor) -> V | None:
         """Take the tensor's value away and return it; None where there is none."""
         found = self.get(tensor)

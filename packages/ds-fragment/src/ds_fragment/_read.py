@@ -284,7 +284,7 @@ class Quantity:
         if limit is None:
             limit = bucket_bytes_for(self.places)
             if self.device().type != "cpu":  # two of the largest parameter are taken in any case
-                limit = max(limit, *(place.nbytes for place in self.places if not place.alone), 0)
+                limit = max([limit, *(place.nbytes for place in self.places if not place.alone)])
         plan = plan_of(self.places, limit, to_one=to_one)
         if self.places is self._survey.places:
             self._survey.plan = (bucket_bytes, plan)
@@ -296,8 +296,10 @@ class Quantity:
             ((_, tensor),) = self.full([0])
         else:
             try:
-                tensor = fetch(self._plan(1), self.pieces, self.told)
-            except Exception:  # to enter the context for every parameter takes as long as to look it up
+                tensor = fetch(self._plan(1), self.pieces)
+            except Exception as error:  # to enter the context for every parameter takes as long as to look it up
+                if isinstance(error, FragmentError):  # which all ranks of the group read
+                    self.told.update(self.places[0].groups[:1])
                 with self.named_if_broken([0]):
                     raise
         return tensor

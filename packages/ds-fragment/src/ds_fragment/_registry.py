@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -47,11 +47,6 @@ class Registry:
         """The optimizer that was attached and is still alive."""
         reference = self._optimizers.get(param)
         return None if reference is None else reference()
-
-    def optimizers_of(self, params: Sequence[torch.Tensor]) -> set[torch.optim.Optimizer | None]:
-        """The optimizers that were attached to some parameters; None among them where one has none."""
-        references = set(self._optimizers.of_all(params))
-        return {None if reference is None else reference() for reference in references}
 
     def master_of(self, param: torch.Tensor) -> torch.Tensor | None:
         """The fp32 master that was attached and is still alive."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from operator import attrgetter
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +67,6 @@ class Wire:
         dtypes = {places[item].dtype for item in self.in_place}
         self.as_bytes = not (dtypes <= _COMMON and _collectives.coalesces(group, self.device))
         self._only_dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all that travels in place, if it is one
-        self._index = -1 if self.device.type == "cpu" else self.device.index
         self._shared = self._shared_rooms()
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
@@ -76,7 +74,6 @@ class Wire:
         # Pieces that are sent here, in the order of `pieces`.
         self.items = [*self.in_place, *(item for section in self.sections for item in section.items)]
         self.sent = [places[item].layout.sent(self.rank) for item in self.items]
-        self._sends_all = all(self.sent)
 
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
@@ -155,11 +152,8 @@ class Wire:
         if packed:
             found = found[:lead]
         self._check(found)
-        if self._sends_all:
-            pieces = dict(zip(self.items, cast("Sequence[torch.Tensor]", found), strict=not packed))
-        else:
-            triples = zip(self.items, found, self.sent, strict=not packed)
-            pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
+        triples = zip(self.items, found, self.sent, strict=not packed)
+        pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
         if any(map(_requires_grad, pieces.values())):
             pieces = {item: piece.detach() for item, piece in pieces.items()}
         self._set_off(pieces, wholes)
@@ -190,9 +184,8 @@ class Wire:
         """Make what travels in place ready for it."""
         moving = [item for item in self.in_place if item in pieces]
         tensors = [pieces[item] for item in moving]
-        dtypes, devices = set(map(_dtype, tensors)), set(map(torch.Tensor.get_device, tensors))
-        if dtypes <= {self._only_dtype} and devices <= {self._index} and all(map(torch.Tensor.is_contiguous, tensors)):
-            return  # as a rule, and told fast
+        if set(map(_dtype, tensors)) <= {self._only_dtype} and _kernels.all_plain(tensors, self.device):
+            return  # as a rule on a GPU, and told fast
         late = [item for item in moving if not self._travels(pieces[item], self.places[item].dtype)]
         if not wholes:
             for item in late:

@@ -125,14 +125,12 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     Raises:
         FragmentError: what `state_of` and `state_entry` raise for the first that has none.
     """
-    optimizers = registry.optimizers_of(params)
-    if len(optimizers) == 1 and None not in optimizers:  # as a rule, and fast
-        (optimizer,) = optimizers
-        assert optimizer is not None
-        found = [(state or {}).get(key) for state in map(optimizer.state.get, params)]
-        tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
-        if len(tensors) == len(found):
-            return tensors
+    optimizers = map(registry.optimizer_of, params)
+    pairs = zip(optimizers, params, strict=True)
+    found = [None if optimizer is None else optimizer.state.get(param, {}).get(key) for optimizer, param in pairs]
+    tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
+    if len(tensors) == len(found):
+        return tensors
     return [state_entry(state_of(param, param), param, key) for param in params]
 
 

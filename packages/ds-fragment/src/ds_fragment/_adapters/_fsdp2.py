@@ -21,8 +21,6 @@ from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError
 
-_Known = tuple["weakref.ref[Any]", "weakref.ref[Any]"]
-
 
 class Fsdp2Adapter(DTensorAdapter):
     """Claims the parameters of attached FSDP2 modules, sharded or gathered."""
@@ -32,7 +30,7 @@ class Fsdp2Adapter(DTensorAdapter):
     def __init__(self) -> None:
         super().__init__()
         # By the sharded parameter: FSDP2's record of it, and the group that reduces its gradient.
-        self._records = IdentityMap[_Known]()
+        self._records = IdentityMap[tuple[weakref.ref[Any], weakref.ref[Any]]]()
         self._gathered = IdentityMap[weakref.ref[Any]]()
 
     def learn(self, model: nn.Module) -> None:
@@ -75,8 +73,8 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if they are gradients that are reduced."""
         sharded = self._all_sharded(params)
         if what == "grad":
-            for param, known in zip(sharded, self._records.of_all(sharded), strict=True):
-                self._require_reduced(param, known)
+            for param in sharded:
+                self._require_reduced(param)
         return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -88,13 +86,31 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if it is a gradient that is reduced."""
         param = self._sharded(param)
         if what == "grad":
-            self._require_reduced(param, self._records.get(param))
+            self._require_reduced(param)
         return super().local(param, what)
 
-    def _require_reduced(self, param: torch.Tensor, known: _Known | None) -> None:
-        reason = None if known is None else _unreduced(known[0](), known[1]())
+    def _require_reduced(self, param: torch.Tensor) -> None:
+        reason = self._unreduced(param)
         if reason is not None:
             raise GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
+
+    def _unreduced(self, param: torch.Tensor) -> str | None:
+        known = self._records.get(param)
+        record, group = (None, None) if known is None else (known[0](), known[1]())
+        copy = getattr(record, "_unsharded_param", None)
+        if getattr(record, "unsharded_accumulated_grad", None) is not None or (
+            copy is not None and copy.grad is not None
+        ):
+            return (
+                "backward passes ran under set_requires_gradient_sync(False) and are kept unreduced on each rank; read "
+                "it after one that reduces"
+            )
+        if getattr(group, "_partial_reduce_output", None) is not None:
+            return (
+                "backward passes ran under set_requires_all_reduce(False) and are reduced within the shard group only; "
+                "read it after one that reduces"
+            )
+        return None
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
@@ -103,22 +119,6 @@ class Fsdp2Adapter(DTensorAdapter):
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a sharded parameter of low precision."""
         return super().master(self._sharded(param))
-
-
-def _unreduced(record: Any, group: Any) -> str | None:
-    """Why a gradient is not that of all ranks; None if it is."""
-    copy = getattr(record, "_unsharded_param", None)
-    if getattr(record, "unsharded_accumulated_grad", None) is not None or (copy is not None and copy.grad is not None):
-        return (
-            "backward passes ran under set_requires_gradient_sync(False) and are kept unreduced on each rank; read it "
-            "after one that reduces"
-        )
-    if getattr(group, "_partial_reduce_output", None) is not None:
-        return (
-            "backward passes ran under set_requires_all_reduce(False) and are reduced within the shard group only; "
-            "read it after one that reduces"
-        )
-    return None
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from ds_fragment._kernels._choice import usable, use_kernels
 from ds_fragment._kernels._fragments import Fragments
 from ds_fragment._kernels._functions import copy, gather_grads, norm, publish
+from ds_fragment._kernels._plan import all_plain
 from ds_fragment._kernels._report import report, why_reference
 from ds_fragment._kernels._stats import Stats
 from ds_fragment._kernels._stretches import ALIGN, Stretches, Tensors
@@ -15,6 +16,7 @@ __all__ = [
     "Stats",
     "Stretches",
     "Tensors",
+    "all_plain",
     "copy",
     "gather_grads",
     "norm",
