@@ -62,7 +62,7 @@ def _peak(
     with Allocated() as allocated:
         for _, tensor in iter_full(model.named_parameters(), bucket_bytes=bucket_bytes, dtype=dtype):
             taken += tensor.nbytes
-            pause = 0.002 + tensor.nbytes / 1e8
+            pause = 0.008 + tensor.nbytes / 1e8
             del tensor
             time.sleep(pause)  # gloo's threads let go of what they have sent a moment after it arrived
     assert partition is None or partition.rank == rank
