@@ -209,7 +209,7 @@ def sweep(groups: list[int], sets: tuple[str, ...]) -> None:
         for size in groups:
             for blocks in (0, _plan.EACH_CHUNK):
                 _plan.GROUPS.update(dict.fromkeys(_plan.GROUPS, size))
-                _plan.BLOCKS_PER_SM.update(dict.fromkeys(_plan.BLOCKS_PER_SM, blocks))
+                _plan.BLOCKS.update(dict.fromkeys(_plan.BLOCKS, blocks))
                 rates = [
                     f"{name} {moved / seconds(ways['kernel'], budget=0.06) / 1e9 / copy:.3f}"
                     for name, (moved, ways) in bench.cases().items()

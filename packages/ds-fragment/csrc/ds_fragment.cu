@@ -109,12 +109,9 @@ cudaError_t launch(const dsf_work& work, int kernel, void** arguments, bool redu
     cudaError_t code = prepare(work.device);
     if (code != cudaSuccess) return code;
     uint64_t blocks = work.chunks;
-    if (work.blocks_per_sm != DSF_EACH_CHUNK || reduces) {
-        uint64_t each = resident[work.device][kernel].load();
-        if (work.blocks_per_sm != 0 && work.blocks_per_sm != DSF_EACH_CHUNK)
-            each = std::min<uint64_t>(each, work.blocks_per_sm);
-        blocks = std::min<uint64_t>(blocks, each * processors[work.device].load());
-    }
+    if (work.blocks == 0 || reduces)
+        blocks = std::min<uint64_t>(blocks, resident[work.device][kernel].load() * processors[work.device].load());
+    if (work.blocks != 0) blocks = std::min<uint64_t>(blocks, work.blocks);
     if (reduces) blocks = std::max<uint64_t>(std::min<uint64_t>(blocks, kMostBlocks), 1);
     if (blocks == 0) return cudaSuccess;
     if (blocks > 0x7fffffffu) blocks = 0x7fffffffu;

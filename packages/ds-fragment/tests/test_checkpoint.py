@@ -210,11 +210,11 @@ def _killed(rank: int, folder: str) -> str:
     if rank == 2:
         start, calls = _flight.Flight.start.__func__, []
 
-        def dying(*args: object) -> object:
+        def dying(*args: object, **kwargs: object) -> object:
             calls.append(1)
             if len(calls) == 3:
                 os._exit(9)
-            return start(*args)
+            return start(*args, **kwargs)
 
         _flight.Flight.start = classmethod(dying)
     with pytest.raises((FragmentError, RuntimeError)) as caught:

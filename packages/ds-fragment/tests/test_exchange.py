@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import _collectives, _exchange, _flight, _kernels, _wire
-from ds_fragment._collectives import all_gather_many
-from ds_fragment._exchange import Place, Plan, agree, box, gather
+from ds_fragment._collectives import all_gather, all_gather_many
+from ds_fragment._exchange import Place, Plan, agree, box, fetch, gather
 from ds_fragment._layout import Fragment, Layout, even_layout, flat_layout, mesh_layout, whole
 from ds_fragment._status import MARK
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
@@ -79,12 +79,17 @@ def where(backend: str, rank: int) -> tuple[Any, torch.device]:
     if backend == "nccl":
         torch.cuda.set_device(rank)
         return dist.new_group(backend="nccl"), torch.device("cuda", rank)
-    _flight._collectives = SimpleNamespace(**{**vars(_collectives), "all_gather_many": _all_gather_flattened})
+    flattened = {"all_gather": _all_gather_flattened, "all_gather_many": _all_gather_many_flattened}
+    _flight._collectives = SimpleNamespace(**{**vars(_collectives), **flattened})
     return dist.group.WORLD, CPU
 
 
-def _all_gather_flattened(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """For gloo what NCCL is given as one launch, in any shape."""
+def _all_gather_flattened(output: Any, given: Any, **kwargs: Any) -> Any:
+    """For gloo what NCCL is given, in any shape."""
+    return all_gather(output.view(-1), given.view(-1), **kwargs)
+
+
+def _all_gather_many_flattened(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     return all_gather_many([t.view(-1) for t in outputs], [t.view(-1) for t in inputs], *args, **kwargs)
 
 
@@ -113,6 +118,8 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
     # Every way of travelling, also for tensors as small as these.
     _wire._IN_PLACE = _wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
     _wire._IN_PLACE_TOGETHER = chance.choice([len(MARK), 1 << 20])
+    _wire._ALL_GATHER = chance.choice([0, 1 << 20])
+    _wire._ASIDE = chance.choice([0, 1 << 20])
     _wire._LITTLE = _wire._LITTLE_GPU = chance.choice([0, 1 << 20])
     _exchange._AT_FIRST = chance.choice([1, 48])
     together = chance.random() < 0.3
@@ -181,6 +188,38 @@ def test_a_failure_in_random_layouts_is_everybodys(backend: str, ranks: int) -> 
     found = run_ranks(_random_failures, ranks, ranks, backend, 150)
     assert len(found[0][0]) > 100
     assert found[0][1] > 20
+    assert all(mine == found[0] for mine in found)
+
+
+def _one_by_one(rank: int, ranks: int, backend: str, rounds: int) -> tuple[int, list[Any]]:
+    chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
+    found, right, (group, device) = [], 0, where(backend, rank)
+    for _ in range(rounds):
+        for dense, place, piece in zip(*drawn(chance, generator, group, device), strict=True):
+            if place.alone:
+                continue
+            plan = Plan([place], bucket_bytes=1)
+            failing = chance.randrange(ranks)
+            error = InvalidValueError(f"round {right}")
+
+            def locate(items: Any, piece: Any = piece, failing: int = failing, error: Exception = error) -> Any:
+                if rank == failing:
+                    raise error
+                return [piece for _ in items]
+
+            if dense.numel():
+                found.append(raised(lambda plan=plan, locate=locate: fetch(plan, locate)))
+                assert found[-1] == ("InvalidValueError", f"rank {failing}: {error}")
+            assert_same(fetch(plan, each(lambda _, piece=piece: piece)).cpu(), dense)
+            right += 1
+    return right, found
+
+
+@pytest.mark.parametrize(("backend", "ranks"), WHERE)
+def test_one_by_one_they_arrive_bit_for_bit_and_so_does_an_error(backend: str, ranks: int) -> None:
+    found = run_ranks(_one_by_one, ranks, ranks, backend, 60)
+    assert found[0][0] > 250
+    assert len(found[0][1]) > 100
     assert all(mine == found[0] for mine in found)
 
 

@@ -204,7 +204,12 @@ class _Convoy:
             except Exception as error:
                 pieces = self._word = error
         locate = self.locate if self._word is None else _raising(self._word)
-        flights = [Flight.start(wire, locate, self.out, self.dst) for wire in wires if wire.group not in self.told]
+        behind = bool(self._under_way)
+        flights = [
+            Flight.start(wire, locate, self.out, self.dst, behind=behind)
+            for wire in wires
+            if wire.group not in self.told
+        ]
         self._under_way.append((flights, pieces))
 
     def land(self, bucket: int) -> list[torch.Tensor | None]:

@@ -2,17 +2,24 @@
 
 Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
 the place of data. What travels in place goes by an all-gather where the stretches are equal and in rank order, else
-by a broadcast from each rank that holds one. Where one rank receives, it receives from each holder.
+by a broadcast from each rank that holds one; so does what is large where the backend does not launch many all-gathers
+as one. Where one rank receives, it receives from each holder.
+
+[Note: aside] An all-gather also copies what a rank sends to that rank's own place. NCCL, which has few multiprocessors,
+is faster where that is done already: large pieces are copied while it is busy with the bucket before, by a kernel that
+takes little of the memory's time, on a stream of its own, so that the caller's work on earlier buckets does not wait.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _collectives, _status
+from ds_fragment import _collectives, _kernels, _status
 from ds_fragment._wire import Locate, Out, Wire, as_bytes
 
 
@@ -24,6 +31,7 @@ class Flight:
     out: Out | None
     dst: int | None  # the global rank that receives; None for all
     later: bool = True  # whether to come back from collectives before they are done
+    behind: bool = False  # whether another is under way on the same wires
     error: Exception | None = None
     pieces: dict[int, torch.Tensor] = field(default_factory=dict)
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)  # what travels in place, where it is received
@@ -31,20 +39,36 @@ class Flight:
     statuses: torch.Tensor | None = None  # uint8, (ranks, STATUS_BYTES), on the wire's device
     works: list[dist.Work] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)  # what is being sent or received on the way
+    stream: torch.cuda.Stream | None = None  # where pieces are copied aside, if any are
 
     @classmethod
     def at_once(cls, wire: Wire, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         """The only item of a wire, which is marked if any rank has an error, received into its whole."""
         flight = cls(wire, None, None, later=False, wholes={wire.items[0]: whole})
-        pair = (as_bytes(whole), as_bytes(piece)) if wire.as_bytes else (whole, piece)
-        _collectives.all_gather(*pair, group=wire.group)
+        if wire.apart:
+            flight.pieces = {wire.items[0]: piece}
+            flight._broadcast(flight._apart())
+            flight.wait()
+        else:
+            unknown = wire.as_bytes and whole.dtype != torch.float32  # which every backend moves
+            pair = (as_bytes(whole), as_bytes(piece)) if unknown else (whole.view(-1), piece.view(-1))
+            _collectives.all_gather(*pair, group=wire.group)
         flight._check()
         return whole
 
     @classmethod
-    def start(cls, wire: Wire, locate: Locate, out: Out | None, dst: int | None, *, later: bool = True) -> Flight:
+    def start(
+        cls,
+        wire: Wire,
+        locate: Locate,
+        out: Out | None,
+        dst: int | None,
+        *,
+        later: bool = True,
+        behind: bool = False,
+    ) -> Flight:
         """Send this rank's pieces, or its error in their place, and come back before they are there if ``later``."""
-        flight = cls(wire, out, dst, later)
+        flight = cls(wire, out, dst, later, behind)
         chunk = flight._room()
         try:
             flight.pieces = wire.load(locate, flight.wholes, chunk)
@@ -77,14 +101,8 @@ class Flight:
         wire, landing = self.wire, self.landing
         assert landing is not None
         outputs, inputs = self._even()
-        parts: list[tuple[int, torch.Tensor]] = []  # (sender, what it sends)
-        for item, stretches in wire.uneven.items():
-            whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
-            for rank, start, nbytes in stretches:
-                part = whole.narrow(0, start, nbytes)
-                if rank == wire.rank and piece is not None and piece.data_ptr() != part.data_ptr():
-                    part.copy_(as_bytes(piece))
-                parts.append((rank, part))
+        inputs = self._copy_aside(outputs, inputs)
+        parts = self._apart()
         if wire.gathered:
             if self.error is not None:
                 chunk[: wire.head].copy_(_status.encode(self.error))
@@ -96,9 +114,7 @@ class Flight:
             else:
                 self._all_gather(outputs, inputs)
             parts += [(rank, wire.chunk(landing, rank)) for rank, length in enumerate(wire.lengths) if length]
-        if parts:
-            sources = [(wire.global_ranks[rank], part) for rank, part in parts]
-            self.works.extend(_collectives.broadcast_many(sources, wire.group))
+        self._broadcast(parts)
 
     def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where what is cut evenly is received, and what of it is sent."""
@@ -108,11 +124,32 @@ class Flight:
             inputs = [self.pieces[item] for item in wire.even]
         else:
             inputs = [torch.empty_like(whole.view(-1)[: whole.numel() // wire.size]) for whole in outputs]
-            if wire.marked is not None:
+            if wire.marked in wire.even:
                 _status.mark(as_bytes(inputs[wire.even.index(wire.marked)]))
         if wire.as_bytes:
             return list(map(as_bytes, outputs)), list(map(as_bytes, inputs))
         return outputs, inputs
+
+    def _apart(self) -> list[tuple[int, torch.Tensor]]:
+        """What is broadcast in place, as (sender, what it sends)."""
+        parts = []
+        for item, stretches in self.wire.apart.items():
+            whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
+            for rank, start, nbytes in stretches:
+                part = whole.narrow(0, start, nbytes)
+                if rank == self.wire.rank:
+                    if piece is not None and piece.data_ptr() != part.data_ptr():
+                        part.copy_(as_bytes(piece))
+                    if self.error is not None and item == self.wire.marked:
+                        part = torch.empty_like(part)  # the whole may be the caller's
+                        _status.mark(part)
+                parts.append((rank, part))
+        return parts
+
+    def _broadcast(self, parts: list[tuple[int, torch.Tensor]]) -> None:
+        if parts:
+            sources = [(self.wire.global_ranks[rank], part) for rank, part in parts]
+            self.works.extend(_collectives.broadcast_many(sources, self.wire.group))
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""
@@ -123,8 +160,32 @@ class Flight:
         self._all_gather([*outputs, self.statuses.view(-1)], [*inputs, mine])
 
     def _all_gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
+        if outputs:
+            self.held.extend(inputs)
+            with self._after_copies():
+                self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
+
+    def _copy_aside(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What to send if the large inputs are copied to their place in the outputs first; see [Note: aside]."""
+        wire = self.wire
+        if not (wire.aside and self.behind and self.error is None and _kernels.usable(wire.device)):
+            return inputs
+        parts = {i: outputs[i].view(wire.size, -1)[wire.rank] for i in wire.aside}
+        parts = {i: part for i, part in parts.items() if part.data_ptr() != inputs[i].data_ptr()}
+        if not parts:
+            return inputs
         self.held.extend(inputs)
+        self.stream = _stream_aside(wire.device)
+        with self._after_copies():
+            _kernels.copy(list(parts.values()), [inputs[i] for i in parts], aside=True)
+        return [parts.get(i, given) for i, given in enumerate(inputs)]
+
+    def _after_copies(self) -> contextlib.AbstractContextManager[object]:
+        """What is set off in it waits for what was set off before, and for the copies aside."""
+        if self.stream is None:
+            return contextlib.nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.wire.device))
+        return torch.cuda.stream(self.stream)
 
     def _send_to(self, dst: int, chunk: torch.Tensor) -> None:
         """Every item to one rank, from each that holds a part of it."""
@@ -178,10 +239,17 @@ class Flight:
         """Raise what any rank has to say."""
         marked = self.wire.marked
         if self.statuses is None and marked is not None:
-            if not _status.is_marked(as_bytes(self.wholes[marked]).view(self.wire.size, -1)):
+            whole, ranks = self.wholes[marked], self.wire.size
+            heads = whole.as_strided((ranks, len(_status.MARK) // whole.itemsize), (whole.numel() // ranks, 1))
+            if self.error is None and not _status.is_marked(heads.view(torch.uint8)):
                 return
             self._gather([], [])
             self.wait()
         assert self.statuses is not None
         if any(self.statuses[:, 0].tolist()):
             _status.check(self.statuses.cpu(), cause=self.error)
+
+
+@functools.cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -60,8 +60,8 @@ def mark(piece: torch.Tensor) -> None:
 
 
 def is_marked(pieces: torch.Tensor) -> bool:
-    """Whether any rank's piece, a row of uint8, begins with the mark."""
-    return _MARK in pieces[:, : len(MARK)].tolist()
+    """Whether any rank's piece, of which a row has the first bytes, begins with the mark."""
+    return _MARK in pieces.tolist()
 
 
 def encode_sums(sums: Sequence[int]) -> torch.Tensor:

@@ -27,6 +27,8 @@ from ds_fragment.errors import FragmentError
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 8 << 20
 _IN_PLACE_TOGETHER = 1 << 20  # of each rank's part, where all-gathers on many tensors are one launch
+_ALL_GATHER = 256 << 10  # of each rank's part, at most, where they are not: gloo copies what it gathers once more
+_ASIDE = 4 << 20  # bytes from which it is worth the host's time to take from NCCL what needs no NCCL
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
@@ -60,14 +62,18 @@ class Wire:
         self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
         in_place = self._moving_in_place(items, to_one)
-        self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size)]
+        coalesces = _collectives.coalesces(group, self.device)
+        most = None if coalesces else _ALL_GATHER
+        self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size, most)]
         self.even.sort(key=lambda item: places[item].shape)
-        self.uneven = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size)}
-        self.in_place = {item: in_place[item] for item in (*self.even, *self.uneven)}
+        self.apart = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size, most)}
+        self.in_place = {item: in_place[item] for item in (*self.even, *self.apart)}
         dtypes = {places[item].dtype for item in self.in_place}
-        self.as_bytes = not (dtypes <= _COMMON and _collectives.coalesces(group, self.device))
+        self.as_bytes = not (dtypes <= _COMMON and coalesces)
         self._only_dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all that travels in place, if it is one
         self._shared = self._shared_rooms()
+        # Positions in `even` of what a rank copies into its own place itself.
+        self.aside = [i for i, item in enumerate(self.even) if coalesces and places[item].nbytes >= _ASIDE]
         self.sections = self._sections([item for item in items if item not in in_place])
         sections = self.sections
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
@@ -78,8 +84,9 @@ class Wire:
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
         little = _LITTLE if self.device.type == "cpu" else _LITTLE_GPU
-        self.gathered = 0 < padded <= little or 0 < 4 * padded <= 5 * sum(bodies)
-        roomy = [item for item in self.even if places[item].nbytes >= self.size * len(_status.MARK)]
+        self.gathered = 0 < padded <= little or (coalesces and 0 < 4 * padded <= 5 * sum(bodies))
+        of_all = [item for item, cuts in self.in_place.items() if is_even(cuts, self.size)]
+        roomy = [item for item in of_all if places[item].nbytes >= self.size * len(_status.MARK)]
         self.marked = roomy[0] if roomy and not self.gathered else None  # the item in which an error travels
         self.head = _status.STATUS_BYTES if self.gathered else 0
         longest = max(bodies)

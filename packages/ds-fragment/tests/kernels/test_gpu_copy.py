@@ -66,12 +66,12 @@ def test_copies_are_torchs_bits_in_random_layouts(src: torch.dtype, dst: torch.d
     out, expected = (torch.empty(ARENA, dtype=torch.uint8, device="cuda") for _ in range(2))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     pieces = 0
-    for _ in range(250):
+    for number in range(250):
         pairs = layout(rng, memory, out.view(dst))
         srcs = [memory[s : s + n] for s, _, n in pairs]
         for target in (out, expected):
             target.fill_(POISON if dst != torch.bool else 1)
-        _kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs)
+        _kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, aside=number % 2 == 1)
         _reference.copy([expected.view(dst)[d : d + n] for _, d, n in pairs], srcs)
         wrong += (out != expected).sum()
         pieces += len(pairs)

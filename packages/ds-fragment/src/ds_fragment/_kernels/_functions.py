@@ -13,7 +13,7 @@ from ds_fragment._kernels._check import check
 from ds_fragment._kernels._choice import usable
 from ds_fragment._kernels._library import loaded
 from ds_fragment._kernels._philox import signed
-from ds_fragment._kernels._plan import Columns, Op, Plan, pieces_of
+from ds_fragment._kernels._plan import FEW, Columns, Op, Plan, pieces_of
 from ds_fragment._kernels._stats import Stats
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -46,7 +46,7 @@ class _Plans:
 _plans = _Plans(most=64)
 
 
-def _plan(op: Op, dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor]) -> Plan | None:
+def _plan(op: Op, dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], blocks: int | None = None) -> Plan | None:
     """What the kernel has to do, or None if torch is to do it."""
     ours = bool(dsts) and set(map(type, dsts)) <= _PLAIN and set(map(type, srcs)) <= _PLAIN
     if not ours or not usable(dsts[0].device):
@@ -59,21 +59,22 @@ def _plan(op: Op, dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor]) ->
     except RuntimeError:  # a tensor without memory, such as a sparse one or a wrapper of torch.func
         check(op, dsts, srcs)
         return None
-    key = (op, device, len(dsts), to.addresses[0], *of.addresses[:1])
+    key = (op, blocks, device, len(dsts), to.addresses[0], *of.addresses[:1])
     plan = _plans.get(key, to, of)
     if plan is None:
         check(op, dsts, srcs)
-        plan = Plan(loaded(), op, pieces_of(op, dsts, srcs, device), device)
+        plan = Plan(loaded(), op, pieces_of(op, dsts, srcs, device), device, blocks)
         _plans.put(key, to, of, plan)
     return plan
 
 
-def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor]) -> None:
+def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], *, aside: bool = False) -> None:
     """Copy ``srcs[i]`` into ``dsts[i]``, casting to its dtype (to nearest even) where they differ.
 
     Args:
         dsts: tensors of any dtype, shape, alignment and device, written in place; they do not overlap.
         srcs: as many tensors, each with as many elements.
+        aside: let the kernel take little of the GPU, and its time: for copies beside a collective.
 
     Raises:
         InvalidValueError: a number of tensors or elements does not match.
@@ -82,7 +83,7 @@ def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor]) -> None:
     if torch.compiler.is_compiling():
         _ops.copy(list(dsts), list(srcs))
         return
-    plan = _plan("copy", dsts, srcs)
+    plan = _plan("copy", dsts, srcs, FEW if aside else None)
     _reference.copy(dsts, srcs) if plan is None else _cuda.copy(plan, dsts, srcs, dsts)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ds_fragment._kernels.errors import KernelError
 
-ABI = 2  # DSF_ABI of csrc/ds_fragment.h
+ABI = 3  # DSF_ABI of csrc/ds_fragment.h
 WORKSPACE_BYTES = 65536  # DSF_WORKSPACE
 MIXED = 0xFE  # DSF_MIXED
 LINE = 128  # DSF_LINE
@@ -27,7 +27,7 @@ class Work(ctypes.Structure):
         ("pieces", c_uint64),
         ("chunks", c_uint64),
         ("groups", c_uint32),  # vectors in a chunk
-        ("blocks_per_sm", c_uint32),  # 0: as many as fit
+        ("blocks", c_uint32),  # at most; 0: as many as fit
         ("device", c_int32),
         ("kind", c_uint32),  # of all pieces, or MIXED
         ("stream", c_void_p),

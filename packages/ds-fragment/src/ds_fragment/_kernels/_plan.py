@@ -24,10 +24,11 @@ from ds_fragment._kernels.errors import KernelError
 Op = Literal["copy", "gather_grads", "norm", "publish"]
 
 EACH_CHUNK = 0xFFFFFFFF  # DSF_EACH_CHUNK
-# By operation: vectors in a chunk (of 16 bytes of the wider side), and blocks on a multiprocessor (0: as many as fit).
+# By operation: vectors in a chunk (of 16 bytes of the wider side), and blocks (0: as many as fit).
 # What was fastest on an H200; chunks are whole rounds of a block (threads times vectors in flight, see kernels.cuh).
 GROUPS: dict[Op, int] = {"copy": 4096, "gather_grads": 3072, "norm": 3072, "publish": 4096}
-BLOCKS_PER_SM: dict[Op, int] = {"copy": EACH_CHUNK, "gather_grads": 0, "norm": 0, "publish": 0}
+BLOCKS: dict[Op, int] = {"copy": EACH_CHUNK, "gather_grads": 0, "norm": 0, "publish": 0}
+FEW = 20  # blocks; enough to copy what a rank sends itself while NCCL is busy, and few enough not to slow it
 
 SAME = 15 | 15 << 4  # DSF_BYTES on both sides
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsf_type
@@ -131,11 +132,12 @@ def all_plain(tensors: Sequence[torch.Tensor], device: torch.device) -> bool:
 
 
 class Plan:
-    """The work table of one list of pieces on one device."""
+    """The work table of one list of pieces on one device, and how many blocks run it: `BLOCKS` unless told."""
 
-    def __init__(self, loaded: Loaded, op: Op, pieces: Pieces, device: torch.device) -> None:
+    def __init__(self, loaded: Loaded, op: Op, pieces: Pieces, device: torch.device, blocks: int | None = None) -> None:
         assert loaded.library is not None
         self.loaded, self.library, self.op, self.device = loaded, loaded.library, op, device
+        self.blocks = BLOCKS[op] if blocks is None else blocks
         self.rest = pieces.rest
         self.count = len(pieces.kinds)
         moved = {kind for kind, numel in zip(pieces.kinds, pieces.numels, strict=True) if numel}
@@ -165,7 +167,7 @@ class Plan:
 
     def _describe(self, table: int, stream: int) -> Work:
         index = self.device.index
-        return Work(table, self.count, self.chunks, GROUPS[self.op], BLOCKS_PER_SM[self.op], index, self.kind, stream)
+        return Work(table, self.count, self.chunks, GROUPS[self.op], self.blocks, index, self.kind, stream)
 
     def _kept(self, stream: int) -> tuple[Work, int]:
         """See [Note: tables]."""
