@@ -8,7 +8,8 @@ import pytest
 import torch
 from ds_fragment import FlatPartition, attach, iter_full
 from ds_fragment._exchange import plan_of
-from ds_fragment._read import Quantity, named
+from ds_fragment._quantity import Quantity
+from ds_fragment._read import named
 from ds_fragment.errors import FragmentError, InvalidValueError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param
 from fragment_oracle import assert_same, ragged, raised

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, _read, attach, iter_full, norms
+from ds_fragment import FlatPartition, _quantity, _read, attach, iter_full, norms
 from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
 from fragment_oracle import assert_same, ragged, raised
 from ranks import run_ranks
@@ -43,13 +43,13 @@ def stepped(kind: str) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
 
 def counted_agreements() -> list[int]:
     """A list that grows by one at every agreement from now on."""
-    agree, calls = _read.agree, []
+    agree, calls = _quantity.agree, []
 
     def counted(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
         agree(*args, **kwargs)
 
-    _read.agree = counted
+    _quantity.agree = counted
     return calls
 
 

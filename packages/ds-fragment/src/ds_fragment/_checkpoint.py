@@ -23,7 +23,8 @@ from torch import nn
 
 from ds_fragment import _safetensors
 from ds_fragment._exchange import Pieces, agree
-from ds_fragment._read import Quantity, sharded
+from ds_fragment._quantity import Quantity
+from ds_fragment._read import sharded
 from ds_fragment._registry import clean_name
 from ds_fragment._write import commit, refresh
 from ds_fragment.errors import FragmentError, InvalidValueError

@@ -100,9 +100,7 @@ class Flight:
         """Every item to all ranks."""
         wire, landing = self.wire, self.landing
         assert landing is not None
-        outputs, inputs = self._even()
-        inputs = self._copy_aside(outputs, inputs)
-        parts = self._apart()
+        outputs, inputs, parts = self._in_place() if wire.in_place else ([], [], [])
         if wire.gathered:
             if self.error is not None:
                 chunk[: wire.head].copy_(_status.encode(self.error))
@@ -115,6 +113,11 @@ class Flight:
                 self._all_gather(outputs, inputs)
             parts += [(rank, wire.chunk(landing, rank)) for rank, length in enumerate(wire.lengths) if length]
         self._broadcast(parts)
+
+    def _in_place(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[int, torch.Tensor]]]:
+        """What travels in place: where it is gathered, what is sent for it, and what is broadcast."""
+        outputs, inputs = self._even()
+        return outputs, self._copy_aside(outputs, inputs), self._apart()
 
     def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where what is cut evenly is received, and what of it is sent."""

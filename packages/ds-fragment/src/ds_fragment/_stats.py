@@ -12,7 +12,8 @@ from torch import nn
 
 from ds_fragment._exchange import Locate, Place, Plan, gather
 from ds_fragment._layout import Fragment, Layout
-from ds_fragment._read import Named, Quantity, check_what, named
+from ds_fragment._quantity import Quantity
+from ds_fragment._read import Named, check_what, named
 from ds_fragment.errors import GradientUnavailableError, StateKeyError, StateNotReadyError
 
 

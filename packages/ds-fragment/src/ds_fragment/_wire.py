@@ -84,7 +84,7 @@ class Wire:
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
         little = _LITTLE if self.device.type == "cpu" else _LITTLE_GPU
-        self.gathered = 0 < padded <= little or (coalesces and 0 < 4 * padded <= 5 * sum(bodies))
+        self.gathered = 0 < padded <= little or 0 < 4 * padded <= 5 * sum(bodies)
         of_all = [item for item, cuts in self.in_place.items() if is_even(cuts, self.size)]
         roomy = [item for item in of_all if places[item].nbytes >= self.size * len(_status.MARK)]
         self.marked = roomy[0] if roomy and not self.gathered else None  # the item in which an error travels
@@ -163,7 +163,8 @@ class Wire:
         pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
         if any(map(_requires_grad, pieces.values())):
             pieces = {item: piece.detach() for item, piece in pieces.items()}
-        self._set_off(pieces, wholes)
+        if self.in_place:
+            self._set_off(pieces, wholes)
         if not packed:
             self._pack(pieces, chunk)
         return pieces
@@ -253,8 +254,12 @@ class Wire:
 
         Fresh tensors of one bucket share a storage on a GPU, where making one of each costs more than moving it.
         """
-        if self.only is not None and self.only.cut == "single" and out is None and self.device == self.home:
-            return {item: whole.clone() for item, whole in self._views(0, landing)}  # the landing may be far larger
+        only = self.only
+        if only is not None and only.cut == "single" and out is None and self.device == self.home:
+            (item,) = only.items
+            holder = next(rank for rank, (sent,) in enumerate(only.sent) if sent)
+            whole = only.of(self.chunk(landing, holder), holder)
+            return {item: whole.view(self.places[item].shape).clone()}  # the landing may be far larger
         wholes: dict[int, torch.Tensor] = {}
         dsts: list[torch.Tensor] = []
         srcs: list[torch.Tensor] = []

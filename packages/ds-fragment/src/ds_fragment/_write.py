@@ -11,7 +11,8 @@ from torch import nn
 
 from ds_fragment._adapters import Adapter
 from ds_fragment._exchange import agree
-from ds_fragment._read import Named, Quantity, check_what, named
+from ds_fragment._quantity import Quantity
+from ds_fragment._read import Named, check_what, named
 from ds_fragment._registry import registry
 from ds_fragment.errors import FragmentError, InvalidValueError
 

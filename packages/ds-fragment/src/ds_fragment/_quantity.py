@@ -1,0 +1,259 @@
+"""One quantity of many parameters: where it is, agreed on by all ranks, and how it is brought together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ds_fragment._check import meet
+from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
+from ds_fragment._identity import IdentityMap
+from ds_fragment._registry import registry
+from ds_fragment._survey import survey_of
+from ds_fragment.errors import FragmentError, StateKeyError
+
+K = TypeVar("K")
+
+
+class _Agreements:
+    """By parameter and state, where the ranks agreed that it is; until then, nothing.
+
+    Attributes:
+        changes: a count of what changed, so that a caller knows whether anything did.
+    """
+
+    def __init__(self) -> None:
+        # The place, or None where they have to agree anew; and where the parameter was then.
+        self._places = IdentityMap[dict[str, tuple[Place | None, Place]]]()
+        self.changes = 0
+
+    def get(self, param: torch.Tensor, what: str, home: Place) -> Place | None:
+        """Where the state is, if the ranks agreed when the parameter was where it is now."""
+        place, then = (self._places.get(param) or {}).get(what, (None, None))
+        return place if then is home else None
+
+    def ever(self, param: torch.Tensor, what: str) -> bool:
+        """Whether they have agreed before."""
+        return what in (self._places.get(param) or {})
+
+    def drop(self, param: torch.Tensor, what: str) -> None:
+        """As if they never had."""
+        if (self._places.get(param) or {}).pop(what, None) is not None:
+            self.changes += 1
+
+    def put(self, param: torch.Tensor, what: str, place: Place | None, home: Place) -> None:
+        """Remember it."""
+        self._places[param] = {**(self._places.get(param) or {}), what: (place, home)}
+        self.changes += 1
+
+
+_agreements = _Agreements()
+
+
+class Quantity:
+    """One quantity of many parameters: where each is, and this rank's pieces.
+
+    [Note: agreement] Where optimizer state is can depend on the optimizer, which a rank may lack or keep otherwise. The
+    ranks that hold a parameter agree on it before the first exchange, so that the constructor is collective then. Later
+    ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data, and the
+    next call agrees anew. It does so only where all ranks of the group that shares the parameter know of the error, and
+    among them, or some would agree while others read. A place that cannot be told becomes an error that this rank sends
+    with the first piece, as does a disagreement.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
+        self.params, self.what = params, what
+        self._survey = survey_of(params, what)
+        self.adapters, self.homes = self._survey.adapters, self._survey.homes
+        self.places, self.error = self._survey.places, self._survey.error
+        self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
+        if self._survey.groups:
+            meet(self._survey.groups, lambda: self._words(call))
+        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
+            self._agree()
+
+    def _agree(self) -> None:
+        """See [Note: agreement]; what no group holds is nobody else's business."""
+        known = [self._known(item) for item in range(len(self.params))]
+        new, others = [], dict[dist.ProcessGroup | None, list[int]]()
+        for item, home in enumerate(self.homes):
+            if known[item] is None and not _agreements.ever(self.params[item], self.what):
+                new.append(item)
+            else:
+                others.setdefault(home.group, []).append(item)
+        asked = [(new, [self.homes[item].groups for item in new])] if new else []
+        for group, items in others.items():
+            if group is not None and any(known[item] is None for item in items):
+                asked.append((items, [(group,)] * len(items)))
+        for items, scopes in asked:
+            if self._agree_on(items, scopes):
+                for item in items:
+                    known[item] = self.places[item]
+        if known == self.places and self.error is None:  # places are equal if they are the same
+            self._survey.agreed_at = _agreements.changes
+            return
+        for item, (before, now) in enumerate(zip(known, self.places, strict=True)):
+            if self.error is None and before is not None and not before.like(now):
+                self.error = StateKeyError(
+                    f"'{self.what}' of {self.name(item)} is not kept as at the last read (then {before.dtype} of shape "
+                    f"{tuple(before.shape)}, now {now.dtype} of shape {tuple(now.shape)}): call again, so that the "
+                    "ranks agree anew"
+                )
+        if self.error is not None:
+            self.places = [home if place is None else place for home, place in zip(self.homes, known, strict=True)]
+
+    def _known(self, item: int) -> Place | None:
+        """Where the state is to be found, as far as that need not be agreed on."""
+        home = self.homes[item]
+        return self.places[item] if home.group is None else _agreements.get(self.params[item], self.what, home)
+
+    def _agree_on(self, items: Sequence[int], scopes: Sequence[Sequence[dist.ProcessGroup]]) -> bool:
+        """Whether the ranks of some groups found the state of some parameters alike; all of them call it."""
+        key = zlib.crc32(self.what.encode())
+        places = [self.places[item] for item in items]
+        kinds = [hash((key, *place.shape, place.dtype.itemsize, place.alone)) for place in places]
+        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+        name = lambda i: f"the state asked of {self.name(items[i])}"  # noqa: E731
+        try:
+            agree(self.error, groups, self.device(), kinds, name, scopes)
+        except FragmentError as error:
+            self.error = error
+            return False
+        for item in items:
+            _agreements.put(self.params[item], self.what, self.places[item], self.homes[item])
+        return True
+
+    def _doubt(self) -> None:
+        """Have the next call agree anew, among those of whom all know that they have to."""
+        for param, home in zip(self.params, self.homes, strict=True):
+            if home.group in self.told and _agreements.ever(param, self.what):
+                _agreements.put(param, self.what, None, home)
+
+    def forget(self) -> None:
+        """As if the ranks had never agreed; to be called where all that hold the parameters do."""
+        for param in self.params:
+            _agreements.drop(param, self.what)
+
+    def _words(self, call: str) -> str:
+        """The call in words, different for different parameters."""
+        names = [self.name(item) for item in range(len(self.params))]
+        shapes = [(name, *place.shape) for name, place in zip(names, self.homes, strict=True)]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{call}('{self.what}') with {shown or 'no parameters'} [{digest}]"
+
+    def name(self, item: int) -> str:
+        """The parameter's name for messages."""
+        return registry.name_of(self.params[item])
+
+    def local(self, item: int) -> torch.Tensor | None:
+        """This rank's piece, or the error."""
+        return self.pieces([item])[0]
+
+    def pieces(self, items: Sequence[int]) -> Pieces:
+        """This rank's pieces of some of the parameters, or the error."""
+        if self.error is not None:
+            raise self.error
+        survey, params = self._survey, self.params
+        if len(survey.by_adapter) == 1:
+            found = self.adapters[0].pieces([params[item] for item in items], self.what)
+        else:
+            found = [self.adapters[item].local(params[item], self.what) for item in items]
+        held, expected = numels(found), [survey.held[item] for item in items]
+        if held != expected:
+            wrong = next(i for i in range(len(items)) if held[i] != expected[i])
+            raise FragmentError(
+                f"{self.name(items[wrong])}: {held[wrong]} elements are here where its layout says {expected[wrong]}"
+            )
+        return found
+
+    def full(
+        self,
+        keys: Sequence[K],
+        bucket_bytes: int | None = None,
+        dst: int | None = None,
+        locate: Locate | None = None,
+    ) -> Iterator[tuple[K, torch.Tensor]]:
+        """The whole tensors that are delivered here, each with its key; all ranks must take all of them.
+
+        ``locate`` stands in for `pieces`.
+        """
+        plan = self._plan(bucket_bytes, to_one=dst is not None)
+        buckets = self.gather(plan, locate or self.pieces, dst)
+        for items in plan.buckets:
+            with self.named_if_broken(items):
+                tensors = next(buckets)
+            for position, item in enumerate(items):
+                tensor, tensors[position] = tensors[position], None
+                if tensor is not None:
+                    yield keys[item], tensor
+                del tensor  # not to be held while the next bucket is received
+        with self.named_if_broken(range(len(self.params))):
+            next(buckets, None)  # there is no further bucket, but word of how it went elsewhere
+
+    def gather(self, plan: Plan, locate: Locate, dst: int | None = None) -> Iterator[list[torch.Tensor | None]]:
+        """As `gather` of the module `_exchange`, among the ranks that share the parameters."""
+        survey = self._survey
+        settle = survey.settle if self.places is survey.places else survey.to_settle(self.places)
+        return gather(plan, locate, dst=dst, settle=settle, told=self.told)
+
+    def _plan(self, bucket_bytes: int | None, *, to_one: bool = False) -> Plan:
+        """What travels with what."""
+        last = self._survey.plan if self.places is self._survey.places else None
+        if last is not None and last[0] == bucket_bytes and last[1].to_one == to_one:
+            return last[1]
+        limit = bucket_bytes
+        if limit is None:
+            limit = bucket_bytes_for(self.places)
+            if self.device().type != "cpu":  # two of the largest parameter are taken in any case
+                limit = max([limit, *(place.nbytes for place in self.places if not place.alone)])
+        plan = plan_of(self.places, limit, to_one=to_one)
+        if self.places is self._survey.places:
+            self._survey.plan = (bucket_bytes, plan)
+        return plan
+
+    def one(self) -> torch.Tensor:
+        """The whole tensor of the only parameter; as `full`, without what it takes for many."""
+        if self.places[0].alone:
+            ((_, tensor),) = self.full([0])
+        else:
+            try:
+                tensor = fetch(self._plan(1), self.pieces)
+            except Exception as error:  # to enter the context for every parameter takes as long as to look it up
+                if isinstance(error, FragmentError):  # which all ranks of the group read
+                    self.told.update(self.places[0].groups[:1])
+                with self.named_if_broken([0]):
+                    raise
+        return tensor
+
+    @contextlib.contextmanager
+    def named_if_broken(self, items: Sequence[int]) -> Iterator[None]:
+        """Say which parameters a collective was about that did not come to its end."""
+        try:
+            yield
+        except FragmentError:
+            self._doubt()
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            names = ", ".join(self.name(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
+            raise FragmentError(
+                f"the exchange of '{self.what}' of {names} broke off: a rank died, or did not make the same call in "
+                f"the same order ({error})"
+            ) from error
+
+    def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
+        """For each parameter, the groups whose ranks write it together."""
+        pairs = zip(self.homes, self.places, strict=True)
+        return [tuple(dict.fromkeys((*home.groups, *place.groups))) for home, place in pairs]
+
+    def device(self) -> torch.device:
+        """Where collectives about these parameters run."""
+        return self.places[0].device if self.places else torch.device("cpu")

@@ -1,0 +1,82 @@
+"""Where one quantity of many parameters is: found out once, and from then on only checked to be so still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ds_fragment._adapters import Adapter, adapter_of
+from ds_fragment._exchange import Place, Plan
+from ds_fragment._identity import Seen
+from ds_fragment._recent import Recent
+from ds_fragment._registry import registry
+from ds_fragment.errors import FragmentError
+
+
+class Survey:
+    """Where one quantity of some parameters is: found out once, good until one of them is held in another way."""
+
+    def __init__(self, params: Sequence[torch.Tensor], what: str) -> None:
+        self.what, self.generation = what, registry.generation
+        self.error: FragmentError | None = None
+        self.adapters = [adapter_of(param) for param in params]
+        self._params = Seen(params)
+        self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
+        self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
+        self.held = [place.layout.held(place.rank) for place in self.places]
+        self.groups = list(dict.fromkeys(group for place in self.homes for group in place.groups))
+        by_adapter: dict[Adapter, list[int]] = {}
+        for item, adapter in enumerate(self.adapters):
+            by_adapter.setdefault(adapter, []).append(item)
+        self.by_adapter = list(by_adapter.items())
+        self.settle = self.to_settle(self.places)
+        self.agreed_at: int | None = None  # what `_agreements` counted when all was as agreed
+        self.plan: tuple[int | None, Plan] | None = None  # the last one, and the bucket_bytes that were asked for
+        self._stamps = [] if self.error is not None else self._stamps_of(params)
+
+    def _place(self, param: torch.Tensor, item: int) -> Place:
+        try:
+            return self.adapters[item].place(param, self.what)
+        except FragmentError as error:
+            self.error = self.error or error
+            return self.homes[item]
+
+    def to_settle(self, places: Sequence[Place]) -> Sequence[dist.ProcessGroup]:
+        """The groups whose ranks each hold something whole that some of them may lack."""
+        groups: dict[dist.ProcessGroup, None] = {}
+        if self.what != "value":
+            for place, home in zip(places, self.homes, strict=True):
+                if place.alone:
+                    groups.update(dict.fromkeys(home.replicas if home.group is None else (home.group,)))
+        return tuple(groups)
+
+    def _stamps_of(self, params: Sequence[torch.Tensor]) -> list[Sequence[object]]:
+        if len(self.by_adapter) == 1:
+            return [self.adapters[0].stamps(params, self.what)]
+        return [adapter.stamps([params[i] for i in items], self.what) for adapter, items in self.by_adapter]
+
+    def holds(self, params: Sequence[torch.Tensor]) -> bool:
+        """Whether it is still good for these parameters, which have the ids of those that it was made for."""
+        if self.generation != registry.generation or not self._params.alive:
+            return False
+        try:
+            return self._stamps_of(params) == self._stamps
+        except (FragmentError, LookupError):
+            return False
+
+
+surveys = Recent[Survey](most=50_000)  # parameters
+
+
+def survey_of(params: Sequence[torch.Tensor], what: str) -> Survey:
+    """The survey of a quantity of the parameters, made now unless there is one that is still good."""
+    key = (what, *map(id, params))
+    found = surveys.get(key)
+    if found is not None and found.holds(params):
+        return found
+    made = Survey(params, what)
+    if made.error is None:  # with an error goes all that its traceback refers to
+        surveys.put(key, made, len(params))
+    return made
