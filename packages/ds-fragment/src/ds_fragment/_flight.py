@@ -2,8 +2,8 @@
 
 Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
 the place of data. What travels in place goes by an all-gather where the stretches are equal and in rank order, else
-by a broadcast from each rank that holds one; so does what is large where the backend does not launch many all-gathers
-as one. Where one rank receives, it receives from each holder.
+by a broadcast from each rank that holds one; so does what is large on a CPU. Where one rank receives, it receives from
+each holder.
 
 [Note: aside] An all-gather also copies what a rank sends to that rank's own place. NCCL, which has few multiprocessors,
 is faster where that is done already: large pieces are copied while it is busy with the bucket before, by a kernel that

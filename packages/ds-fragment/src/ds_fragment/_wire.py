@@ -27,7 +27,7 @@ from ds_fragment.errors import FragmentError
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 8 << 20
 _IN_PLACE_TOGETHER = 1 << 20  # of each rank's part, where all-gathers on many tensors are one launch
-_ALL_GATHER = 256 << 10  # of each rank's part, at most, where they are not: gloo copies what it gathers once more
+_ALL_GATHER = 256 << 10  # of each rank's part, at most, on a CPU: gloo copies what it gathers once more
 _ASIDE = 4 << 20  # bytes from which it is worth the host's time to take from NCCL what needs no NCCL
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
@@ -63,7 +63,7 @@ class Wire:
         self.global_ranks = dist.get_process_group_ranks(group)
         in_place = self._moving_in_place(items, to_one)
         coalesces = _collectives.coalesces(group, self.device)
-        most = None if coalesces else _ALL_GATHER
+        most = _ALL_GATHER if self.device.type == "cpu" else None
         self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size, most)]
         self.even.sort(key=lambda item: places[item].shape)
         self.apart = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size, most)}

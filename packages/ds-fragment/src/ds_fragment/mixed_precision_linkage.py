@@ -57,28 +57,7 @@ def link_hp_params(
             short; nothing was linked.
     """
     world_size, rank = (1, 0) if dp_group is None else (dp_group.size(), dp_group.rank())
-    total = sum(param.numel() for param in lp_param_list)
-    if partition_start != rank * partition_size:
-        raise InvalidValueError(
-            f"partition_start is {partition_start} on group rank {rank}, expected rank * partition_size = {rank} * "
-            f"{partition_size} = {rank * partition_size}: partitions are equal slices in rank order"
-        )
-    if partition_size * world_size < total:
-        raise InvalidValueError(
-            f"partition_size {partition_size} * {world_size} ranks = {partition_size * world_size} elements cannot "
-            f"hold the {total} of lp_param_list: pass at least {-(-total // world_size)}"
-        )
-    needed = overlap(0, total, partition_start, partition_size)[1]
-    if flat_hp_partition.dim() != 1 or flat_hp_partition.numel() < needed:
-        raise InvalidValueError(
-            f"flat_hp_partition has shape {tuple(flat_hp_partition.shape)}, expected 1-D with at least {needed} "
-            f"elements on group rank {rank}"
-        )
-    for i, param in enumerate(lp_param_list):
-        if not param.is_contiguous():
-            raise InvalidValueError(
-                f"lp_param_list[{i}] of shape {tuple(param.shape)} is not contiguous: make it so before linking"
-            )
+    _check(lp_param_list, flat_hp_partition, partition_start, partition_size, world_size, rank)
     index, offset = 0, 0
     flat = weakref.ref(flat_hp_partition)
     for param in lp_param_list:
@@ -105,6 +84,39 @@ def link_hp_params(
         layout = flat_layout(offset, param.numel(), partition_size, world_size)
         set_link(param, FlatLink(layout, dp_group, flat, flat_hp_partition.dtype, flat_hp_partition.device))
         offset += param.numel()
+
+
+def _check(
+    lp_param_list: Sequence[torch.Tensor],
+    flat_hp_partition: torch.Tensor,
+    partition_start: int,
+    partition_size: int,
+    world_size: int,
+    rank: int,
+) -> None:
+    """Raise unless the parameters can be linked to this rank's partition; see `link_hp_params`."""
+    total = sum(param.numel() for param in lp_param_list)
+    if partition_start != rank * partition_size:
+        raise InvalidValueError(
+            f"partition_start is {partition_start} on group rank {rank}, expected rank * partition_size = {rank} * "
+            f"{partition_size} = {rank * partition_size}: partitions are equal slices in rank order"
+        )
+    if partition_size * world_size < total:
+        raise InvalidValueError(
+            f"partition_size {partition_size} * {world_size} ranks = {partition_size * world_size} elements cannot "
+            f"hold the {total} of lp_param_list: pass at least {-(-total // world_size)}"
+        )
+    needed = overlap(0, total, partition_start, partition_size)[1]
+    if flat_hp_partition.dim() != 1 or flat_hp_partition.numel() < needed:
+        raise InvalidValueError(
+            f"flat_hp_partition has shape {tuple(flat_hp_partition.shape)}, expected 1-D with at least {needed} "
+            f"elements on group rank {rank}"
+        )
+    for i, param in enumerate(lp_param_list):
+        if not param.is_contiguous():
+            raise InvalidValueError(
+                f"lp_param_list[{i}] of shape {tuple(param.shape)} is not contiguous: make it so before linking"
+            )
 
 
 def unlink_hp_params(lp_param_list: Sequence[torch.Tensor]) -> None:
