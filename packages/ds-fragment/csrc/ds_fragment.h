@@ -50,8 +50,9 @@ DSF_API int dsf_keep(int device, const void* host, uint64_t bytes, uint64_t zero
 #define DSF_EACH_CHUNK 0xffffffffu
 #define DSF_MIXED 0xfeu
 
-// The table and how to run it: chunks and groups as given to and by dsf_plan. blocks is 0 for as many as fit, at most so
-// many, or DSF_EACH_CHUNK for one block a chunk (not where anything is summed). kind is that of all pieces, or DSF_MIXED.
+// The table and how to run it: chunks and groups as given to and by dsf_plan. blocks is 0 for as many as fit, at most
+// so many, or DSF_EACH_CHUNK for one block a chunk (not where anything is summed). kind is that of all pieces, or
+// DSF_MIXED.
 typedef struct {
     const void* table;
     uint64_t pieces;
