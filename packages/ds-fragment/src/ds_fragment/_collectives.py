@@ -1,7 +1,16 @@
-"""The collectives of `torch.distributed`, under the names that the installed torch does not warn about."""
+"""The collectives of `torch.distributed`, under the names that the installed torch does not warn about.
+
+[Note: exit] A thread of gloo's lets go of the tensors of a collective a moment after the caller has them. If it is the
+last to do so it needs the interpreter's lock, and where the interpreter has begun to end by then, it aborts the process.
+A process group that is destroyed waits for its threads; but FSDP2's device mesh, for one, keeps its groups. So a program
+that has communicated on a CPU takes a tenth of a second longer to exit, in which the threads get their turn.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +22,12 @@ from torch.distributed import distributed_c10d
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _coalescing: Any = distributed_c10d._coalescing_manager  # what `batch_isend_irecv` is made with
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@functools.cache
+def leave_gently() -> None:
+    """To be called before a collective on a CPU; see [Note: exit]."""
+    atexit.register(time.sleep, 0.1)
 
 
 def coalesces(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -61,6 +61,8 @@ class Wire:
         self.device = wire_device(group, self.home)
         self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
+        if self.device.type == "cpu":
+            _collectives.leave_gently()
         in_place = self._moving_in_place(items, to_one)
         coalesces = _collectives.coalesces(group, self.device)
         most = _ALL_GATHER if self.device.type == "cpu" else None
