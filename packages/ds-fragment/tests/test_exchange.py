@@ -124,7 +124,7 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
     _exchange._AT_FIRST = chance.choice([1, 48])
     together = chance.random() < 0.3
     if device.type == "cpu":
-        _wire._collectives = SimpleNamespace(coalesces=lambda group, device: together)
+        _wire._collectives = SimpleNamespace(**{**vars(_collectives), "coalesces": lambda group, device: together})
     return denses, places, pieces
 
 

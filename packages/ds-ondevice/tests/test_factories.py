@@ -122,7 +122,8 @@ def test_every_factory_makes_what_set_default_dtype_and_a_device_block_make(call
 
 
 def test_no_factory_that_torch_knows_of_is_forgotten():
-    assert _device_constructors() <= FACTORIES
+    of_tensors = {torch.fill, torch.vander}  # torch 2.6 lists them too, but they follow the tensor that they are given
+    assert _device_constructors() - of_tensors <= FACTORIES
 
 
 @pytest.mark.parametrize("make", [torch.zeros, torch.rand, torch.empty])
