@@ -1,9 +1,9 @@
 """The collectives of `torch.distributed`, under the names that the installed torch does not warn about.
 
 [Note: exit] A thread of gloo's lets go of the tensors of a collective a moment after the caller has them. If it is the
-last to do so it needs the interpreter's lock, and where the interpreter has begun to end by then, it aborts the process.
-A process group that is destroyed waits for its threads; but FSDP2's device mesh, for one, keeps its groups. So a program
-that has communicated on a CPU takes a tenth of a second longer to exit, in which the threads get their turn.
+last to do so it needs the interpreter's lock, and where the interpreter has begun to end by then, the process aborts.
+A process group that is destroyed waits for its threads; but FSDP2's device mesh, for one, keeps its groups. So a
+program that has communicated on a CPU takes a tenth of a second longer to exit, in which the threads get their turn.
 """
 
 from __future__ import annotations
