@@ -25,9 +25,10 @@ reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 
 
 @functools.cache
-def leave_gently() -> None:
-    """To be called before a collective on a CPU; see [Note: exit]."""
-    atexit.register(time.sleep, 0.1)
+def leave_gently(kind: str) -> None:
+    """To be called before a collective on devices of that type; see [Note: exit]."""
+    if kind == "cpu":
+        atexit.register(time.sleep, 0.1)
 
 
 def coalesces(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -363,8 +363,7 @@ def _mismatch(
 def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
     """A CPU tensor of every rank of the group, stacked, on the CPU."""
     wired = mine.to(wire_device(group, device))
-    if wired.device.type == "cpu":
-        _collectives.leave_gently()
+    _collectives.leave_gently(wired.device.type)
     rows = torch.empty(group.size(), *mine.shape, dtype=mine.dtype, device=wired.device)
     _collectives.all_gather(rows.view(-1), wired, group=group)
     return rows.cpu()

@@ -31,7 +31,7 @@ class Flight:
     out: Out | None
     dst: int | None  # the global rank that receives; None for all
     later: bool = True  # whether to come back from collectives before they are done
-    behind: bool = False  # whether another is under way on the same wires
+    behind: bool = False  # whether another bucket is under way, which hides what is copied meanwhile
     error: Exception | None = None
     pieces: dict[int, torch.Tensor] = field(default_factory=dict)
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)  # what travels in place, where it is received

@@ -116,11 +116,9 @@ def stretches(layout: Layout, itemsize: int) -> list[tuple[int, int, int]] | Non
     return found
 
 
-def is_even(cuts: Sequence[tuple[int, int, int]], ranks: int, most: int | None = None) -> bool:
-    """Whether a whole is cut into equal stretches, one a rank in rank order, of ``most`` bytes at most."""
+def is_even(cuts: Sequence[tuple[int, int, int]], ranks: int) -> bool:
+    """Whether a whole is cut into equal stretches, one a rank in rank order."""
     nbytes = cuts[0][2]
-    if most is not None and nbytes > most:
-        return False
     return len(cuts) == ranks and all(stretch == (rank, rank * nbytes, nbytes) for rank, stretch in enumerate(cuts))
 
 

@@ -61,14 +61,14 @@ class Wire:
         self.device = wire_device(group, self.home)
         self.shares = self.home.type == "cuda"  # whether fresh tensors of a bucket share a storage
         self.global_ranks = dist.get_process_group_ranks(group)
-        if self.device.type == "cpu":
-            _collectives.leave_gently()
+        _collectives.leave_gently(self.device.type)
+        on_cpu, coalesces = self.device.type == "cpu", _collectives.coalesces(group, self.device)
         in_place = self._moving_in_place(items, to_one)
-        coalesces = _collectives.coalesces(group, self.device)
-        most = _ALL_GATHER if self.device.type == "cpu" else None
-        self.even = [item for item, cuts in in_place.items() if is_even(cuts, self.size, most)]
-        self.even.sort(key=lambda item: places[item].shape)
-        self.apart = {item: cuts for item, cuts in in_place.items() if not is_even(cuts, self.size, most)}
+        equal = {item for item, cuts in in_place.items() if is_even(cuts, self.size)}  # all ranks send as much
+        even = {item for item in equal if not on_cpu or in_place[item][0][2] <= _ALL_GATHER}
+        # What is gathered by all ranks at once, and the stretches of what each holder broadcasts.
+        self.even = sorted((item for item in in_place if item in even), key=lambda item: places[item].shape)
+        self.apart = {item: cuts for item, cuts in in_place.items() if item not in even}
         self.in_place = {item: in_place[item] for item in (*self.even, *self.apart)}
         dtypes = {places[item].dtype for item in self.in_place}
         self.as_bytes = not (dtypes <= _COMMON and coalesces)
@@ -85,10 +85,10 @@ class Wire:
 
         bodies = [sum(_aligned(section.nbytes(rank)) for section in self.sections) for rank in range(self.size)]
         padded = self.size * max(bodies)
-        little = _LITTLE if self.device.type == "cpu" else _LITTLE_GPU
+        little = _LITTLE if on_cpu else _LITTLE_GPU
         self.gathered = 0 < padded <= little or 0 < 4 * padded <= 5 * sum(bodies)
-        of_all = [item for item, cuts in self.in_place.items() if is_even(cuts, self.size)]
-        roomy = [item for item in of_all if places[item].nbytes >= self.size * len(_status.MARK)]
+        least = self.size * len(_status.MARK)
+        roomy = [item for item in self.in_place if item in equal and places[item].nbytes >= least]
         self.marked = roomy[0] if roomy and not self.gathered else None  # the item in which an error travels
         self.head = _status.STATUS_BYTES if self.gathered else 0
         longest = max(bodies)
