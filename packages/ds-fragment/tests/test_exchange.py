@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import _collectives, _exchange, _flight, _kernels, _wire
+from ds_fragment import _chunks, _collectives, _exchange, _flight, _kernels, _wire
 from ds_fragment._collectives import all_gather, all_gather_many
 from ds_fragment._exchange import Place, Plan, agree, box, fetch, gather
-from ds_fragment._layout import Fragment, Layout, even_layout, flat_layout, mesh_layout, whole
+from ds_fragment._layout import Fragment, Layout, flat_layout, mesh_layout, whole
 from ds_fragment._status import MARK
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from fragment_oracle import assert_same, bits, raised
@@ -117,10 +117,8 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
         pieces.append(None if piece is None else piece.to(device))
     # Every way of travelling, also for tensors as small as these.
     _wire._IN_PLACE = _wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
-    _wire._IN_PLACE_TOGETHER = chance.choice([len(MARK), 1 << 20])
-    _wire._ALL_GATHER = chance.choice([0, 1 << 20])
-    _wire._ASIDE = chance.choice([0, 1 << 20])
-    _wire._LITTLE = _wire._LITTLE_GPU = chance.choice([0, 1 << 20])
+    _wire._BROADCAST = _wire._BROADCAST_PAIR = chance.choice([0, 1 << 20])
+    _chunks._LITTLE = _chunks._LITTLE_GPU = chance.choice([0, 1 << 20])
     _exchange._AT_FIRST = chance.choice([1, 48])
     together = chance.random() < 0.3
     if device.type == "cpu":
@@ -135,8 +133,7 @@ def _random_layouts(rank: int, ranks: int, backend: str, rounds: int) -> int:
         denses, places, pieces = drawn(chance, generator, group, device)
         layouts += len(places)
         dst = chance.choice([None, chance.randrange(ranks)])
-        to_one = dst is not None and chance.random() < 0.7  # a plan for the one does for the other
-        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]), to_one=to_one)
+        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
         outs = [torch.empty_like(dense, device=device) for dense in denses] if chance.random() < 0.3 else None
         out = None if outs is None else outs.__getitem__
         got = [tensor for bucket in gather(plan, each(pieces.__getitem__), dst=dst, out=out) for tensor in bucket]
@@ -518,22 +515,23 @@ def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
     assert bits(target)[4] == -0x8000
 
 
-def test_on_a_gpu_little_is_packed_at_first_and_at_last_and_few_set_off_at_first(
+def test_on_a_gpu_little_is_packed_at_first_and_few_set_off_at_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_exchange, "_AT_FIRST", 2)
-    group, cuda = cast(Any, SimpleNamespace(rank=lambda: 0)), torch.device("cuda", 0)
+    monkeypatch.setattr(_exchange, "_AT_ONCE", 5)
+    cuda = torch.device("cuda", 0)
 
-    def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, shared: bool = True) -> list[list[int]]:
-        layout = (lambda n: even_layout(n, 2)) if shared else (lambda n: whole((n,)))
-        places = [Place(torch.Size((n,)), torch.uint8, device, layout(n), group) for n in sizes]
-        return Plan._cut(cast(Any, SimpleNamespace(places=places, bucket_bytes=16)), sizes, packed)
+    def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, moves: int = 1) -> list[list[int]]:
+        stand_in = SimpleNamespace(places=sizes, bucket_bytes=16, _on_gpu=device.type == "cuda")
+        setting_off = [0 if extra else moves for extra in packed]
+        return Plan._cut(cast(Any, stand_in), sizes, packed, setting_off)
 
     assert cut([4] * 9, [0] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert cut([2] * 9, [2] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert cut([2] * 9, [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7], [8]]
+    assert cut([2] * 9, [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
     assert cut([8] * 3, [8] * 3) == [[0], [1], [2]]
     assert cut([], []) == []
-    assert cut([1] * 9, [0] * 9) == [[0, 1], [2, 3, 4, 5, 6, 7, 8]]
-    assert cut([1] * 9, [0] * 9, shared=False) == [list(range(9))]  # nobody is asked to move anything
+    assert cut([1] * 9, [0] * 9) == [[0, 1], [2, 3, 4, 5, 6], [7, 8]]
+    assert cut([1] * 9, [0] * 9, moves=0) == [list(range(9))]  # nobody is asked to move anything
     assert cut([12, 1, 1, 4, 1], [0, 1, 1, 0, 0]) == [[0, 1, 2], [3, 4]]

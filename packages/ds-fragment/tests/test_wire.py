@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import _wire, use_kernels
+from ds_fragment import _chunks, _wire, use_kernels
 from ds_fragment._layout import even_layout
 from ds_fragment._place import Place
 from ds_fragment._wire import Wire
@@ -53,14 +53,14 @@ def _no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
 class Stretches:
     """Stands for the kernels' copies between buffers: byte by byte, as their table says."""
 
-    def __init__(self, dsts: list[int], srcs: list[int], nbytes: list[int]) -> None:
-        self._rows = list(zip(dsts, srcs, nbytes, strict=True))
+    def __init__(self, rows: list[tuple[int, int, int]]) -> None:
+        self._rows = rows
 
     @classmethod
-    def within(cls, dsts: list[int], srcs: list[int], nbytes: list[int], device: torch.device) -> Stretches:
-        return cls(dsts, srcs, nbytes)
+    def within(cls, rows: list[tuple[int, int, int]], device: torch.device) -> Stretches:
+        return cls(rows)
 
-    def move(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+    def move(self, dst: torch.Tensor, src: torch.Tensor, *, blocks: int | None = None) -> None:
         to, of = dst.view(torch.uint8), src.view(torch.uint8)
         for begin, start, length in self._rows:
             to[begin : begin + length] = of[start : start + length]
@@ -83,7 +83,7 @@ class Tensors:
             room = buffer[offset : offset + numel * dtype.itemsize].view(dtype)
             yield room, tensors[position].view(-1)[start : start + numel]
 
-    def pack(self, buffer: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
+    def pack(self, buffer: torch.Tensor, tensors: list[torch.Tensor], *, blocks: int | None = None) -> bool:
         if not all(tensor.is_contiguous() for tensor in tensors):
             return False
         for room, part in self._pairs(buffer, tensors):
@@ -93,7 +93,7 @@ class Tensors:
         self._last = tensors
         return True
 
-    def again(self, buffer: torch.Tensor, tensors: list[torch.Tensor | None]) -> bool:
+    def again(self, buffer: torch.Tensor, tensors: list[torch.Tensor | None], *, blocks: int | None = None) -> bool:
         same = len(tensors) == len(self._last) > 0 and all(map(is_, tensors, self._last))
         return same and self.pack(buffer, self._last)
 
@@ -140,8 +140,8 @@ def test_what_all_ranks_pack_one_unpacks(
     with use_kernels(kernels):
         for _ in range(300):
             little = chance.choice([0, 1 << 20])
-            monkeypatch.setattr(_wire, "_LITTLE", little)
-            monkeypatch.setattr(_wire, "_LITTLE_GPU", little)
+            monkeypatch.setattr(_chunks, "_LITTLE", little)
+            monkeypatch.setattr(_chunks, "_LITTLE_GPU", little)
             drawings = list(drawn(chance, generator, ranks, device))
             places, denses = [place for place, _ in drawings], [dense for _, dense in drawings]
             made = [wire for wire in wires(places, ranks) if not wire.in_place]
@@ -153,17 +153,21 @@ def test_what_all_ranks_pack_one_unpacks(
             ]
             held = [[None if piece is None else piece.to(places[0].device) for piece in cut] for cut in cuts]
             for _ in range(2):  # again, as a plan does
-                landing = torch.full((made[0].begins[-1],), 255, dtype=torch.uint8, device=places[0].device)
+                landing = torch.full((made[0].chunks.begins[-1],), 255, dtype=torch.uint8, device=places[0].device)
                 for rank, wire in enumerate(made):
-                    assert wire.lengths == made[0].lengths
-                    wire.load(lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunk(landing, rank))
-                    assert not wire.chunk(landing, rank)[: wire.head].any()
+                    assert wire.chunks.lengths == made[0].chunks.lengths
+                    wire.load(
+                        lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunks.of(landing, rank)
+                    )
+                    assert not wire.chunks.of(landing, rank)[: wire.chunks.head].any()
                 for wire in made:
-                    wire.shares = device == "cuda" or tables or chance.random() < 0.5
+                    wire.chunks.shares = device == "cuda" or tables or chance.random() < 0.5
                     seen |= {section.cut for section in wire.sections}
                     rooms = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for place in places]
                     out = chance.choice([None, rooms.__getitem__])
-                    wholes = wire.unpack(landing, out)
+                    found = wire.chunks.unpack(landing, out)
+                    wholes = found.wholes
+                    found.move(chance.choice([None, 1, 20]))
                     assert sorted(wholes) == list(range(len(places)))
                     for item, whole in wholes.items():
                         assert out is None or whole is rooms[item]
@@ -193,9 +197,11 @@ def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device
                     elif change == "new strides":
                         piece.data = torch.empty(len(piece), 2, device=device)[:, 0]
                     piece.copy_(master.chunk(2)[rank])
-            landing = torch.full((made[0].begins[-1],), 255, dtype=torch.uint8, device=device)
+            landing = torch.full((made[0].chunks.begins[-1],), 255, dtype=torch.uint8, device=device)
             for rank, wire in enumerate(made):
-                wire.load(lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunk(landing, rank))
-                assert not wire.chunk(landing, rank)[: wire.head].any()
-            for item, whole in made[0].unpack(landing, None).items():
+                wire.load(lambda items, p=held[rank]: [p[item] for item in items], {}, wire.chunks.of(landing, rank))
+                assert not wire.chunks.of(landing, rank)[: wire.chunks.head].any()
+            found = made[0].chunks.unpack(landing, None)
+            found.move()
+            for item, whole in found.wholes.items():
                 assert torch.equal(whole, masters[item].bfloat16()), change

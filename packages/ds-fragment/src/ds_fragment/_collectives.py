@@ -68,7 +68,7 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
     All ranks of the group must call it.
 
     Args:
-        parts: for each its global source rank, and the tensor that it sends and the others receive into.
+        parts: for each the rank in the group that sends it, and the tensor that it sends and the others receive into.
         group: the ranks.
 
     Returns:
@@ -76,12 +76,14 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
     """
     if len(parts) > 1 and coalesces(group, parts[0][1].device):
         with _coalescing(group, parts[0][1].device, async_ops=True) as together:
-            for source, part in parts:
-                dist.broadcast(part, source, group=group, async_op=True)
+            for root, part in parts:
+                group.broadcast([part], _from(root))
         return [together]
-    return [_some(dist.broadcast(part, source, group=group, async_op=True)) for source, part in parts]
+    return [group.broadcast([part], _from(root)) for root, part in parts]
 
 
-def _some(work: dist.Work | None) -> dist.Work:
-    assert work is not None  # this rank is in the group
-    return work
+@functools.cache
+def _from(root: int) -> Any:
+    options: Any = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = root, 0, True
+    return options

@@ -2,8 +2,9 @@
 
 [Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
 in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
-much again while it is unpacked, so it counts twice; that leaves room for more than one in flight. How one bucket
-travels over one group is `_wire`'s and `_flight`'s.
+much again while it is unpacked, so it counts twice; that leaves room for more than one in flight. On a GPU it is
+unpacked as soon as it is there, and takes that room from the start. How one bucket travels over one group is `_wire`'s
+and `_flight`'s.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.distributed as dist
 
 from ds_fragment import _collectives, _kernels, _status
 from ds_fragment._flight import Flight
-from ds_fragment._place import Place, box, wire_device
+from ds_fragment._place import Out, Place, box, room_for, wire_device
 from ds_fragment._recent import Recent
-from ds_fragment._wire import Locate, Out, Pieces, Wire, numels, room_for, stretches_of
+from ds_fragment._sections import is_even
+from ds_fragment._wire import Locate, Pieces, Wire, numels, stretches_of
 from ds_fragment.errors import FragmentError, RankMismatchError
 
 __all__ = [
@@ -39,7 +41,9 @@ __all__ = [
 
 _BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
 _BUCKET_BYTES_GPU = 1 << 30
-_AT_FIRST = 48  # tensors that travel in place in a GPU's first bucket, at most: each takes its time to set off
+# How much a GPU's first bucket, and any other, sets off in place: it takes the host's time before the bucket is sent.
+_AT_FIRST, _AT_ONCE = 128, 512
+_SET_OFF = 16  # a tensor that is broadcast; one that is gathered counts 1
 
 
 def bucket_bytes_for(places: Sequence[Place]) -> int:
@@ -51,49 +55,44 @@ def bucket_bytes_for(places: Sequence[Place]) -> int:
 class Plan:
     """What travels with what, for one list of places: made once, used for as long as the places stay the same."""
 
-    def __init__(self, places: Sequence[Place], bucket_bytes: int, *, to_one: bool = False) -> None:
-        self.places, self.bucket_bytes, self.to_one = places, bucket_bytes, to_one
-        in_place = [place.alone or stretches_of(place, to_one=to_one) for place in places]
-        packed = [0 if here else place.nbytes for here, place in zip(in_place, places, strict=True)]
+    def __init__(self, places: Sequence[Place], bucket_bytes: int) -> None:
+        self.places, self.bucket_bytes = places, bucket_bytes
+        self._on_gpu = any(place.device.type == "cuda" for place in places)
+        cuts = [[] if place.alone else stretches_of(place) for place in places]  # of what travels in place
+        packed = [0 if cut or place.alone else place.nbytes for cut, place in zip(cuts, places, strict=True)]
+        moves = [0 if not cut else 1 if is_even(cut, len(cut)) and len(cut) > 2 else _SET_OFF for cut in cuts]
         # What a rank holds whole it may keep in another dtype than the others do, and all must cut and start alike.
         together = any(not place.alone for place in places)
         taken = [4 * place.shape.numel() if place.alone and together else place.nbytes for place in places]
-        self.buckets = self._cut(taken, packed)
-        # Bytes of each bucket, in flight or when it is there, and how many of them are there twice between the two.
-        self.sizes = [sum(taken[item] for item in bucket) for bucket in self.buckets]
-        self.packed = [sum(packed[item] for item in bucket) for bucket in self.buckets]
+        self.buckets = self._cut(taken, packed, moves)
         self.alone = [[item for item in bucket if places[item].alone] for bucket in self.buckets]
         self.wires = [self._wires_of(bucket) for bucket in self.buckets]
         self.groups = {wire.group for wires in self.wires for wire in wires}
+        # Bytes of each bucket: when it is there, while it is unpacked, and in flight.
+        self.sizes = [sum(taken[item] for item in bucket) for bucket in self.buckets]
+        doubled = [sum(taken[item] + packed[item] for item in bucket) for bucket in self.buckets]
+        self.unpacking, self.flying = doubled, doubled if self._on_gpu else self.sizes
 
-    def _cut(self, taken: Sequence[int], packed: Sequence[int]) -> list[list[int]]:
-        """Items by bucket, from the bytes that each takes, and how many of them are packed.
+    def _cut(self, taken: Sequence[int], packed: Sequence[int], moves: Sequence[int]) -> list[list[int]]:
+        """Items by bucket, from the bytes that each takes, how many of them are packed, and what it takes to set off.
 
-        On a GPU the first and the last one are soon packed, set off and unpacked: the wire waits for the one, and the
-        caller for the other.
+        On a GPU the first one is soon packed and set off, as the wire waits for it.
         """
-        on_gpu = any(place.device.type == "cuda" for place in self.places)
-        little = self.bucket_bytes // 4 if on_gpu else self.bucket_bytes  # of what is packed
         buckets: list[list[int]] = []
         filled = packing = setting_off = 0
-        for item, place in enumerate(self.places):
-            extra, moves = packed[item], not (packed[item] or place.alone)
+        for item, extra in enumerate(packed):
             fits = filled + taken[item] + extra <= self.bucket_bytes
-            if len(buckets) == 1 and on_gpu:
-                fits = fits and packing + 2 * extra <= little and setting_off + moves <= _AT_FIRST
+            if self._on_gpu:
+                first = len(buckets) == 1
+                fits = fits and not (first and packing + 2 * extra > self.bucket_bytes // 4)
+                fits = fits and setting_off + moves[item] <= (_AT_FIRST if first else _AT_ONCE)
             if not buckets or not fits:
                 buckets.append([])
                 filled = packing = setting_off = 0
             buckets[-1].append(item)
             filled += taken[item] + extra
             packing += 2 * extra
-            setting_off += moves
-        if buckets and sum(packed[item] for item in buckets[-1]) > little:
-            last, filled = buckets[-1], 0
-            while filled + 2 * packed[last[-1]] <= little:
-                filled += 2 * packed[last.pop()]
-            tail = range(last[-1] + 1, len(self.places))
-            buckets += [list(tail)] if tail else []
+            setting_off += moves[item]
         return buckets
 
     def _wires_of(self, bucket: list[int]) -> list[Wire]:
@@ -102,20 +101,20 @@ class Plan:
             place = self.places[item]
             if place.group is not None and not place.alone:
                 found.setdefault((place.group, place.device), []).append(item)
-        return [Wire(group, items, self.places, to_one=self.to_one) for (group, _), items in found.items()]
+        return [Wire(group, items, self.places) for (group, _), items in found.items()]
 
 
 _plans = Recent[Plan](most=20_000)  # items
 
 
-def plan_of(places: Sequence[Place], bucket_bytes: int, *, to_one: bool = False) -> Plan:
+def plan_of(places: Sequence[Place], bucket_bytes: int) -> Plan:
     """A plan for the places, from the few that were used last if it is one of them."""
     if all(place.alone for place in places):
         return Plan(places, bucket_bytes)
-    key = (bucket_bytes, to_one, *map(id, places))  # a plan keeps its places, so that an id means one place
+    key = (bucket_bytes, *map(id, places))  # a plan keeps its places, so that an id means one place
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(places, bucket_bytes, to_one=to_one)
+        plan = Plan(places, bucket_bytes)
         _plans.put(key, plan, len(places))
     return plan
 
@@ -152,9 +151,9 @@ def gather(
     convoy = _Convoy(plan, locate, dst, out, set() if told is None else told)
     try:
         for bucket in range(len(plan.buckets)):
-            convoy.fill(bucket, plan.packed[bucket])
+            convoy.fill(bucket, plan.unpacking[bucket])
             wholes = convoy.land(bucket)
-            convoy.fill(bucket, 0)
+            convoy.fill(bucket, plan.sizes[bucket])
             if convoy.failure is None:
                 yield wholes
             elif convoy.told >= plan.groups:
@@ -186,15 +185,17 @@ class _Convoy:
         self._under_way: list[tuple[list[Flight], Pieces | Exception]] = []  # with the pieces that are wholes
         self._started = 0
 
-    def fill(self, bucket: int, extra: int) -> None:
-        """Start what there is room for beside a bucket, and the next one in any case."""
+    def fill(self, bucket: int, taken: int) -> None:
+        """Start what there is room for beside a bucket, which takes so many bytes, and the next one in any case."""
         plan = self.plan
         while self._started < len(plan.buckets):
-            taken = sum(plan.sizes[bucket : self._started + 1]) + extra
-            if self._started > bucket + 1 and taken > 2 * plan.bucket_bytes:
+            flying = sum(plan.flying[bucket + 1 : self._started + 1])
+            if self._started > bucket + 1 and taken + flying > 2 * plan.bucket_bytes:
                 break
             self._start(plan.alone[self._started], plan.wires[self._started])
             self._started += 1
+            self._follow(self._under_way[:-1], busy=True)
+        self._follow(self._under_way, busy=self._started < len(plan.buckets))
 
     def _start(self, alone: list[int], wires: list[Wire]) -> None:
         pieces: Pieces | Exception = ()
@@ -204,13 +205,17 @@ class _Convoy:
             except Exception as error:
                 pieces = self._word = error
         locate = self.locate if self._word is None else _raising(self._word)
-        behind = bool(self._under_way)
+        busy = len(self._under_way) > 1  # the second one is waited for soon
         flights = [
-            Flight.start(wire, locate, self.out, self.dst, behind=behind)
-            for wire in wires
-            if wire.group not in self.told
+            Flight.start(wire, locate, self.out, self.dst, busy=busy) for wire in wires if wire.group not in self.told
         ]
         self._under_way.append((flights, pieces))
+
+    @staticmethod
+    def _follow(under_way: Sequence[tuple[list[Flight], Pieces | Exception]], *, busy: bool) -> None:
+        for flights, _ in under_way:
+            for flight in flights:
+                flight.follow(busy=busy)
 
     def land(self, bucket: int) -> list[torch.Tensor | None]:
         """The wholes of the oldest bucket under way, which nothing refers to any more afterwards."""

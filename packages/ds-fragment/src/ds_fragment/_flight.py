@@ -2,25 +2,46 @@
 
 Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
 the place of data. What travels in place goes by an all-gather where the stretches are equal and in rank order, else
-by a broadcast from each rank that holds one; so does what is large on a CPU. Where one rank receives, it receives from
-each holder.
+by a broadcast from each rank that holds one; so does what is large on a CPU, and everything between two GPUs: see
+[Note: pairs]. Where one rank receives, it receives from each holder.
 
-[Note: aside] An all-gather also copies what a rank sends to that rank's own place. NCCL, which has few multiprocessors,
-is faster where that is done already: large pieces are copied while it is busy with the bucket before, by a kernel that
-takes little of the memory's time, on a stream of its own, so that the caller's work on earlier buckets does not wait.
+[Note: behind] On a GPU what follows the collectives is set off together with them, on a stream of its own: it runs as
+soon as they are done, whatever the host and the caller's stream are busy with. What is copied while another bucket is
+under way is copied by few blocks, since NCCL, which has few itself, gets its share of the memory then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _kernels, _status
-from ds_fragment._wire import Locate, Out, Wire, as_bytes
+from ds_fragment._chunks import Unpacking
+from ds_fragment._place import Out
+from ds_fragment._wire import Locate, Wire, as_bytes
+
+# Blocks, as were fastest on two H200: for what the caller waits for, and for a rank's own parts, which have time.
+_FEW, _FEWEST = 48, 20
+
+
+@dataclass(slots=True)
+class _Behind:
+    """What is set off behind the collectives; see [Note: behind].
+
+    Attributes:
+        heads: what tells of an error, on the host.
+        unpacking: of the chunks; None where that waits for the heads.
+        done: when all is there.
+    """
+
+    heads: torch.Tensor
+    unpacking: Unpacking | None
+    done: torch.cuda.Event
 
 
 @dataclass(slots=True)
@@ -31,15 +52,15 @@ class Flight:
     out: Out | None
     dst: int | None  # the global rank that receives; None for all
     later: bool = True  # whether to come back from collectives before they are done
-    behind: bool = False  # whether another bucket is under way, which hides what is copied meanwhile
     error: Exception | None = None
     pieces: dict[int, torch.Tensor] = field(default_factory=dict)
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)  # what travels in place, where it is received
-    landing: torch.Tensor | None = None  # uint8, (wire.begins[-1],), where it is received
+    landing: torch.Tensor | None = None  # uint8, (chunks.begins[-1],), where it is received
     statuses: torch.Tensor | None = None  # uint8, (ranks, STATUS_BYTES), on the wire's device
     works: list[dist.Work] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)  # what is being sent or received on the way
-    stream: torch.cuda.Stream | None = None  # where pieces are copied aside, if any are
+    own: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # a place, and the part for it
+    behind: _Behind | None = None
 
     @classmethod
     def at_once(cls, wire: Wire, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
@@ -65,13 +86,16 @@ class Flight:
         dst: int | None,
         *,
         later: bool = True,
-        behind: bool = False,
+        busy: bool = False,
     ) -> Flight:
-        """Send this rank's pieces, or its error in their place, and come back before they are there if ``later``."""
-        flight = cls(wire, out, dst, later, behind)
+        """Send this rank's pieces, or its error in their place, and come back before they are there if ``later``.
+
+        ``busy``: whether another bucket is under way meanwhile; see [Note: behind].
+        """
+        flight = cls(wire, out, dst, later)
         chunk = flight._room()
         try:
-            flight.pieces = wire.load(locate, flight.wholes, chunk)
+            flight.pieces = wire.load(locate, flight.wholes, chunk, blocks=_FEW if busy else None)
         except Exception as error:
             flight.error, flight.pieces = error, {}
             chunk.zero_()
@@ -89,35 +113,32 @@ class Flight:
 
     def _room(self) -> torch.Tensor:
         """This rank's chunk, in the landing where there is one."""
-        wire = self.wire
+        wire, chunks = self.wire, self.wire.chunks
         if not self._here:
-            return torch.empty(wire.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
-        self.landing = torch.empty(wire.begins[-1], dtype=torch.uint8, device=wire.device)
+            return torch.empty(chunks.lengths[wire.rank], dtype=torch.uint8, device=wire.device)
+        self.landing = torch.empty(chunks.begins[-1], dtype=torch.uint8, device=wire.device)
         self.wholes = wire.rooms(self.out)
-        return wire.chunk(self.landing, wire.rank)
+        return chunks.of(self.landing, wire.rank)
 
     def _spread(self, chunk: torch.Tensor) -> None:
         """Every item to all ranks."""
-        wire, landing = self.wire, self.landing
+        wire, chunks, landing = self.wire, self.wire.chunks, self.landing
         assert landing is not None
-        outputs, inputs, parts = self._in_place() if wire.in_place else ([], [], [])
-        if wire.gathered:
+        outputs, inputs = self._even() if wire.even else ([], [])
+        parts = self._apart() if wire.apart else []
+        if chunks.gathered:
             if self.error is not None:
-                chunk[: wire.head].copy_(_status.encode(self.error))
-            self._all_gather([*outputs, landing], [*inputs, chunk])
-            self.statuses = landing.view(wire.size, -1)[:, : wire.head]
+                chunk[: chunks.head].copy_(_status.encode(self.error))
+            self.statuses = chunks.statuses(landing)
+        if chunks.gathered and not wire.pair:
+            outputs, inputs = [*outputs, landing], [*inputs, chunk]
         else:
-            if wire.marked is None:
-                self._gather(outputs, inputs)
-            else:
-                self._all_gather(outputs, inputs)
-            parts += [(rank, wire.chunk(landing, rank)) for rank, length in enumerate(wire.lengths) if length]
+            parts += [(rank, chunks.of(landing, rank)) for rank, length in enumerate(chunks.lengths) if length]
+        if self.statuses is None and wire.marked is None:
+            self._gather(outputs, inputs)
+        else:
+            self._all_gather(outputs, inputs)
         self._broadcast(parts)
-
-    def _in_place(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[int, torch.Tensor]]]:
-        """What travels in place: where it is gathered, what is sent for it, and what is broadcast."""
-        outputs, inputs = self._even()
-        return outputs, self._copy_aside(outputs, inputs), self._apart()
 
     def _even(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where what is cut evenly is received, and what of it is sent."""
@@ -135,24 +156,34 @@ class Flight:
 
     def _apart(self) -> list[tuple[int, torch.Tensor]]:
         """What is broadcast in place, as (sender, what it sends)."""
-        parts = []
-        for item, stretches in self.wire.apart.items():
-            whole, piece = as_bytes(self.wholes[item]), self.pieces.get(item)
+        wire, parts = self.wire, []
+        for item, stretches in wire.apart.items():
+            whole, piece, size = self.wholes[item].view(-1), self.pieces.get(item), 1
+            if wire.as_bytes:
+                whole, piece = as_bytes(whole), None if piece is None else as_bytes(piece)
+            else:
+                size = whole.itemsize
             for rank, start, nbytes in stretches:
-                part = whole.narrow(0, start, nbytes)
-                if rank == self.wire.rank:
-                    if piece is not None and piece.data_ptr() != part.data_ptr():
-                        part.copy_(as_bytes(piece))
-                    if self.error is not None and item == self.wire.marked:
+                part = whole.narrow(0, start // size, nbytes // size)
+                if rank == wire.rank:
+                    if piece is not None:
+                        if piece.data_ptr() != part.data_ptr():
+                            self.own.append((part, piece))
+                            part = piece
+                    elif item == wire.marked:
                         part = torch.empty_like(part)  # the whole may be the caller's
-                        _status.mark(part)
+                        _status.mark(as_bytes(part))
                 parts.append((rank, part))
         return parts
 
     def _broadcast(self, parts: list[tuple[int, torch.Tensor]]) -> None:
         if parts:
-            sources = [(self.wire.global_ranks[rank], part) for rank, part in parts]
-            self.works.extend(_collectives.broadcast_many(sources, self.wire.group))
+            self.held.extend(part for _, part in parts)
+            self.works.extend(_collectives.broadcast_many(parts, self.wire.group))
+        if self.own:  # meanwhile this rank's parts go to their own places
+            stream = _beside(self.wire.device)
+            with _after_current(stream):
+                _kernels.copy([part for part, _ in self.own], [sent for _, sent in self.own], blocks=_FEWEST)
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""
@@ -165,30 +196,7 @@ class Flight:
     def _all_gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         if outputs:
             self.held.extend(inputs)
-            with self._after_copies():
-                self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
-
-    def _copy_aside(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What to send if the large inputs are copied to their place in the outputs first; see [Note: aside]."""
-        wire = self.wire
-        if not (wire.aside and self.behind and self.error is None and _kernels.usable(wire.device)):
-            return inputs
-        parts = {i: outputs[i].view(wire.size, -1)[wire.rank] for i in wire.aside}
-        parts = {i: part for i, part in parts.items() if part.data_ptr() != inputs[i].data_ptr()}
-        if not parts:
-            return inputs
-        self.held.extend(inputs)
-        self.stream = _stream_aside(wire.device)
-        with self._after_copies():
-            _kernels.copy(list(parts.values()), [inputs[i] for i in parts], aside=True)
-        return [parts.get(i, given) for i, given in enumerate(inputs)]
-
-    def _after_copies(self) -> contextlib.AbstractContextManager[object]:
-        """What is set off in it waits for what was set off before, and for the copies aside."""
-        if self.stream is None:
-            return contextlib.nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self.wire.device))
-        return torch.cuda.stream(self.stream)
+            self.works.extend(_collectives.all_gather_many(outputs, inputs, self.wire.group, later=self.later))
 
     def _send_to(self, dst: int, chunk: torch.Tensor) -> None:
         """Every item to one rank, from each that holds a part of it."""
@@ -208,9 +216,9 @@ class Flight:
                 elif rank == wire.rank:
                     nothing = torch.empty(nbytes, dtype=torch.uint8, device=wire.device) if piece is None else piece
                     parts.append((rank, nothing))
-        for rank, length in enumerate(wire.lengths):
-            if length > wire.head and (self._here or rank == wire.rank):
-                parts.append((rank, chunk if self.landing is None else wire.chunk(self.landing, rank)))
+        for rank, length in enumerate(wire.chunks.lengths):
+            if length > wire.chunks.head and (self._here or rank == wire.rank):
+                parts.append((rank, chunk if self.landing is None else wire.chunks.of(self.landing, rank)))
         operations = []
         for rank, part in parts:
             if rank == root:
@@ -221,38 +229,102 @@ class Flight:
         if operations:
             self.works.extend(dist.batch_isend_irecv(operations))
 
+    def follow(self, *, busy: bool) -> None:
+        """On a GPU, set off what comes behind the collectives; see [Note: behind]. Once is enough.
+
+        ``busy``: whether another bucket is under way meanwhile.
+        """
+        wire, stream = self.wire, _beside(self.wire.device)
+        if self.behind is not None or stream is None or wire.home != wire.device:
+            return
+        found = None
+        if self.out is None:  # else nothing is written before the statuses are known
+            try:
+                found = self._unpack()  # which takes its memory from the caller's stream
+            except torch.OutOfMemoryError:  # to be raised where all ranks are heard
+                return
+        with torch.cuda.stream(stream):
+            self._wait_works()
+            heads = self._heads().to("cpu", non_blocking=True)
+            if found is not None:
+                found.move(_FEW if busy else None)
+            self.behind = _Behind(heads, found, stream.record_event())
+
     def wait(self) -> None:
         """Wait for the data, whatever it says."""
+        self._wait_works()
+        if self.own or self.behind is not None:
+            stream = _beside(self.wire.device)
+            if stream is not None:
+                torch.cuda.current_stream(self.wire.device).wait_stream(stream)
+
+    def _wait_works(self) -> None:
         while self.works:
             self.works.pop(0).wait()
 
     def land(self) -> dict[int, torch.Tensor]:
         """Wait for the data, raise what any rank has to say, and return the whole of every item received here."""
-        self.wait()
-        try:  # on a GPU this is under way before the statuses are here; nothing of the caller's is written before that
+        if self.behind is None:
+            self.wait()
+        else:
+            self.behind.done.synchronize()
+        try:
             wholes = self._unpacked() if self.out is None else {}
         finally:  # all ranks look, whatever went wrong here
             self._check()
         return wholes if self.out is None else self._unpacked()
 
     def _unpacked(self) -> dict[int, torch.Tensor]:
-        return {} if self.landing is None else {**self.wholes, **self.wire.unpack(self.landing, self.out)}
+        found = None if self.behind is None else self.behind.unpacking
+        if found is None:
+            found = self._unpack()
+            found.move()
+        return {**self.wholes, **found.wholes}
+
+    def _unpack(self) -> Unpacking:
+        if self.landing is None:
+            return Unpacking({}, [])
+        return self.wire.chunks.unpack(self.landing, self.out)
+
+    def _heads(self) -> torch.Tensor:
+        """What tells of an error on another rank: the first byte of each status, or of each part those of the mark."""
+        wire = self.wire
+        if self.statuses is not None:  # of two ranks the other's alone: one piece is fetched faster
+            return self.statuses[1 - wire.rank, :1] if wire.size == 2 else self.statuses[:, 0]
+        assert wire.marked is not None
+        whole = self.wholes[wire.marked]
+        shape = (wire.size, len(_status.MARK) // whole.itemsize)
+        return whole.as_strided(shape, (whole.numel() // wire.size, 1)).view(torch.uint8)
 
     def _check(self) -> None:
         """Raise what any rank has to say."""
-        marked = self.wire.marked
-        if self.statuses is None and marked is not None:
-            whole, ranks = self.wholes[marked], self.wire.size
-            heads = whole.as_strided((ranks, len(_status.MARK) // whole.itemsize), (whole.numel() // ranks, 1))
-            if self.error is None and not _status.is_marked(heads.view(torch.uint8)):
-                return
+        heads = self._heads() if self.behind is None else self.behind.heads
+        told = _status.is_marked(heads) if self.statuses is None else any(heads.tolist())
+        if self.error is None and not told:
+            return
+        if self.statuses is None:
             self._gather([], [])
             self.wait()
         assert self.statuses is not None
-        if any(self.statuses[:, 0].tolist()):
-            _status.check(self.statuses.cpu(), cause=self.error)
+        _status.check(self.statuses.cpu(), cause=self.error)
+
+
+def _beside(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream beside the caller's; None where there are no streams."""
+    return _stream_beside(device) if device.type == "cuda" else None
 
 
 @functools.cache
-def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _after_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is set off in it runs on that stream, after what the current one has by now."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield

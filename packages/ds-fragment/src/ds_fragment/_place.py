@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from ds_fragment._layout import Fragment, Layout
+
+Out = Callable[[int], torch.Tensor]  # where the whole of an item is to be written
 
 
 def box(whole: torch.Tensor, shape: tuple[int, ...], fragment: Fragment) -> torch.Tensor:
@@ -76,3 +79,8 @@ def wire_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
         return device
     kind = "cuda" if "cuda" in supported else sorted(supported)[0]
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def room_for(place: Place, item: int, out: Out | None) -> torch.Tensor:
+    """Where the whole of an item goes."""
+    return torch.empty(place.shape, dtype=place.dtype, device=place.device) if out is None else out(item)

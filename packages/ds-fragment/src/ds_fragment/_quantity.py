@@ -184,13 +184,14 @@ class Quantity:
 
         ``locate`` stands in for `pieces`.
         """
-        plan = self._plan(bucket_bytes, to_one=dst is not None)
+        plan = self._plan(bucket_bytes)
         buckets = self.gather(plan, locate or self.pieces, dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
-            for position, item in enumerate(items):
-                tensor, tensors[position] = tensors[position], None
+            tensors.reverse()
+            for item in items:
+                tensor = tensors.pop()
                 if tensor is not None:
                     yield keys[item], tensor
                 del tensor  # not to be held while the next bucket is received
@@ -203,17 +204,17 @@ class Quantity:
         settle = survey.settle if self.places is survey.places else survey.to_settle(self.places)
         return gather(plan, locate, dst=dst, settle=settle, told=self.told)
 
-    def _plan(self, bucket_bytes: int | None, *, to_one: bool = False) -> Plan:
+    def _plan(self, bucket_bytes: int | None) -> Plan:
         """What travels with what."""
         last = self._survey.plan if self.places is self._survey.places else None
-        if last is not None and last[0] == bucket_bytes and last[1].to_one == to_one:
+        if last is not None and last[0] == bucket_bytes:
             return last[1]
         limit = bucket_bytes
         if limit is None:
             limit = bucket_bytes_for(self.places)
             if self.device().type != "cpu":  # two of the largest parameter are taken in any case
                 limit = max([limit, *(place.nbytes for place in self.places if not place.alone)])
-        plan = plan_of(self.places, limit, to_one=to_one)
+        plan = plan_of(self.places, limit)
         if self.places is self._survey.places:
             self._survey.plan = (bucket_bytes, plan)
         return plan

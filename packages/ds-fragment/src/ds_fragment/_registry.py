@@ -20,7 +20,7 @@ class Registry:
         self._optimizers = IdentityMap[weakref.ref[torch.optim.Optimizer]]()
         self._masters = IdentityMap[weakref.ref[torch.Tensor]]()
         self._names = IdentityMap[str]()
-
+        self._attached: list[weakref.ref[torch.optim.Optimizer]] = []
         self.generation = 0  # what was found out of parameters in an earlier one may be wrong by now
 
     def changed(self) -> None:
@@ -30,6 +30,7 @@ class Registry:
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the optimizer for every tensor in its parameter groups."""
         reference = weakref.ref(optimizer)
+        self._attached = [other for other in self._attached if other() not in (None, optimizer)] + [reference]
         for group in optimizer.param_groups:
             for param in group["params"]:
                 self._optimizers[param] = reference
@@ -47,6 +48,11 @@ class Registry:
         """The optimizer that was attached and is still alive."""
         reference = self._optimizers.get(param)
         return None if reference is None else reference()
+
+    def only_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that was attached and is still alive, if it is one."""
+        alive = [optimizer for reference in self._attached if (optimizer := reference()) is not None]
+        return alive[0] if len(alive) == 1 else None
 
     def master_of(self, param: torch.Tensor) -> torch.Tensor | None:
         """The fp32 master that was attached and is still alive."""

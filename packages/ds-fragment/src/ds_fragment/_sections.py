@@ -20,6 +20,8 @@ from ds_fragment._place import Place
 # even: equal stretches, one a rank in rank order; single: one rank sends the whole; runs: other stretches of the
 # flattened whole; boxes: anything else.
 Cut = Literal["even", "single", "runs", "boxes"]
+# What NCCL moves as it is, and torch.cat takes.
+COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 CUTS: tuple[Cut, ...] = ("even", "single", "runs", "boxes")
 
 
@@ -40,6 +42,11 @@ class Section:
     items: list[int]
     sent: list[list[int]]
     begins: list[int]
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one item that one rank sends whole."""
+        return self.cut == "single" and len(self.items) == 1
 
     def nbytes(self, rank: int) -> int:
         """Bytes of a rank's part."""

@@ -71,7 +71,7 @@ def test_copies_are_torchs_bits_in_random_layouts(src: torch.dtype, dst: torch.d
         srcs = [memory[s : s + n] for s, _, n in pairs]
         for target in (out, expected):
             target.fill_(POISON if dst != torch.bool else 1)
-        _kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, aside=number % 2 == 1)
+        _kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, blocks=(None, 20)[number % 2])
         _reference.copy([expected.view(dst)[d : d + n] for _, d, n in pairs], srcs)
         wrong += (out != expected).sum()
         pieces += len(pairs)

@@ -25,7 +25,7 @@ class Recorded:
         type(self).made += 1
         self.table = (list(dsts), list(srcs), list(numels), kinds)
 
-    def move(self, dst: torch.Tensor | None, src: torch.Tensor | None) -> None:
+    def move(self, dst: torch.Tensor | None, src: torch.Tensor | None, *, blocks: int | None = None) -> None:
         assert (dst is None) != (src is None)
         type(self).moves += 1
 

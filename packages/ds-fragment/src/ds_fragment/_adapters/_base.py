@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -125,13 +126,40 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     Raises:
         FragmentError: what `state_of` and `state_entry` raise for the first that has none.
     """
-    optimizers = map(registry.optimizer_of, params)
-    pairs = zip(optimizers, params, strict=True)
-    found = [None if optimizer is None else optimizer.state.get(param, {}).get(key) for optimizer, param in pairs]
-    tensors = [entry for entry in found if isinstance(entry, torch.Tensor)]
-    if len(tensors) == len(found):
-        return tensors
+    states = _in_order.of(params)
+    if states is None:
+        pairs = zip(map(registry.optimizer_of, params), params, strict=True)
+        states = [{} if optimizer is None else optimizer.state.get(param, {}) for optimizer, param in pairs]
+    found = [state.get(key) for state in states]
+    if all(issubclass(kind, torch.Tensor) for kind in set(map(type, found))):
+        return found  # type: ignore[return-value]
     return [state_entry(state_of(param, param), param, key) for param in params]
+
+
+class _InOrder:
+    """The states of many parameters, if one optimizer keeps all of them in this order; a look-up each takes longer."""
+
+    def __init__(self) -> None:
+        self._end = 0  # where the last ones ended, and the next ones begin as a rule
+
+    def of(self, params: Sequence[torch.Tensor]) -> list[dict[str, Any]] | None:
+        """What the optimizer keeps for each; None if it is to be looked up."""
+        optimizer = registry.only_optimizer()
+        if optimizer is None or not params:
+            return None
+        state, ids = optimizer.state, list(map(id, params))
+        begin, end = self._end, self._end + len(ids)
+        if list(map(id, islice(state, begin, end))) != ids:
+            kept = list(map(id, state))
+            begin = kept.index(ids[0]) if ids[0] in kept else 0
+            end = begin + len(ids)
+            if kept[begin:end] != ids:
+                return None
+        self._end = end
+        return list(islice(state.values(), begin, end))
+
+
+_in_order = _InOrder()
 
 
 def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:

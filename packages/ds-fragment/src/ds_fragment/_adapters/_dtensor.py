@@ -7,7 +7,7 @@ do, the ranks of all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
-_spec, _local = attrgetter("_spec"), attrgetter("_local_tensor")
+_spec, _local, _grad = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("grad")
 _placements = attrgetter("_spec.placements")
 
 
@@ -77,8 +77,11 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return list(map(_local, params))
         if what == "grad":
-            grads: list[Any] = [param.grad for param in params]
-            if set(map(type, grads)) == {DTensor} and list(map(_placements, grads)) == list(map(_placements, params)):
+            grads: list[Any] = list(map(_grad, params))
+            if set(map(type, grads)) == {DTensor} and (
+                all(map(is_, map(_spec, grads), map(_spec, params)))  # as FSDP2 has them, and told fast
+                or list(map(_placements, grads)) == list(map(_placements, params))
+            ):
                 return list(map(_local, grads))
             return [DTensorAdapter.local(self, param, what) for param in params]
         entries = entries_of(params, what)

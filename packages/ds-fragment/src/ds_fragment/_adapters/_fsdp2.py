@@ -73,8 +73,7 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if they are gradients that are reduced."""
         sharded = self._all_sharded(params)
         if what == "grad":
-            for param in sharded:
-                self._require_reduced(param)
+            self._require_reduced(sharded)
         return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -86,31 +85,28 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if it is a gradient that is reduced."""
         param = self._sharded(param)
         if what == "grad":
-            self._require_reduced(param)
+            self._require_reduced([param])
         return super().local(param, what)
 
-    def _require_reduced(self, param: torch.Tensor) -> None:
-        reason = self._unreduced(param)
-        if reason is not None:
-            raise GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
-
-    def _unreduced(self, param: torch.Tensor) -> str | None:
-        known = self._records.get(param)
-        record, group = (None, None) if known is None else (known[0](), known[1]())
-        copy = getattr(record, "_unsharded_param", None)
-        if getattr(record, "unsharded_accumulated_grad", None) is not None or (
-            copy is not None and copy.grad is not None
-        ):
-            return (
-                "backward passes ran under set_requires_gradient_sync(False) and are kept unreduced on each rank; read "
-                "it after one that reduces"
+    def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
+        for param in params:
+            known = self._records.get(param)
+            if known is None:
+                continue
+            record, group = known[0](), known[1]()
+            copy = getattr(record, "_unsharded_param", None)
+            if getattr(record, "unsharded_accumulated_grad", None) is not None or (
+                copy is not None and copy.grad is not None
+            ):
+                scope = "set_requires_gradient_sync(False) and are kept unreduced on each rank"
+            elif getattr(group, "_partial_reduce_output", None) is not None:
+                scope = "set_requires_all_reduce(False) and are reduced within the shard group only"
+            else:
+                continue
+            raise GradientUnavailableError(
+                f"{registry.name_of(param)} has no reduced gradient: backward passes ran under {scope}; read it after "
+                "one that reduces"
             )
-        if getattr(group, "_partial_reduce_output", None) is not None:
-            return (
-                "backward passes ran under set_requires_all_reduce(False) and are reduced within the shard group only; "
-                "read it after one that reduces"
-            )
-        return None
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""

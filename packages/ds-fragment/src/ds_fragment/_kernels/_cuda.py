@@ -26,11 +26,16 @@ def copy(plan: Plan, dsts: Tensors, srcs: Tensors, marks: Tensors) -> None:
         _reference.copy(*_rest(plan, dsts, srcs))
 
 
-def move(plan: Plan, dst: int, src: int) -> None:
-    """As `copy`, for a plan whose addresses are offsets from those given here, or absolute where 0 is given."""
+def move(plan: Plan, dst: int, src: int, *, blocks: int | None = None) -> None:
+    """As `copy`, for a plan whose addresses are offsets from those given here, or absolute where 0 is given.
+
+    ``blocks``: how many run it; the plan's unless told.
+    """
     if plan.chunks:
         work = Work.from_buffer_copy(plan.work(plan.stream())[0])  # another thread may be using the plan
         work.dst_base, work.src_base = dst, src
+        if blocks is not None:
+            work.blocks = blocks
         plan.loaded.check(plan.library.dsf_copy(ctypes.byref(work)), "the copy kernel")
 
 

@@ -13,7 +13,7 @@ from ds_fragment._kernels._check import check
 from ds_fragment._kernels._choice import usable
 from ds_fragment._kernels._library import loaded
 from ds_fragment._kernels._philox import signed
-from ds_fragment._kernels._plan import FEW, Columns, Op, Plan, pieces_of
+from ds_fragment._kernels._plan import Columns, Op, Plan, pieces_of
 from ds_fragment._kernels._stats import Stats
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -68,13 +68,14 @@ def _plan(op: Op, dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], bl
     return plan
 
 
-def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], *, aside: bool = False) -> None:
+def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], *, blocks: int | None = None) -> None:
     """Copy ``srcs[i]`` into ``dsts[i]``, casting to its dtype (to nearest even) where they differ.
 
     Args:
         dsts: tensors of any dtype, shape, alignment and device, written in place; they do not overlap.
         srcs: as many tensors, each with as many elements.
-        aside: let the kernel take little of the GPU, and its time: for copies beside a collective.
+        blocks: how many of a GPU's run it, so that others get their share of the memory; as many as are fastest unless
+            told.
 
     Raises:
         InvalidValueError: a number of tensors or elements does not match.
@@ -83,7 +84,7 @@ def copy(dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], *, aside: b
     if torch.compiler.is_compiling():
         _ops.copy(list(dsts), list(srcs))
         return
-    plan = _plan("copy", dsts, srcs, FEW if aside else None)
+    plan = _plan("copy", dsts, srcs, blocks)
     _reference.copy(dsts, srcs) if plan is None else _cuda.copy(plan, dsts, srcs, dsts)
 
 

@@ -28,7 +28,6 @@ EACH_CHUNK = 0xFFFFFFFF  # DSF_EACH_CHUNK
 # What was fastest on an H200; chunks are whole rounds of a block (threads times vectors in flight, see kernels.cuh).
 GROUPS: dict[Op, int] = {"copy": 4096, "gather_grads": 3072, "norm": 3072, "publish": 4096}
 BLOCKS: dict[Op, int] = {"copy": EACH_CHUNK, "gather_grads": 0, "norm": 0, "publish": 0}
-FEW = 20  # blocks; enough to copy what a rank sends itself while NCCL is busy, and few enough not to slow it
 
 SAME = 15 | 15 << 4  # DSF_BYTES on both sides
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsf_type

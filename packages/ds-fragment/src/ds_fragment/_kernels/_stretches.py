@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
@@ -13,7 +14,7 @@ from ds_fragment._kernels._library import LINE, loaded
 from ds_fragment._kernels._plan import SAME, Pieces, Plan, all_plain, kind_of
 
 ALIGN = LINE  # bytes; of what is given as a buffer
-_address = torch.Tensor.data_ptr
+_address, _dtype = torch.Tensor.data_ptr, attrgetter("dtype")
 
 
 class Stretches:
@@ -34,13 +35,19 @@ class Stretches:
         self._plan = Plan(loaded(), "copy", pieces, device)
 
     @classmethod
-    def within(cls, dsts: Sequence[int], srcs: Sequence[int], nbytes: Sequence[int], device: torch.device) -> Stretches:
-        """Stretches of bytes from one buffer to another."""
-        return cls(dsts, srcs, nbytes, bytes([SAME]) * len(nbytes), device)
+    def within(cls, rows: Sequence[tuple[int, int, int]], device: torch.device) -> Stretches:
+        """Stretches of bytes from one buffer to another, as (offset there, offset here, bytes); at least one."""
+        dsts, srcs, nbytes = zip(*rows, strict=True)
+        return cls(dsts, srcs, nbytes, bytes([SAME]) * len(rows), device)
 
-    def move(self, dst: torch.Tensor | None, src: torch.Tensor | None) -> None:
-        """Copy, on the device's current stream; a buffer begins at a multiple of `ALIGN`, None stands for addresses."""
-        _cuda.move(self._plan, 0 if dst is None else dst.data_ptr(), 0 if src is None else src.data_ptr())
+    def move(self, dst: torch.Tensor | None, src: torch.Tensor | None, *, blocks: int | None = None) -> None:
+        """Copy, on the device's current stream; a buffer begins at a multiple of `ALIGN`, None stands for addresses.
+
+        ``blocks``: how many run it, so that others get their share of the memory; as many as are fastest unless told.
+        """
+        _cuda.move(
+            self._plan, 0 if dst is None else dst.data_ptr(), 0 if src is None else src.data_ptr(), blocks=blocks
+        )
 
 
 class Tensors:
@@ -69,25 +76,30 @@ class Tensors:
         self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
         self._stretches: dict[bool, Stretches] = {}  # by direction
 
-    def pack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
-        """Fill the buffer; False, and nothing done, where a kernel cannot read the tensors as they are."""
-        return self._move(buffer, tensors, into_tensors=False)
+    def pack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, blocks: int | None = None) -> bool:
+        """Fill the buffer; False, and nothing done, where a kernel cannot read the tensors as they are.
 
-    def again(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
+        ``blocks``: as in `Stretches.move`, here and below.
+        """
+        return self._move(buffer, tensors, into_tensors=False, blocks=blocks)
+
+    def again(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor | None], *, blocks: int | None = None) -> bool:
         """Fill the buffer as the last time; False, and nothing done, where these are others or look otherwise."""
         if False not in self._stretches or not self._seen.are(tensors):
             return False
         same = [tensor for tensor in tensors if tensor is not None]  # all of them
         if _columns(same) != self._made_of or not all(map(torch.Tensor.is_contiguous, same)):
             return False
-        self._stretches[False].move(buffer, None)
+        self._stretches[False].move(buffer, None, blocks=blocks)
         return True
 
     def unpack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
         """Fill the tensors from the buffer; False, and nothing done, where a kernel cannot write to them."""
         return self._move(buffer, tensors, into_tensors=True)
 
-    def _move(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool) -> bool:
+    def _move(
+        self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool, blocks: int | None = None
+    ) -> bool:
         columns = _columns(tensors)
         if columns != self._made_of:
             self._stretches.clear()
@@ -105,7 +117,7 @@ class Tensors:
         if into_tensors:
             self._stretches[True].move(None, buffer)
         else:
-            self._stretches[False].move(buffer, None)
+            self._stretches[False].move(buffer, None, blocks=blocks)
         return True
 
     def _prepared(self, tensors: Sequence[torch.Tensor], device: torch.device, into_tensors: bool) -> Stretches | None:
@@ -132,4 +144,4 @@ class Tensors:
 
 def _columns(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[torch.dtype], list[int]]:
     """Addresses, dtypes and numbers of elements."""
-    return list(map(_address, tensors)), [t.dtype for t in tensors], list(map(torch.Tensor.numel, tensors))
+    return list(map(_address, tensors)), list(map(_dtype, tensors)), list(map(torch.Tensor.numel, tensors))
