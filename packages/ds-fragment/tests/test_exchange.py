@@ -117,7 +117,7 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
         pieces.append(None if piece is None else piece.to(device))
     # Every way of travelling, also for tensors as small as these.
     _wire._IN_PLACE = _wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
-    _wire._BROADCAST = _wire._BROADCAST_PAIR = chance.choice([0, 1 << 20])
+    _wire._BROADCAST = _wire._BROADCAST_PAIR = _wire._BROADCAST_ONE = chance.choice([0, 1 << 20])
     _chunks._LITTLE = _chunks._LITTLE_GPU = chance.choice([0, 1 << 20])
     _exchange._AT_FIRST = chance.choice([1, 48])
     together = chance.random() < 0.3

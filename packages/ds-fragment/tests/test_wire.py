@@ -166,7 +166,7 @@ def test_what_all_ranks_pack_one_unpacks(
                     rooms = [torch.empty(place.shape, dtype=place.dtype, device=place.device) for place in places]
                     out = chance.choice([None, rooms.__getitem__])
                     found = wire.chunks.unpack(landing, out)
-                    wholes = found.wholes
+                    wholes = found.wholes()
                     found.move(chance.choice([None, 1, 20]))
                     assert sorted(wholes) == list(range(len(places)))
                     for item, whole in wholes.items():
@@ -203,5 +203,5 @@ def test_pieces_of_another_dtype_are_cast_and_pieces_that_moved_are_found(device
                 assert not wire.chunks.of(landing, rank)[: wire.chunks.head].any()
             found = made[0].chunks.unpack(landing, None)
             found.move()
-            for item, whole in found.wholes.items():
+            for item, whole in found.wholes().items():
                 assert torch.equal(whole, masters[item].bfloat16()), change

@@ -7,7 +7,7 @@ its head where all chunks are about as long; what follows is cut into sections (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -28,17 +28,26 @@ class Unpacking:
     """How whole items are made of chunks, which takes no memory where those are on the items' device.
 
     Attributes:
-        wholes: by item, to be there once all is moved.
-        moves: what moves it all, on the device's current stream.
+        moves: what moves all of it, on the device's current stream; given the blocks.
+        single: by item, tensors of their own.
+        shared: storages in which items stand together, and where.
     """
 
-    wholes: dict[int, torch.Tensor]
-    moves: list[Callable[..., object]]  # given the blocks
+    moves: list[Callable[..., object]] = field(default_factory=list)
+    single: dict[int, torch.Tensor] = field(default_factory=dict)
+    shared: list[tuple[Room, torch.Tensor]] = field(default_factory=list)
 
     def move(self, blocks: int | None = None) -> None:
-        """Set them off, by so many blocks of a GPU: see `_kernels.copy`."""
+        """Set the moves off, by so many blocks of a GPU: see `_kernels.copy`."""
         for move in self.moves:
             move(blocks=blocks)
+
+    def wholes(self) -> dict[int, torch.Tensor]:
+        """By item, its whole; to make many takes its time, which is best done while others are on their way."""
+        while self.shared:
+            room, storage = self.shared.pop()
+            self.single.update(zip(room.items, room.views(storage), strict=True))
+        return self.single
 
 
 class Chunks:
@@ -102,32 +111,34 @@ class Chunks:
         """
         if out is None and self.device == self.home and len(self.sections) == 1 and self.sections[0].alone:
             return self._unpack_only(landing)
-        found = Unpacking({}, [])
-        wholes = found.wholes
+        found = Unpacking()
         if self.device != self.home:
             landing = landing.to(self.home)
         shares = out is None and self.shares
         kernels = _kernels.usable(self.home)
         if kernels and out is not None:
-            wholes.update(self._unpack_into(out, landing))
+            found.single = self._unpack_into(out, landing)
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number, section in enumerate(self.sections):
-            if section.items[0] in wholes:
+            if section.items[0] in found.single:
                 continue
-            if section.cut == "single" and shares:
-                wholes.update(self._views(number, landing))
-                continue
-            if shares:
-                room, rooms = self._room(number).fresh(self.home)
+            if shares and section.cut == "single":
+                found.shared += self._landed_whole(number, landing)
+            elif shares and kernels and section.cut in ("even", "runs"):
+                room = self._room(number)
+                storage = room.fresh(self.home)
+                found.shared.append((room, storage))
+                found.moves.append(partial(self._table(number).move, storage, landing))
             else:
-                rooms = [room_for(self.places[item], item, out) for item in section.items]
-            wholes.update(zip(section.items, rooms, strict=True))
-            if kernels and shares and section.cut in ("even", "runs"):
-                found.moves.append(partial(self._table(number).move, room, landing))
-            elif section.cut == "even" and self.gathered and section.dtype in COMMON:
-                found.moves.append(partial(self._unpack_rows, section, landing, rooms))
-            else:
-                pairs += self._pairs(section, landing, wholes)
+                if shares:
+                    rooms = self._room(number).views(self._room(number).fresh(self.home))
+                else:
+                    rooms = [room_for(self.places[item], item, out) for item in section.items]
+                found.single.update(zip(section.items, rooms, strict=True))
+                if section.cut == "even" and self.gathered and section.dtype in COMMON:
+                    found.moves.append(partial(self._unpack_rows, section, landing, rooms))
+                else:
+                    pairs += self._pairs(section, landing, found.single)
         if pairs:
             found.moves.append(partial(_kernels.copy, [dst for dst, _ in pairs], [src for _, src in pairs]))
         return found
@@ -139,7 +150,7 @@ class Chunks:
         holder = next(rank for rank, (sent,) in enumerate(section.sent) if sent)
         landed = section.of(self.of(landing, holder), holder)
         whole = torch.empty(self.places[item].shape, dtype=landed.dtype, device=landed.device)
-        return Unpacking({item: whole}, [lambda blocks: whole.view(-1).copy_(landed)])
+        return Unpacking([lambda blocks: whole.view(-1).copy_(landed)], {item: whole})
 
     def _pairs(
         self, section: Section, landing: torch.Tensor, wholes: dict[int, torch.Tensor]
@@ -181,8 +192,8 @@ class Chunks:
             for rank, start, numel in cuts:
                 yield position, start, numel, self.begins[rank] + offsets[rank][position]
 
-    def _views(self, number: int, landing: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The items of a section that one rank each sends whole, where they have landed."""
+    def _landed_whole(self, number: int, landing: torch.Tensor) -> Iterator[tuple[Room, torch.Tensor]]:
+        """Where the items of a section that one rank each sends whole have landed."""
         section = self.sections[number]
         if number not in self._single:
             rooms = []
@@ -191,9 +202,7 @@ class Chunks:
                 if items:
                     rooms.append((rank, Room(items, self.places)))
             self._single[number] = rooms
-        for rank, room in self._single[number]:
-            views = room.views(section.of(self.of(landing, rank), rank))
-            yield from zip(room.items, views, strict=True)
+        return ((room, section.of(self.of(landing, rank), rank)) for rank, room in self._single[number])
 
     def _unpack_rows(
         self, section: Section, landing: torch.Tensor, wholes: list[torch.Tensor], blocks: int | None

@@ -165,6 +165,9 @@ def gather(
         convoy.wait()
 
 
+_UnderWay = tuple[list[Flight], "Pieces | Exception"]  # of one bucket, with the pieces that are wholes
+
+
 class _Convoy:
     """The buckets of a plan on their way.
 
@@ -182,7 +185,7 @@ class _Convoy:
         self.failure: Exception | None = None  # why nothing more is delivered
         self.told = told  # the groups whose ranks all know of a failure
         self._word: Exception | None = None  # what this rank sends in the place of pieces
-        self._under_way: list[tuple[list[Flight], Pieces | Exception]] = []  # with the pieces that are wholes
+        self._under_way: list[_UnderWay] = []
         self._started = 0
 
     def fill(self, bucket: int, taken: int) -> None:
@@ -194,8 +197,14 @@ class _Convoy:
                 break
             self._start(plan.alone[self._started], plan.wires[self._started])
             self._started += 1
-            self._follow(self._under_way[:-1], busy=True)
-        self._follow(self._under_way, busy=self._started < len(plan.buckets))
+            self._follow(self._under_way[:-1], last=False)
+        self._follow(self._under_way, last=self._started == len(plan.buckets))
+
+    @staticmethod
+    def _follow(under_way: Sequence[_UnderWay], *, last: bool) -> None:
+        for flights, _ in under_way:
+            for flight in flights:
+                flight.follow(last=last)
 
     def _start(self, alone: list[int], wires: list[Wire]) -> None:
         pieces: Pieces | Exception = ()
@@ -205,20 +214,19 @@ class _Convoy:
             except Exception as error:
                 pieces = self._word = error
         locate = self.locate if self._word is None else _raising(self._word)
-        busy = len(self._under_way) > 1  # the second one is waited for soon
+        before = len(self._under_way)
         flights = [
-            Flight.start(wire, locate, self.out, self.dst, busy=busy) for wire in wires if wire.group not in self.told
+            Flight.start(wire, locate, self.out, self.dst, before=before)
+            for wire in wires
+            if wire.group not in self.told
         ]
         self._under_way.append((flights, pieces))
 
-    @staticmethod
-    def _follow(under_way: Sequence[tuple[list[Flight], Pieces | Exception]], *, busy: bool) -> None:
-        for flights, _ in under_way:
-            for flight in flights:
-                flight.follow(busy=busy)
-
     def land(self, bucket: int) -> list[torch.Tensor | None]:
         """The wholes of the oldest bucket under way, which nothing refers to any more afterwards."""
+        for flights, _ in self._under_way:
+            for flight in flights:
+                flight.prepare()
         flights, pieces = self._under_way.pop(0)
         for flight in flights:
             flight.wait()

@@ -86,16 +86,16 @@ class Flight:
         dst: int | None,
         *,
         later: bool = True,
-        busy: bool = False,
+        before: int = 0,
     ) -> Flight:
         """Send this rank's pieces, or its error in their place, and come back before they are there if ``later``.
 
-        ``busy``: whether another bucket is under way meanwhile; see [Note: behind].
+        ``before``: the buckets under way before this one. The second is waited for soon, and packed as fast as it goes.
         """
         flight = cls(wire, out, dst, later)
         chunk = flight._room()
         try:
-            flight.pieces = wire.load(locate, flight.wholes, chunk, blocks=_FEW if busy else None)
+            flight.pieces = wire.load(locate, flight.wholes, chunk, blocks=_FEW if before > 1 else None)
         except Exception as error:
             flight.error, flight.pieces = error, {}
             chunk.zero_()
@@ -229,34 +229,40 @@ class Flight:
         if operations:
             self.works.extend(dist.batch_isend_irecv(operations))
 
-    def follow(self, *, busy: bool) -> None:
+    def follow(self, *, last: bool) -> None:
         """On a GPU, set off what comes behind the collectives; see [Note: behind]. Once is enough.
 
-        ``busy``: whether another bucket is under way meanwhile.
+        ``last``: no bucket is under way after this one.
         """
         wire, stream = self.wire, _beside(self.wire.device)
         if self.behind is not None or stream is None or wire.home != wire.device:
             return
-        found = None
+        unpacking = None
         if self.out is None:  # else nothing is written before the statuses are known
             try:
-                found = self._unpack()  # which takes its memory from the caller's stream
+                unpacking = self._unpack()  # which takes its memory from the caller's stream
             except torch.OutOfMemoryError:  # to be raised where all ranks are heard
                 return
         with torch.cuda.stream(stream):
             self._wait_works()
             heads = self._heads().to("cpu", non_blocking=True)
-            if found is not None:
-                found.move(_FEW if busy else None)
-            self.behind = _Behind(heads, found, stream.record_event())
+            if unpacking is not None:
+                unpacking.move(None if last else _FEW)
+            self.behind = _Behind(heads, unpacking, stream.record_event())
+
+    def prepare(self) -> None:
+        """Do what can be done before the data is there."""
+        if self.behind is not None and self.behind.unpacking is not None:
+            self.behind.unpacking.wholes()
 
     def wait(self) -> None:
         """Wait for the data, whatever it says."""
         self._wait_works()
-        if self.own or self.behind is not None:
-            stream = _beside(self.wire.device)
-            if stream is not None:
-                torch.cuda.current_stream(self.wire.device).wait_stream(stream)
+        stream = _beside(self.wire.device)
+        if self.behind is not None:
+            self.behind.done.synchronize()
+        elif self.own and stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def _wait_works(self) -> None:
         while self.works:
@@ -264,26 +270,23 @@ class Flight:
 
     def land(self) -> dict[int, torch.Tensor]:
         """Wait for the data, raise what any rank has to say, and return the whole of every item received here."""
-        if self.behind is None:
-            self.wait()
-        else:
-            self.behind.done.synchronize()
+        self.wait()
         try:
-            wholes = self._unpacked() if self.out is None else {}
+            wholes = {} if self.out is not None else self._unpacked()
         finally:  # all ranks look, whatever went wrong here
             self._check()
-        return wholes if self.out is None else self._unpacked()
+        return {**self.wholes, **(wholes if self.out is None else self._unpacked())}
 
     def _unpacked(self) -> dict[int, torch.Tensor]:
-        found = None if self.behind is None else self.behind.unpacking
-        if found is None:
-            found = self._unpack()
-            found.move()
-        return {**self.wholes, **found.wholes}
+        unpacking = None if self.behind is None else self.behind.unpacking
+        if unpacking is None:
+            unpacking = self._unpack()
+            unpacking.move()
+        return unpacking.wholes()
 
     def _unpack(self) -> Unpacking:
         if self.landing is None:
-            return Unpacking({}, [])
+            return Unpacking()
         return self.wire.chunks.unpack(self.landing, self.out)
 
     def _heads(self) -> torch.Tensor:

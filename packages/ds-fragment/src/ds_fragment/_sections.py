@@ -97,10 +97,9 @@ class Room:
             self.starts.append(self.numel)
             self.numel += shape.numel()
 
-    def fresh(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A storage, and each item in it."""
-        storage = torch.empty(self.numel, dtype=self.dtype, device=device)
-        return storage, self.views(storage)
+    def fresh(self, device: torch.device) -> torch.Tensor:
+        """A storage."""
+        return torch.empty(self.numel, dtype=self.dtype, device=device)
 
     def views(self, storage: torch.Tensor) -> list[torch.Tensor]:
         """Each item in a 1-D tensor of ``numel`` elements."""

@@ -29,7 +29,8 @@ _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 16 << 20
 # Bytes of each rank's part from which broadcasts take less time than an all-gather.
 _BROADCAST = 256 << 10  # gloo copies what it gathers once more
-_BROADCAST_PAIR = 8 << 20  # NCCL, between two ranks: see [Note: pairs]; a smaller one is gathered by one call
+_BROADCAST_PAIR = 8 << 20  # NCCL, between two ranks: see [Note: pairs]
+_BROADCAST_ONE = 128 << 20  # likewise where there is nothing else: two broadcasts take the host longer than a gather
 
 Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
@@ -66,7 +67,7 @@ class Wire:
         equal = {item for item, cuts in in_place.items() if is_even(cuts, self.size)}  # all ranks send as much
         even = equal
         if on_cpu or self.pair:
-            apart = _BROADCAST if on_cpu else _BROADCAST_PAIR
+            apart = _BROADCAST if on_cpu else _BROADCAST_PAIR if len(items) > 1 else _BROADCAST_ONE
             even = {item for item in equal if in_place[item][0][2] < apart}
         self.even = sorted((item for item in in_place if item in even), key=lambda item: places[item].shape)
         self.apart = {item: cuts for item, cuts in in_place.items() if item not in even}
