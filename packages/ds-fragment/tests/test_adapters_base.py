@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 from ds_fragment import attach, register_adapter, state_keys
 from ds_fragment._adapters import Adapter, _base, adapter_of, adapters
-from ds_fragment._adapters._base import state_entry, state_of, value_kind
+from ds_fragment._adapters._base import entries_of, state_entry, state_of, value_kind
 from ds_fragment._exchange import Place
 from ds_fragment._layout import whole
 from ds_fragment.errors import InvalidValueError, StateKeyError, StateNotReadyError, UnlinkedParameterError
@@ -102,6 +103,48 @@ def test_state_of_says_what_is_missing() -> None:
     attach(None, sgd)
     with pytest.raises(StateNotReadyError, match="SGD makes it at its first step"):
         state_of(param, param)
+
+
+def test_states_of_many_are_each_parameters_own_whatever_the_order() -> None:
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(100)]
+    optimizer = torch.optim.Adagrad(params)
+    attach(None, optimizer)
+
+    def check() -> None:
+        asked = [
+            params,
+            params[:40],
+            params[40:80],
+            params[80:],
+            params[::-1],
+            params[::3],
+            params[60:61],
+            params[-20:],
+        ]
+        for some in [*asked, [params[0]] * 20, []]:
+            entries = entries_of(some, "sum")
+            assert len(entries) == len(some)
+            assert all(entry is kept[id(param)] for entry, param in zip(entries, some, strict=True))
+
+    kept = {id(param): optimizer.state[param]["sum"] for param in params}
+    check()
+    for moved in (params[0], params[50], params[99]):  # to the end
+        optimizer.state[moved] = optimizer.state.pop(moved)
+        check()
+    optimizer.load_state_dict(optimizer.state_dict())  # new tensors
+    kept = {id(param): optimizer.state[param]["sum"] for param in params}
+    check()
+    other = torch.optim.Adagrad(params[:50])  # which now updates those
+    attach(None, other)
+    kept |= {id(param): other.state[param]["sum"] for param in params[:50]}
+    check()
+    del optimizer.state[params[70]]
+    with pytest.raises(StateNotReadyError):
+        entries_of(params, "sum")
+    del other, optimizer
+    gc.collect()
+    with pytest.raises(UnlinkedParameterError):
+        entries_of(params, "sum")
 
 
 def test_state_that_is_a_number_is_read_and_not_silently_lost_when_written() -> None:

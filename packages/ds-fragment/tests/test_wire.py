@@ -122,6 +122,34 @@ def drawn(chance: random.Random, generator: torch.Generator, ranks: int, device:
         yield Place(shape, dense.dtype, home, kind, cast(Any, Group(0, ranks))), dense
 
 
+MIB = 1 << 10  # KiB
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "packed", "gathered", "broadcast"),
+    [
+        ("cpu", 2, [4, 64], [256], [512, 15 * MIB, 16 * MIB]),
+        ("cpu", 4, [4, 64], [256, 512], [15 * MIB, 16 * MIB]),
+        ("cuda", 2, [4, 64, 256, 512, 15 * MIB], [], [16 * MIB]),
+        ("cuda", 4, [4, 64, 256, 512, 15 * MIB], [16 * MIB], []),
+    ],
+)
+def test_large_tensors_travel_in_place(
+    device: str, ranks: int, packed: list[int], gathered: list[int], broadcast: list[int]
+) -> None:
+    home, group = torch.device(device, 0) if device == "cuda" else torch.device(device), cast(Any, Group(1, ranks))
+    sizes = [4, 64, 256, 512, 15 * MIB, 16 * MIB]  # KiB
+    shapes = [torch.Size((size << 8,)) for size in sizes]
+    places = [Place(shape, torch.float32, home, even_layout(shape[0], ranks), group) for shape in shapes]
+    wire = Wire(group, range(len(places)), places)
+    assert [sizes[item] for section in wire.sections for item in section.items] == packed
+    assert [sizes[item] for item in wire.even] == gathered
+    assert [sizes[item] for item in wire.apart] == broadcast
+    assert wire.pair is (device == "cuda" and ranks == 2)
+    alone = Wire(group, [0], places)  # needs no packing
+    assert (alone.even, alone.sections, alone.marked) == ([0], [], 0)
+
+
 @pytest.mark.parametrize(("device", "kernels"), WHERE)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_what_all_ranks_pack_one_unpacks(

@@ -136,6 +136,9 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     return [state_entry(state_of(param, param), param, key) for param in params]
 
 
+_MANY = 16  # parameters from which it is worth looking at the order of all
+
+
 class _InOrder:
     """The states of many parameters, if one optimizer keeps all of them in this order; a look-up each takes longer."""
 
@@ -144,8 +147,8 @@ class _InOrder:
 
     def of(self, params: Sequence[torch.Tensor]) -> list[dict[str, Any]] | None:
         """What the optimizer keeps for each; None if it is to be looked up."""
-        optimizer = registry.only_optimizer()
-        if optimizer is None or not params:
+        optimizer = registry.only_optimizer() if len(params) >= _MANY else None
+        if optimizer is None:
             return None
         state, ids = optimizer.state, list(map(id, params))
         begin, end = self._end, self._end + len(ids)
@@ -154,7 +157,7 @@ class _InOrder:
             begin = kept.index(ids[0]) if ids[0] in kept else 0
             end = begin + len(ids)
             if kept[begin:end] != ids:
-                return None
+                return None  # another order, or not all of them have been updated
         self._end = end
         return list(islice(state.values(), begin, end))
 
