@@ -226,6 +226,7 @@ class FlatPartition:
         _kernels.copy([pieces[i] for i in grads], list(grads.values()))
         _zero(piece for i, piece in enumerate(pieces) if i not in grads)
         total = torch.empty(self.partition_size, dtype=torch.float32, device=on)
+        _collectives.leave_gently(on.type)
         _collectives.reduce_scatter(total, mine.to(on), group=self.group)
         held = min(max(self.numel - self.rank * self.partition_size, 0), self.partition_size)
         return total.to(device)[:held]
