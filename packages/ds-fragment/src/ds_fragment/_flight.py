@@ -2,7 +2,7 @@
 
 Chunks of about the same length go by one all-gather, others by a broadcast each, so that nobody receives padding in
 the place of data. What travels in place goes by an all-gather where the stretches are equal and in rank order, else
-by a broadcast from each rank that holds one; so does what is large on a CPU, and everything between two GPUs: see
+by a broadcast from each rank that holds one; so does what is large on a CPU, and nearly all between two GPUs: see
 [Note: pairs]. Where one rank receives, it receives from each holder.
 
 [Note: behind] On a GPU what follows the collectives is set off together with them, on a stream of its own: it runs as
@@ -240,10 +240,12 @@ class Flight:
         unpacking = None
         if self.out is None:  # else nothing is written before the statuses are known
             try:
-                unpacking = self._unpack()  # which takes its memory from the caller's stream
+                unpacking = self._unpack()
             except torch.OutOfMemoryError:  # to be raised where all ranks are heard
                 return
-        with torch.cuda.stream(stream):
+        # The caller's stream may not have come as far as where it let go of that memory: pieces that were made for a
+        # later bucket are freed when they are packed.
+        with _after_current(stream):
             self._wait_works()
             heads = self._heads().to("cpu", non_blocking=True)
             if unpacking is not None:
