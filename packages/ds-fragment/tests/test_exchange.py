@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from itertools import pairwise, product
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +218,32 @@ def test_one_by_one_they_arrive_bit_for_bit_and_so_does_an_error(backend: str, r
     assert found[0][0] > 250
     assert len(found[0][1]) > 100
     assert all(mine == found[0] for mine in found)
+
+
+def _busy_stream(rank: int, rounds: int) -> list[int]:
+    group, device = where("nccl", rank)
+    shape = torch.Size((3, 1 << 20))  # rank 0 has two rows, so that it is packed; with two others it is under way
+    layout = mesh_layout(shape, (2,), [0])
+    plan = Plan([Place(shape, torch.float32, device, layout, group) for _ in range(6)], 40 << 20)
+    for number in range(rounds):
+
+        def locate(items: Any, number: int = number) -> Any:
+            """Fresh rows in as much memory as the whole takes, which is free again before a busy stream wrote them."""
+            (item,) = items
+            torch.cuda._sleep(50_000_000)
+            return [torch.empty(shape, device=device)[: 2 - rank].fill_(100 * number + 2 * item + rank)]
+
+        torch.cuda.empty_cache()
+        got = [tensor for bucket in gather(plan, locate) for tensor in bucket if tensor is not None]
+        for item, tensor in enumerate(got):
+            rows = [[100 * number + 2 * item + sender] for sender in (0, 0, 1)]
+            assert torch.equal(tensor, torch.tensor(rows, device=device).float().expand(shape)), (number, item)
+    return list(map(len, plan.buckets))
+
+
+@pytest.mark.parametrize("rounds", [pytest.param(3, marks=GPUS)])
+def test_what_a_busy_stream_has_yet_to_pack_is_not_written_over(rounds: int) -> None:
+    assert run_ranks(_busy_stream, 2, rounds) == [[1] * 6] * 2
 
 
 def _cut_is_what_was_gathered(rank: int) -> None:
@@ -523,13 +549,15 @@ def test_on_a_gpu_little_is_packed_at_first_and_few_set_off_at_first(
     cuda = torch.device("cuda", 0)
 
     def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, moves: int = 1) -> list[list[int]]:
-        stand_in = SimpleNamespace(places=sizes, bucket_bytes=16, _on_gpu=device.type == "cuda")
-        setting_off = [0 if extra else moves for extra in packed]
-        return Plan._cut(cast(Any, stand_in), sizes, packed, setting_off)
+        plan = Plan.__new__(Plan)
+        plan.bucket_bytes, plan._on_gpu = 16, device.type == "cuda"
+        return plan._cut(sizes, packed, [0 if extra else moves for extra in packed])
 
     assert cut([4] * 9, [0] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert cut([2] * 9, [2] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert cut([2] * 9, [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
+    assert cut([2] * 6, [2] * 6) == [[0, 1], [2, 3, 4, 5]]
+    assert cut([2] * 7, [2] * 7) == [[0, 1, 2, 3], [4, 5, 6]]  # no more than there have to be
     assert cut([8] * 3, [8] * 3) == [[0], [1], [2]]
     assert cut([], []) == []
     assert cut([1] * 9, [0] * 9) == [[0, 1], [2, 3, 4, 5, 6], [7, 8]]

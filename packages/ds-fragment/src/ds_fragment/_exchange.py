@@ -76,15 +76,22 @@ class Plan:
     def _cut(self, taken: Sequence[int], packed: Sequence[int], moves: Sequence[int]) -> list[list[int]]:
         """Items by bucket, from the bytes that each takes, how many of them are packed, and what it takes to set off.
 
-        On a GPU the first one is soon packed and set off, as the wire waits for it.
+        On a GPU the first bucket is soon packed and set off, as the wire waits for it; but not at the cost of one more
+        bucket, which takes the host's time.
         """
+        limits = [self.bucket_bytes // part for part in ((4, 2, 1) if self._on_gpu else (1,))]
+        return min((self._filled(taken, packed, moves, limit) for limit in limits), key=len)
+
+    def _filled(
+        self, taken: Sequence[int], packed: Sequence[int], moves: Sequence[int], packed_first: int
+    ) -> list[list[int]]:
         buckets: list[list[int]] = []
         filled = packing = setting_off = 0
         for item, extra in enumerate(packed):
             fits = filled + taken[item] + extra <= self.bucket_bytes
             if self._on_gpu:
                 first = len(buckets) == 1
-                fits = fits and not (first and packing + 2 * extra > self.bucket_bytes // 4)
+                fits = fits and not (first and packing + 2 * extra > packed_first)
                 fits = fits and setting_off + moves[item] <= (_AT_FIRST if first else _AT_ONCE)
             if not buckets or not fits:
                 buckets.append([])
@@ -233,7 +240,8 @@ class _Convoy:
         wholes: dict[int, torch.Tensor] = {}
         for flight in flights:
             try:
-                wholes.update(flight.land())
+                landed = flight.land()
+                wholes = {**wholes, **landed} if wholes else landed
             except Exception as error:
                 self.failure = self.failure or error
                 if isinstance(error, FragmentError) and error.status:

@@ -277,7 +277,9 @@ class Flight:
             wholes = {} if self.out is not None else self._unpacked()
         finally:  # all ranks look, whatever went wrong here
             self._check()
-        return {**self.wholes, **(wholes if self.out is None else self._unpacked())}
+        if self.out is not None:
+            wholes = self._unpacked()
+        return {**self.wholes, **wholes} if self.wholes else wholes
 
     def _unpacked(self) -> dict[int, torch.Tensor]:
         unpacking = None if self.behind is None else self.behind.unpacking

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TypeVar
 
 import torch
@@ -189,12 +190,10 @@ class Quantity:
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
-            tensors.reverse()
-            for item in items:
-                tensor = tensors.pop()
-                if tensor is not None:
-                    yield keys[item], tensor
-                del tensor  # not to be held while the next bucket is received
+            here = [item for item, tensor in zip(items, tensors, strict=True) if tensor is not None]
+            # Taken out of the list, which others know too: what the caller lets go of is held no longer.
+            tensors[:] = [tensor for tensor in reversed(tensors) if tensor is not None]
+            yield from zip(map(keys.__getitem__, here), map(list.pop, repeat(tensors)), strict=False)
         with self.named_if_broken(range(len(self.params))):
             next(buckets, None)  # there is no further bucket, but word of how it went elsewhere
 

@@ -102,10 +102,15 @@ class Room:
         return torch.empty(self.numel, dtype=self.dtype, device=device)
 
     def views(self, storage: torch.Tensor) -> list[torch.Tensor]:
-        """Each item in a 1-D tensor of ``numel`` elements."""
+        """Each item in a 1-D tensor of ``numel`` elements; to autograd they are no views, so that each is by itself."""
         found: list[torch.Tensor] = []
         for start, count, shape in self._runs:
-            found.extend(storage.narrow(0, start, count * shape.numel()).view(count, *shape).unbind(0))
+            run = storage.narrow(0, start, count * shape.numel())
+            if not shape:
+                found += run.unbind(0)
+            else:
+                rows = run.view(count * shape[0], *shape[1:])
+                found += torch.unsafe_split_with_sizes(rows, [shape[0]] * count)
         return found
 
 
