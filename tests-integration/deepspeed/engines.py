@@ -17,7 +17,7 @@ from torch import nn
 ENV = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4"}
 TIMEOUT = 280.0  # the first start on a machine compiles DeepSpeed's communication operator
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "bf16opt": 1}
+STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "bf16opt": 1}
 
 
 class Net(nn.Module):

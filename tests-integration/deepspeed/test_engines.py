@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,7 +186,66 @@ def partitioned_without_an_engine(rank: int) -> None:
     assert "deepspeed.initialize" in told(lambda: ours.safe_get_full_grad(param))
 
 
+def without_zero(rank: int) -> None:
+    """In low precision the engine's fp32 masters are the values, and a write of them lasts."""
+    for case in (Case("none", "bf16"), Case("none", "fp16"), Case("none", "bf16", gas=2)):
+        engine = make_engine(case)
+        ds_fragment.attach(engine)
+        train(engine, 0)
+        optimizer, params = engine.optimizer, trained(engine)
+        masters = {
+            id(param): master
+            for lp, hp in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for param, master in zip(lp, hp, strict=True)
+        }
+        for name, param in params.items():
+            master = masters[id(param)]
+            state = optimizer.optimizer.state[master]
+            assert ds_fragment.describe(param).master == "fp32"
+            assert same(ours.safe_get_full_fp32_param(param), master.detach())
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                assert same(ours.safe_get_full_optimizer_state(param, key), state[key]), (name, key)
+        reason = (
+            "a loss scale of" if case.dtype == "fp16" else "gradient_accumulation_steps > 1" if case.gas > 1 else ""
+        )
+        if reason:
+            backward(engine, 1)
+            text = told(lambda param=params["a.bias"]: ours.safe_get_full_grad(param), replicated=True)
+            assert text.startswith("GradientUnavailableError: ")
+            assert f"with {reason}" in text
+        else:
+            reduced_without_zero(engine, params)
+        new = {name: torch.full_like(param, 0.5, dtype=torch.float32) for name, param in params.items()}
+        ds_fragment.set_many([(param, new[name]) for name, param in params.items()])
+        assert not differing({name: param.detach().float() for name, param in params.items()}, new)
+        train(engine, 2)
+        for param in params.values():  # by a step or two, away from what was written
+            assert 0 < (masters[id(param)] - 0.5).abs().max() < 0.2
+        engine.destroy()
+
+
+def reduced_without_zero(engine: Any, params: dict[str, torch.Tensor]) -> None:
+    """The mean over the ranks; and one that is written is what the engine steps with."""
+    module = engine.module
+    loss = module(batch(1, 0, dist.get_rank()).to(next(iter(params.values())).dtype))
+    expected = [grad.float() for grad in torch.autograd.grad(loss, list(params.values()))]
+    for grad in expected:
+        dist.all_reduce(grad)
+    backward(engine, 1)
+    for grad, param in zip(expected, params.values(), strict=True):
+        got = ours.safe_get_full_grad(param)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, grad / dist.get_world_size(), rtol=0.05, atol=1e-3)
+    param = params["a.bias"]
+    ours.safe_set_full_grad(param, torch.full((7,), 0.25))
+    assert torch.equal(ours.safe_get_full_grad(param), torch.full((7,), 0.25))
+    before = ours.safe_get_full_optimizer_state(param, "exp_avg")
+    engine.step()
+    torch.testing.assert_close(ours.safe_get_full_optimizer_state(param, "exp_avg"), before * 0.9 + 0.025)
+
+
 def everything(rank: int, folder: str) -> None:
+    without_zero(rank)
     attached_twice(rank)
     unattached(rank)
     described(rank)

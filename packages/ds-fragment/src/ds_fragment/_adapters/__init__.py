@@ -7,6 +7,7 @@ low-precision weights up to date after a write. A quantity is ``"value"``, ``"gr
 
 from ds_fragment._adapters._base import Adapter, adapter_of, adapters, register_adapter
 from ds_fragment._adapters._deepspeed_flat import DeepSpeedFlatAdapter
+from ds_fragment._adapters._deepspeed_unsharded import DeepSpeedUnshardedAdapter
 from ds_fragment._adapters._dtensor import DTensorAdapter
 from ds_fragment._adapters._flat import FlatAdapter
 from ds_fragment._adapters._fsdp1 import Fsdp1Adapter
@@ -24,6 +25,7 @@ for _adapter in (
     DTensorAdapter(),
     Fsdp2Adapter(),
     Fsdp1Adapter(),
+    DeepSpeedUnshardedAdapter(),
     Zero3Adapter(),
     DeepSpeedFlatAdapter(),
     FlatAdapter(),

@@ -280,6 +280,12 @@ def loss_scale(optimizer: Any) -> float:
     return float(getattr(optimizer, "loss_scale", None) or 1.0)
 
 
+def at_boundary(optimizer: Any) -> bool:
+    """Whether the window's last micro batch is under way or done."""
+    found = optimizer.is_gradient_accumulation_boundary  # a method, or a plain bool where DeepSpeed is older
+    return bool(found() if callable(found) else found)
+
+
 def remembered(optimizer: Any, name: str) -> Any:
     """What the engine notes of its gradients.
 

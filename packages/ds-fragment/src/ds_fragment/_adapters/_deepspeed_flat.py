@@ -23,6 +23,7 @@ from ds_fragment._adapters._deepspeed import (
     UNUSED,
     DeepSpeedAdapter,
     Slot,
+    at_boundary,
     no_gradient,
     remembered,
 )
@@ -127,7 +128,8 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         if reduced is not None:
             found: torch.Tensor | None = reduced[slot.position] if slot.numel else None
             return found
-        running = optimizer.all_grad_tensors.get(slot.index) if optimizer.partition_gradients else None
+        summed = getattr(optimizer, "all_grad_tensors", {})  # an older DeepSpeed sums where it averages
+        running = summed.get(slot.index) if optimizer.partition_gradients else None
         if running is not None:  # whole tensors, of which only this rank's fragment is reduced
             return running[slot.position].view(-1).narrow(0, offset, slot.numel) if slot.numel else None
         raise no_gradient(param, _why_none(param, optimizer))
@@ -218,7 +220,7 @@ def _offset(slot: Slot) -> int:
 def _gradient_bf16(param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:
     if not any(any(used) for used in optimizer.fp32_groups_has_gradients):
         raise no_gradient(param, UNUSED)
-    if not optimizer.is_gradient_accumulation_boundary():
+    if not at_boundary(optimizer):
         raise no_gradient(param, UNREDUCED)
     found: torch.Tensor = optimizer.fp32_groups_gradients[slot.index][slot.position]
     return found

@@ -22,6 +22,7 @@ from ds_fragment._adapters._deepspeed import (
     UNUSED,
     DeepSpeedAdapter,
     Slot,
+    at_boundary,
     no_gradient,
     remembered,
 )
@@ -152,7 +153,7 @@ def _identity(param: Any) -> int:
 
 def _at_boundary(optimizer: Any) -> bool:
     """Whether the gradients are in the fp32 tensors of an offloaded optimizer already."""
-    return bool(optimizer.offload_optimizer and optimizer.is_gradient_accumulation_boundary())
+    return bool(optimizer.offload_optimizer and at_boundary(optimizer))
 
 
 def _part(param: Any, slot: Slot) -> torch.Tensor:
