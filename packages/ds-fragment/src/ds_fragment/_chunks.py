@@ -131,7 +131,8 @@ class Chunks:
                 found.moves.append(partial(self._table(number).move, storage, landing))
             else:
                 if shares:
-                    rooms = self._room(number).views(self._room(number).fresh(self.home))
+                    room = self._room(number)
+                    rooms = room.views(room.fresh(self.home))
                 else:
                     rooms = [room_for(self.places[item], item, out) for item in section.items]
                 found.single.update(zip(section.items, rooms, strict=True))

@@ -26,14 +26,6 @@ class IdentityMap(Generic[V]):
         found = self._kept.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
-    def get_all(self, tensors: Sequence[torch.Tensor]) -> list[V | None]:
-        """What `get` says of each."""
-        kept = self._kept
-        return [
-            found[1] if (found := kept.get(id(tensor))) is not None and found[0]() is tensor else None
-            for tensor in tensors
-        ]
-
     def pop(self, tensor: torch.Tensor) -> V | None:
         """Take the tensor's value away and return it; None where there is none."""
         found = self.get(tensor)

@@ -49,8 +49,11 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the engine is there, and trains the parameter."""
+        return self._engine(param) is not None
+
+    def _engine(self, param: torch.Tensor) -> Any:
         reference = self._engines.get(param)
-        return reference is not None and reference() is not None
+        return None if reference is None else reference()
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""
@@ -59,9 +62,7 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor:
         """As the engine keeps it, in the parameter's own dtype."""
-        reference = self._engines.get(param)
-        engine = None if reference is None else reference()
-        assert engine is not None  # or the parameter were not claimed
+        engine = self._engine(param)
         if not engine.enable_backward_allreduce or engine.inside_no_sync_ctxt:
             raise no_gradient(param, UNREDUCED)
         if engine.gradient_accumulation_steps() > 1:

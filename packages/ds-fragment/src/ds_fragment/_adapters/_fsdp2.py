@@ -89,13 +89,14 @@ class Fsdp2Adapter(DTensorAdapter):
         return super().local(param, what)
 
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
-        for param, known in zip(params, self._records.get_all(params), strict=True):
+        for param in params:
+            known = self._records.get(param)
             if known is None:
                 continue
             record, group = known[0](), known[1]()
             copy = getattr(record, "_unsharded_param", None)
-            if (copy is not None and copy.grad is not None) or (
-                getattr(record, "unsharded_accumulated_grad", None) is not None
+            if getattr(record, "unsharded_accumulated_grad", None) is not None or (
+                copy is not None and copy.grad is not None
             ):
                 scope = "set_requires_gradient_sync(False) and are kept unreduced on each rank"
             elif getattr(group, "_partial_reduce_output", None) is not None:
