@@ -334,9 +334,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         for row in rows:
             print(f"{row['case']:6} {row['quantity']:8} {row['contestant']:40} {row['median_ms']:9.2f} ms", end="")
-            print(
-                f"  {row['to_fastest_peer'] or 0:6.2f} x fastest peer  {row['to_bare']:6.2f} x bare all-gather", end=""
-            )
+            if row["to_fastest_peer"] is not None:
+                print(f"  {row['to_fastest_peer']:6.2f} x fastest peer", end="")
+            print(f"  {row['to_bare']:6.2f} x bare all-gather", end="")
             print("" if row["peak_mib"] is None else f"  {row['peak_mib']:6} MiB")
         if options.out:
             name = torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU"

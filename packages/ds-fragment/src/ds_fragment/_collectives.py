@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 # Renamed in torch 2.13; the old names stay for a while.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_coalescing: Any = distributed_c10d._coalescing_manager  # what `batch_isend_irecv` is made with
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -74,12 +72,16 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
     Returns:
         What is to be waited for.
     """
-    if len(parts) > 1 and coalesces(group, parts[0][1].device):
-        with _coalescing(group, parts[0][1].device, async_ops=True) as together:
-            for root, part in parts:
-                group.broadcast([part], _from(root))
-        return [together]
-    return [group.broadcast([part], _from(root)) for root, part in parts]
+    backend: Any = group._get_backend(parts[0][1].device)  # the group would ask torch's dispatcher each time
+    if len(parts) == 1 or not coalesces(group, parts[0][1].device):
+        return [backend.broadcast([part], _from(root)) for root, part in parts]
+    backend._start_coalescing()
+    try:
+        for root, part in parts:
+            backend.broadcast([part], _from(root))
+    finally:
+        work = backend._end_coalescing()
+    return [work]
 
 
 @functools.cache

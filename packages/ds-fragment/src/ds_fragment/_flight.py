@@ -26,7 +26,7 @@ from ds_fragment._place import Out
 from ds_fragment._wire import Locate, Wire, as_bytes
 
 # Blocks, as were fastest on two H200: for what the caller waits for, and for a rank's own parts, which have time.
-_FEW, _FEWEST = 48, 20
+_FEW, _FEWEST = 32, 20
 
 
 @dataclass(slots=True)
