@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -40,7 +40,6 @@ class Net(nn.Module):
 def shard(mesh_of: str, dtype: torch.dtype | None = torch.bfloat16, seed: int = 0) -> Net:
     torch.manual_seed(seed)
     model, ranks = Net(), dist.get_world_size()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if mesh_of == "one axis":
         mesh = init_device_mesh("cpu", (ranks,))
     elif mesh_of == "hybrid":
@@ -54,9 +53,15 @@ def shard(mesh_of: str, dtype: torch.dtype | None = torch.bfloat16, seed: int = 
         parallelize_module(model, both["tp"], plan)
         mesh = both["fsdp"]
     model.data = dist.get_rank() // 2 if mesh_of == "tensor parallel" else dist.get_rank()
-    for layer in (model.up, model.down, model.extra):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return shard_over(mesh, model, dtype)
+
+
+def shard_over(
+    mesh: DeviceMesh, model: Net, dtype: torch.dtype | None = torch.bfloat16, offload: OffloadPolicy | None = None
+) -> Net:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (model.up, model.down, model.extra, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload or OffloadPolicy())
     return model
 
 
@@ -128,6 +133,66 @@ def _every_quantity(rank: int, mesh_of: str, name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_values_gradients_and_every_state(mesh_of: str, ranks: int, name: str) -> None:
     run_ranks(_every_quantity, ranks, mesh_of, name)
+
+
+def full_of_offloaded(tensor: DTensor) -> torch.Tensor:
+    """What `DTensor.full_tensor()` gives once the pieces are on the GPUs, where the mesh is."""
+    local = tensor.to_local().detach().cuda()
+    there = DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+    return there.full_tensor().cpu()
+
+
+def _offloaded(rank: int, backend: str, pinned: bool) -> None:
+    """Parameters, gradients and state are on the CPU between the passes, and the mesh is of GPUs."""
+    import ds_fragment
+    from ds_fragment import tensor_fragment as t
+
+    torch.cuda.set_device(rank)
+    mesh = DeviceMesh.from_group(dist.new_group(backend=backend), "cuda")
+    torch.manual_seed(0)
+    model = shard_over(mesh, Net(), offload=CPUOffloadPolicy(pin_memory=pinned))
+    model.data = rank
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    ds_fragment.attach(model, optimizer)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 1)
+    params = trainable(model)
+    assert all(param.device.type == param.grad.device.type == "cpu" for param in params)
+    expected = {
+        "value": [full_of_offloaded(param) for param in params],
+        "grad": [full_of_offloaded(param.grad) for param in params],
+        "exp_avg": [full_of_offloaded(optimizer.state[param]["exp_avg"]) for param in params],
+    }
+    for what, wholes in expected.items():
+        for options in ({}, {"bucket_bytes": 1}, {"bucket_bytes": 200}, {"device": "cuda"}):
+            for (_, got), whole in zip(ds_fragment.iter_full(params, what, **options), wholes, strict=True):
+                assert got.device.type == options.get("device", "cpu")
+                assert same(got.cpu(), whole), (what, options)
+    assert same(t.safe_get_full_grad(params[1]), expected["grad"][1])
+    received = [got for _, got in ds_fragment.iter_full(params, dst=1)]
+    assert len(received) == (len(params) if rank == 1 else 0)
+    assert all(map(same, received, expected["value"]))
+    norms = ds_fragment.norms(params, "grad")
+    assert list(norms.values()) == pytest.approx([whole.double().norm().item() for whole in expected["grad"]])
+    for device in ("cpu", "cuda"):  # where what is written comes from
+        new = [torch.randn(param.shape, generator=torch.Generator().manual_seed(len(device))) for param in params]
+        ds_fragment.set_many([(param, value.to(device)) for param, value in zip(params, new, strict=True)])
+        ds_fragment.update_many(params, lambda _, whole: whole / 2, "exp_avg")
+        for param, value in zip(params, new, strict=True):
+            assert same(full_of_offloaded(param), value)
+    for param, whole in zip(params, expected["exp_avg"], strict=True):
+        assert same(full_of_offloaded(optimizer.state[param]["exp_avg"]), whole / 4)
+    optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_offloaded_to_the_cpu(backend: str, pinned: bool) -> None:
+    run_ranks(_offloaded, 2, backend, pinned)
 
 
 def write_by_hand(target: torch.Tensor, value: torch.Tensor) -> None:
