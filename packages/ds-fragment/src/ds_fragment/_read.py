@@ -72,7 +72,7 @@ def iter_full(
 
     They travel in buckets, one collective for each group and bucket; the next bucket is under way while the caller
     works on this one. All ranks of the parameters' groups must call it, with the same parameters in the same order,
-    and iterate to the end.
+    and iterate to the end. On gloo do not call `DTensor.full_tensor` meanwhile: torch may crash (see the README).
 
     Args:
         params: a module, parameters, or (name, parameter) pairs.
