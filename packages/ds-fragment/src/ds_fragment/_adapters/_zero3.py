@@ -86,7 +86,7 @@ class Zero3Adapter(DeepSpeedAdapter):
             raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
         if self._mixed.get(param):
             raise no_gradient(param, MIXED)
-        return self._stepped(slot, optimizer) if _at_boundary(optimizer) else self._running(param, slot, optimizer)
+        return self._stepped(slot, optimizer) if _in_fp32_tensors(optimizer) else self._running(param, slot, optimizer)
 
     def _stepped(self, slot: Slot, optimizer: Any) -> torch.Tensor:
         """What an offloaded optimizer will step with."""
@@ -106,7 +106,7 @@ class Zero3Adapter(DeepSpeedAdapter):
         return self._running(param, self._slot(param), optimizer)
 
     def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
-        if _at_boundary(optimizer):
+        if _in_fp32_tensors(optimizer):
             self._running(param, slot, optimizer).copy_(stored)  # where DeepSpeed looks for overflows
             optimizer.norm_for_param_grads[_identity(param)] = stored.norm()
 
@@ -151,7 +151,7 @@ def _identity(param: Any) -> int:
     return identity
 
 
-def _at_boundary(optimizer: Any) -> bool:
+def _in_fp32_tensors(optimizer: Any) -> bool:
     """Whether the gradients are in the fp32 tensors of an offloaded optimizer already."""
     return bool(optimizer.offload_optimizer and at_boundary(optimizer))
 
