@@ -176,8 +176,9 @@ def _offloaded(rank: int, backend: str, pinned: bool) -> None:
     assert all(map(same, received, expected["value"]))
     norms = ds_fragment.norms(params, "grad")
     assert list(norms.values()) == pytest.approx([whole.double().norm().item() for whole in expected["grad"]])
+    generator = torch.Generator().manual_seed(5)
     for device in ("cpu", "cuda"):  # where what is written comes from
-        new = [torch.randn(param.shape, generator=torch.Generator().manual_seed(len(device))) for param in params]
+        new = [torch.randn(param.shape, generator=generator) for param in params]
         ds_fragment.set_many([(param, value.to(device)) for param, value in zip(params, new, strict=True)])
         ds_fragment.update_many(params, lambda _, whole: whole / 2, "exp_avg")
         for param, value in zip(params, new, strict=True):
