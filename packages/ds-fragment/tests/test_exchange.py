@@ -246,6 +246,51 @@ def test_what_a_busy_stream_has_yet_to_pack_is_not_written_over(rounds: int) -> 
     assert run_ranks(_busy_stream, 2, rounds) == [[1] * 6] * 2
 
 
+def _late_unpacking(rank: int, rounds: int) -> None:
+    group, device = where("nccl", rank)
+    shape = torch.Size((2, 1 << 20))
+    layout = mesh_layout(shape, (2,), [0])
+    plan = Plan([Place(shape, torch.float32, device, layout, group) for _ in range(4)], 40 << 20)
+    assert plan.buckets == [[0, 1], [2, 3]]
+    move, other = _chunks.Unpacking.move, torch.cuda.Stream(device)
+
+    def late(self: Any, blocks: int | None = None) -> None:
+        torch.cuda._sleep(50_000_000)
+        move(self, blocks)
+
+    _chunks.Unpacking.move = late
+    for number in range(rounds):
+
+        def locate(items: Any, number: int = number) -> Any:
+            return [torch.full((1, 1 << 20), 100.0 * number + 10 * item + rank, device=device) for item in items]
+
+        torch.cuda.empty_cache()
+        begun = torch.cuda.current_stream()
+        for later in (begun, other):  # the stream that the caller is on when the second bucket comes
+            other.wait_stream(begun)
+            buckets = gather(plan, locate)
+            for bucket, stream in zip(plan.buckets, (begun, later), strict=True):
+                with torch.cuda.stream(stream):
+                    wholes = next(buckets)
+                # Takes the memory in which all chunks arrived, and writes it.
+                room = plan.wires[0][0].chunks.begins[-1]
+                taken = [torch.full((room,), 77, dtype=torch.uint8, device=device) for _ in plan.buckets]
+                with torch.cuda.stream(stream):
+                    for item, tensor in zip(bucket, wholes, strict=True):
+                        rows = [[100.0 * number + 10 * item + sender] for sender in (0, 1)]
+                        assert tensor is not None
+                        expected = torch.tensor(rows, device=device).expand(shape)
+                        assert torch.equal(tensor, expected), (number, item, stream)
+                del taken, wholes, tensor
+            assert next(buckets, None) is None
+            torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("rounds", [pytest.param(3, marks=GPUS)])
+def test_what_is_unpacked_late_is_there_for_the_stream_that_the_caller_is_on(rounds: int) -> None:
+    run_ranks(_late_unpacking, 2, rounds)
+
+
 def _cut_is_what_was_gathered(rank: int) -> None:
     """Place.cut, which writing uses, gives the piece that reading would send."""
     chance, generator = random.Random(7), torch.Generator().manual_seed(7)

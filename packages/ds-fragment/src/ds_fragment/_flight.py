@@ -34,14 +34,26 @@ class _Behind:
     """What is set off behind the collectives; see [Note: behind].
 
     Attributes:
+        caller: the stream that the caller was on.
         heads: what tells of an error, on the host.
+        told: when the heads are there.
         unpacking: of the chunks; None where that waits for the heads.
         done: when all is there.
     """
 
+    caller: torch.cuda.Stream
     heads: torch.Tensor
+    told: torch.cuda.Event
     unpacking: Unpacking | None
     done: torch.cuda.Event
+
+    def wait(self) -> None:
+        """Wait for the heads; the caller's stream waits for the rest, and so does the one that its memory is of."""
+        self.told.synchronize()
+        now = torch.cuda.current_stream(self.caller.device)
+        now.wait_event(self.done)
+        if now != self.caller:
+            self.caller.wait_event(self.done)
 
 
 @dataclass(slots=True)
@@ -164,7 +176,7 @@ class Flight:
             else:
                 size = whole.itemsize
             for rank, start, nbytes in stretches:
-                part = whole.narrow(0, start // size, nbytes // size)
+                part = whole[start // size : (start + nbytes) // size]  # half as long to make as by narrow
                 if rank == wire.rank:
                     if piece is not None:
                         if piece.data_ptr() != part.data_ptr():
@@ -245,12 +257,14 @@ class Flight:
                 return
         # The caller's stream may not have come as far as where it let go of that memory: pieces that were made for a
         # later bucket are freed when they are packed.
+        caller = torch.cuda.current_stream(stream.device)
         with _after_current(stream):
             self._wait_works()
             heads = self._heads().to("cpu", non_blocking=True)
+            told = stream.record_event()
             if unpacking is not None:
                 unpacking.move(None if last else _FEW)
-            self.behind = _Behind(heads, unpacking, stream.record_event())
+            self.behind = _Behind(caller, heads, told, unpacking, stream.record_event())
 
     def prepare(self) -> None:
         """Do what can be done before the data is there."""
@@ -262,7 +276,7 @@ class Flight:
         self._wait_works()
         stream = _beside(self.wire.device)
         if self.behind is not None:
-            self.behind.done.synchronize()
+            self.behind.wait()
         elif self.own and stream is not None:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
@@ -333,5 +347,5 @@ def _after_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
         yield
         return
     stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
+    with stream if hasattr(stream, "__enter__") else torch.cuda.stream(stream):  # as of torch 2.7 it is one itself
         yield
