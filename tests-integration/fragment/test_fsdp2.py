@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -326,6 +328,52 @@ def test_the_stages_of_a_gradient() -> None:
     missing = "GradientUnavailableError"
     assert kinds == [missing, "", missing, missing, "", missing, missing]
     assert "set_requires_gradient_sync(False)" in mine[3][1]
+
+
+def _reduced_in_part(rank: int) -> str:
+    """Between replicas the gradients are summed at the last pass only."""
+    import ds_fragment
+    from ds_fragment.errors import GradientUnavailableError
+    from ds_fragment.tensor_fragment import safe_get_full_grad
+
+    model = shard("hybrid")
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    ds_fragment.attach(model, optimizer)
+    model.set_requires_all_reduce(False)
+    backward(model, 0)
+    with pytest.raises(GradientUnavailableError) as caught:
+        safe_get_full_grad(model.up.weight)
+    model.set_requires_all_reduce(True)
+    backward(model, 1)
+    assert same(safe_get_full_grad(model.up.weight), full(model.up.weight.grad))
+    return str(caught.value)
+
+
+def test_a_gradient_that_is_reduced_within_the_shard_group_only_is_refused() -> None:
+    said = run_ranks(_reduced_in_part, 4)
+    assert [words.split(":")[0] for words in said] == ["rank 0", "rank 0", "rank 2", "rank 2"]  # of each shard group
+    assert all("set_requires_all_reduce(False)" in words for words in said)
+
+
+def _without_the_module(rank: int) -> None:
+    """A parameter that outlives its module keeps its gradient."""
+    import ds_fragment
+    from ds_fragment.tensor_fragment import safe_get_full_grad
+
+    model = shard("one axis")
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    ds_fragment.attach(model, optimizer)
+    backward(model, 0)
+    weight, gone = model.up.weight, weakref.ref(model)
+    expected = full(weight.grad)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+    assert same(safe_get_full_grad(weight), expected)
+
+
+def test_a_gradient_outlives_the_module() -> None:
+    run_ranks(_without_the_module, 2)
 
 
 def _between_the_passes(rank: int) -> None:

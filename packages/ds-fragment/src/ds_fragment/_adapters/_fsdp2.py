@@ -94,12 +94,12 @@ class Fsdp2Adapter(DTensorAdapter):
             if known is None:
                 continue
             record, group = known[0](), known[1]()
-            copy = getattr(record, "_unsharded_param", None)
-            if getattr(record, "unsharded_accumulated_grad", None) is not None or (
-                copy is not None and copy.grad is not None
-            ):
+            if record is None or group is None:  # the module is gone, and with it what it had not reduced
+                continue
+            copy = getattr(record, "_unsharded_param", None)  # there from the first gather on
+            if record.unsharded_accumulated_grad is not None or (copy is not None and copy.grad is not None):
                 scope = "set_requires_gradient_sync(False) and are kept unreduced on each rank"
-            elif getattr(group, "_partial_reduce_output", None) is not None:
+            elif group._partial_reduce_output is not None:
                 scope = "set_requires_all_reduce(False) and are reduced within the shard group only"
             else:
                 continue
