@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import cast
 
 import torch
 
@@ -87,7 +88,7 @@ class Tensors:
         """Fill the buffer as the last time; False, and nothing done, where these are others or look otherwise."""
         if False not in self._stretches or not self._seen.are(tensors):
             return False
-        same = [tensor for tensor in tensors if tensor is not None]  # all of them
+        same = cast("Sequence[torch.Tensor]", tensors)  # as none that was seen is None
         if _columns(same) != self._made_of or not all(map(torch.Tensor.is_contiguous, same)):
             return False
         self._stretches[False].move(buffer, None, blocks=blocks)
