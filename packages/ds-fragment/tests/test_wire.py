@@ -128,17 +128,17 @@ MIB = 1 << 10  # KiB
 @pytest.mark.parametrize(
     ("device", "ranks", "packed", "gathered", "broadcast"),
     [
-        ("cpu", 2, [4, 64], [256], [512, 15 * MIB, 16 * MIB]),
-        ("cpu", 4, [4, 64], [256, 512], [15 * MIB, 16 * MIB]),
-        ("cuda", 2, [4, 64, 256, 512, 15 * MIB], [], [16 * MIB]),
-        ("cuda", 4, [4, 64, 256, 512, 15 * MIB], [16 * MIB], []),
+        ("cpu", 2, [4, 64], [256], [512, 31 * MIB, 32 * MIB]),
+        ("cpu", 4, [4, 64], [256, 512], [31 * MIB, 32 * MIB]),
+        ("cuda", 2, [4, 64, 256, 512, 31 * MIB], [], [32 * MIB]),
+        ("cuda", 4, [4, 64, 256, 512, 31 * MIB], [32 * MIB], []),
     ],
 )
 def test_large_tensors_travel_in_place(
     device: str, ranks: int, packed: list[int], gathered: list[int], broadcast: list[int]
 ) -> None:
     home, group = torch.device(device, 0) if device == "cuda" else torch.device(device), cast(Any, Group(1, ranks))
-    sizes = [4, 64, 256, 512, 15 * MIB, 16 * MIB]  # KiB
+    sizes = [4, 64, 256, 512, 31 * MIB, 32 * MIB]  # KiB
     shapes = [torch.Size((size << 8,)) for size in sizes]
     places = [Place(shape, torch.float32, home, even_layout(shape[0], ranks), group) for shape in shapes]
     wire = Wire(group, range(len(places)), places)
