@@ -23,13 +23,14 @@ STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "bf16opt": 1}
 class Net(nn.Module):
     """Sizes that no number of ranks divides, a frozen parameter, one that can be left out, and one used twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
         super().__init__()
-        self.a = nn.Linear(5, 7)
-        self.b = nn.Linear(7, 11)
-        self.frozen = nn.Parameter(torch.randn(3, 11), requires_grad=False)
-        self.c = nn.Linear(11, 5, bias=False)
-        self.tied = nn.Linear(11, 5, bias=False)
+        first, second, third = 5 * width, 7 * width, 11 * width
+        self.a = nn.Linear(first, second)
+        self.b = nn.Linear(second, third)
+        self.frozen = nn.Parameter(torch.randn(3, third), requires_grad=False)
+        self.c = nn.Linear(third, first, bias=False)
+        self.tied = nn.Linear(third, first, bias=False)
         self.tied.weight = self.c.weight
         self.scale = nn.Parameter(torch.randn(1))
         self.extra = nn.Parameter(torch.randn(13))
@@ -54,6 +55,7 @@ class Case:
         zero: more of the section ``zero_optimization``.
         config: more of the configuration.
         zero_init: whether the model is made under `deepspeed.zero.Init`.
+        width: what the matrices' sizes are multiplied by.
     """
 
     stage: str
@@ -63,6 +65,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     zero_init: bool = False
+    width: int = 1
 
     def __str__(self) -> str:
         words = [self.stage, self.dtype, f"gas{self.gas}", "offload" * self.offload, "init" * self.zero_init]
@@ -126,23 +129,23 @@ def make_engine(
     config = configuration(case)
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=case.zero_init):
-        model = Net()
+        model = Net(case.width)
     made = deepspeed.initialize(
         model=model, optimizer=optimizer(groups_of(model), lr=lr), config=config, dist_init_required=False
     )
     return made[0]
 
 
-def batch(step: int, micro: int, rank: int) -> torch.Tensor:
-    """A rank's micro batch, (4, 5), fp32."""
+def batch(step: int, micro: int, rank: int, width: int = 1) -> torch.Tensor:
+    """A rank's micro batch, (4, 5 * width), fp32."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    return torch.randn(4, 5, generator=generator)
+    return torch.randn(4, 5 * width, generator=generator)
 
 
 def backward(engine: Any, step: int, micro: int = 0, *, extra: bool = True) -> None:
     """Forward and backward of one micro batch."""
-    dtype = next(param for param in engine.module.parameters()).dtype
-    engine.backward(engine(batch(step, micro, dist.get_rank()).to(dtype), extra=extra))
+    dtype, width = next(param for param in engine.module.parameters()).dtype, engine.module.a.in_features // 5
+    engine.backward(engine(batch(step, micro, dist.get_rank(), width).to(dtype), extra=extra))
 
 
 def train(engine: Any, step: int) -> None:

@@ -97,8 +97,8 @@ def check_beside_deepspeed(case: Case, params: dict[str, torch.Tensor]) -> None:
     """DeepSpeed's own getters say the same, where they are right and do not hang; they lose the sign of -0.0."""
     from deepspeed import utils as theirs
 
-    if "round_robin_gradients" in case.zero:
-        return  # parameters come back swapped there
+    if "round_robin_gradients" in case.zero or "pipeline_read" in case.zero.get("offload_optimizer", {}):
+        return  # parameters come back swapped there; the pipelined swapper has no method that the getters call
     for name, param in params.items():
         value = ours.safe_get_full_fp32_param(param)
         assert torch.equal(theirs.safe_get_full_fp32_param(param), value), (str(case), name)
@@ -159,7 +159,7 @@ def check_frozen(engine: Any, case: Case) -> None:
     frozen = engine.module.frozen
     kind = "fp32" if case.lp == torch.float32 else "upcast"
     assert ds_fragment.describe(frozen).master == kind
-    new = random_like({"frozen": torch.empty(3, 11)}, 9, case.lp)["frozen"]
+    new = random_like({"frozen": ours.safe_get_full_fp32_param(frozen)}, 9, case.lp)["frozen"]
     ours.safe_set_full_fp32_param(frozen, new)
     assert same(ours.safe_get_full_fp32_param(frozen), new)
     check_lp(engine, case, "after writing a frozen parameter")
@@ -177,13 +177,14 @@ def check_refusals(engine: Any, params: dict[str, torch.Tensor]) -> None:
     """Bad input is the same error on every rank, and nothing is written."""
     param, before = params["b.weight"], whole(params, "value")
     rank = torch.distributed.get_rank()
-    text = told(lambda: ours.safe_set_full_fp32_param(param, torch.zeros(7, 11)))
+    shape = before["b.weight"].shape
+    text = told(lambda: ours.safe_set_full_fp32_param(param, torch.zeros(shape[::-1])))
     assert text.startswith("InvalidValueError: rank 0")
-    assert "(11, 7)" in text
-    uneven = torch.full((11, 7), float(rank))
+    assert str(tuple(shape)) in text
+    uneven = torch.full(shape, float(rank))
     assert told(lambda: ours.safe_set_full_fp32_param(param, uneven)).startswith("RankMismatchError")
     assert told(lambda: ours.safe_get_full_optimizer_state(param, "momentum")).startswith("StateKeyError")
-    wrong = torch.zeros(3, 3) if rank else torch.zeros(11, 7)
+    wrong = torch.zeros(3, 3) if rank else torch.zeros(shape)
     assert told(lambda: ours.safe_set_full_fp32_param(param, wrong)).startswith("InvalidValueError: rank 1")
     assert not differing(whole(params, "value"), before)
 

@@ -114,6 +114,14 @@ class DeepSpeedAdapter(Adapter):
     def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
         """Tell the engine what it remembers of the gradient, now that it was written."""
 
+    def _key(self, optimizer: Any, index: int) -> torch.Tensor:
+        """What the base optimizer keeps the state of a flat fp32 tensor under."""
+        return self._flat(optimizer, index)
+
+    def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
+        """A state of a flat fp32 tensor where it can be read and written."""
+        return entry
+
     def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
         found: torch.optim.Optimizer = optimizer.optimizer
         return found
@@ -131,14 +139,20 @@ class DeepSpeedAdapter(Adapter):
         slot = self._slot(param)
         if what == "grad":
             return slot.place(what, torch.float32, param.device)
+        if what == "value":
+            dtype = self._value_dtype(param, slot)
+            return slot.place((what, dtype), dtype, param.device)
         source = self._source(param, slot, what)
-        if what == "value" or source.dim():
-            kind = "value" if what == "value" else "state"
-            return slot.place((kind, source.dtype), source.dtype, param.device)
+        if source.dim():
+            return slot.place(("state", source.dtype), source.dtype, param.device)
         key = ("number", source.dtype)
         if key not in slot.places:
             slot.places[key] = Place(source.shape, source.dtype, source.device, whole(()), None)
         return slot.places[key]
+
+    def _value_dtype(self, param: torch.Tensor, slot: Slot) -> torch.dtype:
+        """What its value is kept in, which can be told on every rank, whether or not it can be read."""
+        return self._source(param, slot, "value").dtype
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """Where the engine keeps each, and what it optimizes it with."""
@@ -214,10 +228,11 @@ class DeepSpeedAdapter(Adapter):
 
     def _state(self, param: torch.Tensor, slot: Slot) -> dict[str, Any]:
         optimizer = self._optimizer(param, slot)
-        return ready_state(self._base_optimizer(optimizer, slot.index), self._flat(optimizer, slot.index), param)
+        return ready_state(self._base_optimizer(optimizer, slot.index), self._key(optimizer, slot.index), param)
 
     def _entry(self, param: torch.Tensor, slot: Slot, key: str) -> torch.Tensor:
         entry, flat = state_entry(self._state(param, slot), param, key), self._master(param, slot)
+        entry = self._kept(self._optimizer(param, slot), slot.index, entry)
         if entry.dim() and entry.shape != flat.shape:
             raise StateKeyError(
                 f"optim_state_key '{key}' of {registry.name_of(param)} has shape {tuple(entry.shape)} for the flat "

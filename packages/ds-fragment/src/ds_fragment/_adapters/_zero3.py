@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_fragment._adapters import _nvme
 from ds_fragment._adapters._base import spread
 from ds_fragment._adapters._deepspeed import (
     MIXED,
@@ -65,10 +66,22 @@ class Zero3Adapter(DeepSpeedAdapter):
         return slot
 
     def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
-        if getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(index):
-            raise FragmentError("the fp32 values of this parameter are swapped out to NVMe, where they cannot be read")
+        return _nvme.flat_of(optimizer, index) if _nvme.is_swapped(optimizer, index) else self._key(optimizer, index)
+
+    def _key(self, optimizer: Any, index: int) -> torch.Tensor:
         found: torch.Tensor = optimizer.fp32_partitioned_groups_flat[index]
         return found
+
+    def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
+        return _nvme.entry_of(optimizer, index, entry) if _nvme.is_swapped(optimizer, index) else entry
+
+    def _value_dtype(self, param: torch.Tensor, slot: Slot) -> torch.dtype:
+        if slot.untrained:
+            return param.dtype
+        optimizer = self._optimizer(param, slot)
+        if _nvme.is_swapped(optimizer, slot.index):
+            return _nvme.dtype_of(optimizer, slot.index)
+        return self._key(optimizer, slot.index).dtype
 
     def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
         devices = getattr(optimizer, "subgroup_to_device", {})  # some stay on the device where ratio < 1
@@ -86,15 +99,17 @@ class Zero3Adapter(DeepSpeedAdapter):
             raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
         if self._mixed.get(param):
             raise no_gradient(param, MIXED)
-        return self._stepped(slot, optimizer) if _in_fp32_tensors(optimizer) else self._running(param, slot, optimizer)
+        if _in_fp32_tensors(optimizer) and not _nvme.is_swapped(optimizer, slot.index):
+            return self._stepped(slot, optimizer)
+        return self._running(param, slot, optimizer)
 
     def _stepped(self, slot: Slot, optimizer: Any) -> torch.Tensor:
-        """What an offloaded optimizer will step with."""
+        """What an optimizer that is offloaded to the CPU will step with."""
         gradient: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
         return gradient.narrow(0, slot.start, slot.numel)
 
     def _running(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:
-        """The sum over the window so far, which an optimizer on the device will step with."""
+        """The sum over the window so far, which an optimizer on the device will step with, and what went to NVMe."""
         found: torch.Tensor = getattr(optimizer, _GRADIENTS)[_identity(param)]
         return found.narrow(0, 0, slot.numel)
 
@@ -107,18 +122,23 @@ class Zero3Adapter(DeepSpeedAdapter):
 
     def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
         if _in_fp32_tensors(optimizer):
-            self._running(param, slot, optimizer).copy_(stored)  # where DeepSpeed looks for overflows
+            if _nvme.is_swapped(optimizer, slot.index):
+                _nvme.put_gradient(optimizer, slot.index, slot.start, stored)
+            else:
+                self._running(param, slot, optimizer).copy_(stored)  # where DeepSpeed looks for overflows
             optimizer.norm_for_param_grads[_identity(param)] = stored.norm()
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Round the new values into the low-precision parts, and into parameters that are gathered right now."""
         gathered = []
         for item, param in enumerate(params):
-            slot: Any = self._slot(param)
+            slot, handle = self._slot(param), cast(Any, param)
             part, master = _part(param, slot), self.local(param, "value")
             if master is not None and not slot.untrained:
                 part.copy_(master)
-            handle: Any = param
+            in_file = _nvme.part_of(param) if _status(handle.ds_tensor) == "AVAILABLE" else None
+            if in_file is not None:  # which does not follow what is in memory
+                in_file[: slot.numel].copy_(part)
             handle.ds_secondary_tensor = None  # a second copy of the part, within a node
             if handle.ds_status.name == "AVAILABLE":
                 gathered.append(item)
@@ -162,6 +182,14 @@ def _part(param: Any, slot: Slot) -> torch.Tensor:
     name = registry.name_of(param)
     if hasattr(part, "ds_quant_scale"):
         raise FragmentError(f"{name} is quantised (zero_quantized_nontrainable_weights): it has no readable value")
-    if part.numel() < slot.numel or getattr(getattr(part, "status", None), "name", "AVAILABLE") != "AVAILABLE":
-        raise FragmentError(f"{name} is swapped out to NVMe or offloaded: bring it back first")
+    if _status(part) == "NOT_AVAILABLE":
+        in_file = _nvme.part_of(param)
+        part = part if in_file is None else in_file
+    if part.numel() < slot.numel or _status(param.ds_tensor) == "INFLIGHT":
+        raise FragmentError(f"{name} is offloaded, or on its way from NVMe: bring it back first")
     return part.detach().narrow(0, 0, slot.numel)
+
+
+def _status(part: Any) -> str:
+    """Whether a part is in memory: DeepSpeed's `PartitionedParamStatus`, by name."""
+    return getattr(getattr(part, "status", None), "name", "AVAILABLE")
