@@ -24,8 +24,8 @@ from ds_fragment._place import Out, Place, room_for, wire_device
 from ds_fragment._sections import COMMON, CUTS, Cut, Section, cut_of, is_even, stretches
 from ds_fragment.errors import FragmentError
 
-# Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, launches not,
-# by a host that is slow at times least of all.
+# Bytes of the whole from which a copy costs more than a collective of its own; on a GPU copies are cheap, and launches
+# are not, least of all from a slow host.
 _IN_PLACE = 256 << 10
 _IN_PLACE_GPU = 32 << 20
 # Bytes of each rank's part from which broadcasts take less time than an all-gather.

@@ -118,6 +118,10 @@ class DeepSpeedAdapter(Adapter):
         """What the base optimizer keeps the state of a flat fp32 tensor under."""
         return self._flat(optimizer, index)
 
+    def _dtype(self, optimizer: Any, index: int) -> torch.dtype:
+        """Of a flat fp32 tensor, which can be told on every rank, whether or not it can be read."""
+        return self._flat(optimizer, index).dtype
+
     def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
         """A state of a flat fp32 tensor where it can be read and written."""
         return entry
@@ -140,7 +144,7 @@ class DeepSpeedAdapter(Adapter):
         if what == "grad":
             return slot.place(what, torch.float32, param.device)
         if what == "value":
-            dtype = self._value_dtype(param, slot)
+            dtype = param.dtype if slot.untrained else self._dtype(self._optimizer(param, slot), slot.index)
             return slot.place((what, dtype), dtype, param.device)
         source = self._source(param, slot, what)
         if source.dim():
@@ -149,10 +153,6 @@ class DeepSpeedAdapter(Adapter):
         if key not in slot.places:
             slot.places[key] = Place(source.shape, source.dtype, source.device, whole(()), None)
         return slot.places[key]
-
-    def _value_dtype(self, param: torch.Tensor, slot: Slot) -> torch.dtype:
-        """What its value is kept in, which can be told on every rank, whether or not it can be read."""
-        return self._source(param, slot, "value").dtype
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """Where the engine keeps each, and what it optimizes it with."""

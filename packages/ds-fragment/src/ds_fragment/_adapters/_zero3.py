@@ -75,13 +75,9 @@ class Zero3Adapter(DeepSpeedAdapter):
     def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
         return _nvme.entry_of(optimizer, index, entry) if _nvme.is_swapped(optimizer, index) else entry
 
-    def _value_dtype(self, param: torch.Tensor, slot: Slot) -> torch.dtype:
-        if slot.untrained:
-            return param.dtype
-        optimizer = self._optimizer(param, slot)
-        if _nvme.is_swapped(optimizer, slot.index):
-            return _nvme.dtype_of(optimizer, slot.index)
-        return self._key(optimizer, slot.index).dtype
+    def _dtype(self, optimizer: Any, index: int) -> torch.dtype:
+        swapped = _nvme.is_swapped(optimizer, index)
+        return _nvme.dtype_of(optimizer, index) if swapped else self._key(optimizer, index).dtype
 
     def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
         devices = getattr(optimizer, "subgroup_to_device", {})  # some stay on the device where ratio < 1
@@ -179,13 +175,14 @@ def _in_fp32_tensors(optimizer: Any) -> bool:
 def _part(param: Any, slot: Slot) -> torch.Tensor:
     """This rank's low-precision part without its padding."""
     part: torch.Tensor = param.ds_tensor
-    name = registry.name_of(param)
+    name, status = registry.name_of(param), _status(part)
     if hasattr(part, "ds_quant_scale"):
         raise FragmentError(f"{name} is quantised (zero_quantized_nontrainable_weights): it has no readable value")
-    if _status(part) == "NOT_AVAILABLE":
+    if status == "NOT_AVAILABLE":
         in_file = _nvme.part_of(param)
-        part = part if in_file is None else in_file
-    if part.numel() < slot.numel or _status(param.ds_tensor) == "INFLIGHT":
+        if in_file is not None:
+            part, status = in_file, "AVAILABLE"
+    if part.numel() < slot.numel or status != "AVAILABLE":
         raise FragmentError(f"{name} is offloaded, or on its way from NVMe: bring it back first")
     return part.detach().narrow(0, 0, slot.numel)
 
