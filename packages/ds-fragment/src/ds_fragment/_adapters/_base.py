@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -130,9 +132,10 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     if states is None:
         pairs = zip(map(registry.optimizer_of, params), params, strict=True)
         states = [{} if optimizer is None else optimizer.state.get(param, {}) for optimizer, param in pairs]
-    found = [state.get(key) for state in states]
-    if all(issubclass(kind, torch.Tensor) for kind in set(map(type, found))):
-        return found  # type: ignore[return-value]
+    with contextlib.suppress(KeyError):
+        found = list(map(itemgetter(key), states))
+        if all(issubclass(kind, torch.Tensor) for kind in set(map(type, found))):
+            return found
     return [state_entry(state_of(param, param), param, key) for param in params]
 
 
@@ -150,19 +153,22 @@ class _InOrder:
         optimizer = registry.only_optimizer() if len(params) >= _MANY else None
         if optimizer is None:
             return None
-        state, ids = optimizer.state, list(map(id, params))
-        begin, end = self._end, self._end + len(ids)
-        if list(map(id, islice(state, begin, end))) != ids:
-            kept = list(map(id, state))
-            begin = kept.index(ids[0]) if ids[0] in kept else 0
-            end = begin + len(ids)
-            if kept[begin:end] != ids:
+        state = optimizer.state
+        begin = self._end
+        if not _in_turn_from(begin, state, params):
+            begin = next((at for at, kept in enumerate(state) if kept is params[0]), 0)
+            if not _in_turn_from(begin, state, params):
                 return None  # another order, or not all of them have been updated
-        self._end = end
-        return list(islice(state.values(), begin, end))
+        self._end = begin + len(params)
+        return list(islice(state.values(), begin, self._end))
 
 
 _in_order = _InOrder()
+
+
+def _in_turn_from(begin: int, kept: Mapping[torch.Tensor, object], params: Sequence[torch.Tensor]) -> bool:
+    """Whether the keys from there on are these."""
+    return begin + len(params) <= len(kept) and all(map(is_, islice(kept, begin, None), params))
 
 
 def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:
