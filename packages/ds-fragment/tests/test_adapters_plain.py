@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from ds_fragment import attach, get_local, iter_full, set_local, set_many, state_keys, update_many
 from ds_fragment._adapters import adapter_of
 from ds_fragment._adapters._deepspeed import at_boundary
-from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
+from ds_fragment.errors import GradientUnavailableError
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -150,33 +149,6 @@ def test_a_missing_plain_gradient_beside_sharded_ones() -> None:
     assert mine == other
     assert all(error is not None and error[0] == "GradientUnavailableError" for error in mine)
     assert all(error[1].startswith("rank 0: a parameter of shape (2,) has no gradient") for error in mine)
-
-
-def test_what_a_fused_deepspeed_optimizer_keeps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its flat masters are not known: a write to the parameter would last until the next step."""
-
-    class FP16_Optimizer:
-        def __init__(self, params: list[nn.Parameter]) -> None:
-            self.fp16_groups = [params]
-
-    stand_in = ModuleType("deepspeed.runtime.fp16.fused_optimizer")
-    stand_in.FP16_Optimizer = FP16_Optimizer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    engine = nn.Linear(3, 2).bfloat16()
-    engine.optimizer = FP16_Optimizer([engine.weight])  # not the bias
-    before = engine.weight.detach().clone()
-    attach(engine)
-    for call in (
-        lambda: safe_get_full_fp32_param(engine.weight),
-        lambda: safe_get_full_grad(engine.weight),
-        lambda: safe_get_full_optimizer_state(engine.weight, "exp_avg"),
-        lambda: safe_set_full_fp32_param(engine.weight, torch.ones(2, 3)),
-        lambda: state_keys(engine.weight),
-    ):
-        with pytest.raises(UnlinkedParameterError, match="use ZeRO stage 1"):
-            call()
-    assert_same(engine.weight.detach(), before)
-    assert_same(safe_get_full_fp32_param(engine.bias), engine.bias.detach().float())
 
 
 @pytest.mark.parametrize("boundary", [False, True])

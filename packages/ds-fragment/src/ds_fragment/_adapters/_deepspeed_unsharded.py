@@ -1,26 +1,36 @@
 """DeepSpeed without ZeRO, in bf16 or fp16: every rank keeps the fp32 masters of all parameters.
 
-Its FP16_UnfusedOptimizer keeps a master of each parameter, and its base optimizer the state of those. What its
-FP16_Optimizer keeps beside fused optimizers is flat, and refused: the engine would undo a write of the parameter.
+Its FP16_UnfusedOptimizer keeps a master of each parameter. Its FP16_Optimizer, which it takes beside FusedAdam, keeps
+one flat master for each parameter group, of all its parameters one after the other. The base optimizer's state belongs
+to the masters, and is cut like them.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ds_fragment._adapters._base import ready_state, state_entry, value_kind
 from ds_fragment._adapters._deepspeed import UNREDUCED, loss_scale, no_gradient
 from ds_fragment._adapters._plain import PlainAdapter
 from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
-from ds_fragment._registry import registry
-from ds_fragment.errors import UnlinkedParameterError
 
 # DeepSpeed 0.19.6 divides fp16 gradients by a loss scale that it did not multiply them by; older ones do both.
 _UNTOLD = "with {} and without ZeRO, DeepSpeed does not tell whether the gradient {}: use ZeRO stage 1, which does"
+
+
+class _Slot(NamedTuple):
+    """Where the optimizer of an engine keeps a parameter: in which group, and there as which one or from where on."""
+
+    engine: weakref.ref[Any]
+    group: int
+    position: int
+    start: int
 
 
 class DeepSpeedUnshardedAdapter(PlainAdapter):
@@ -30,39 +40,62 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._engines = IdentityMap[weakref.ref[Any]]()
+        self._slots = IdentityMap[_Slot]()
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
         optimizer: Any = getattr(model, "optimizer", None)
-        unfused = is_a(optimizer, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
-        if not unfused and not is_a(optimizer, "deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer"):
+        if not _is_fused(optimizer) and not is_a(
+            optimizer, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"
+        ):
             return
         reference = weakref.ref(model)
-        for index, params in enumerate(optimizer.fp16_groups):
+        for group, params in enumerate(optimizer.fp16_groups):
+            start = 0
             for position, param in enumerate(params):
-                self._engines[param] = reference
-                if unfused:
-                    registry.add_master(param, optimizer.fp32_groups[index][position])
-        if unfused:
-            registry.add_optimizer(optimizer.optimizer)
+                self._slots[param] = _Slot(reference, group, position, start)
+                start += param.numel()
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the engine is there, and trains the parameter."""
-        return self._engine(param) is not None
+        slot = self._slots.get(param)
+        return slot is not None and slot.engine() is not None
 
-    def _engine(self, param: torch.Tensor) -> Any:
-        reference = self._engines.get(param)
-        return None if reference is None else reference()
+    def _kept(self, param: torch.Tensor) -> tuple[Any, _Slot]:
+        """The engine, and where its optimizer keeps the parameter."""
+        slot = self._slots.get(param)
+        assert slot is not None
+        return slot.engine(), slot
+
+    def _owned(self, param: torch.Tensor) -> torch.Tensor:
+        """What the base optimizer updates: the master, or the flat one that it is a part of."""
+        engine, slot = self._kept(param)
+        optimizer = engine.optimizer
+        found: torch.Tensor = (
+            optimizer.fp32_groups_flat[slot.group]
+            if _is_fused(optimizer)
+            else optimizer.fp32_groups[slot.group][slot.position]
+        )
+        return found
+
+    def _state(self, param: torch.Tensor) -> dict[str, Any]:
+        engine, _ = self._kept(param)
+        return ready_state(engine.optimizer.optimizer, self._owned(param), param)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""
-        _require_master(param)
-        return self._gradient(param).float() if what == "grad" else super().local(param, what)
+        if what == "grad":
+            return self._gradient(param).float()
+        engine, slot = self._kept(param)
+        owned = self._owned(param)
+        found = owned.detach() if what == "value" else state_entry(self._state(param), param, what)
+        if _is_fused(engine.optimizer) and found.shape == owned.shape:
+            return found[slot.start : slot.start + param.numel()].view(param.shape)
+        return found
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor:
         """As the engine keeps it, in the parameter's own dtype."""
-        engine = self._engine(param)
+        engine, _ = self._kept(param)
         if not engine.enable_backward_allreduce or engine.inside_no_sync_ctxt:
             raise no_gradient(param, UNREDUCED)
         if engine.gradient_accumulation_steps() > 1:
@@ -82,13 +115,17 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the base optimizer's state."""
-        _require_master(param)
-        return super().state_keys(param)
+        return list(self._state(param))
+
+    def master(self, param: torch.Tensor) -> str:
+        """``"fp32"``."""
+        return value_kind(self._owned(param).dtype)
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Copy the masters to their parameters."""
+        for param in params:
+            param.data.copy_(self.local(param, "value"))
 
 
-def _require_master(param: torch.Tensor) -> None:
-    if registry.master_of(param) is None:
-        raise UnlinkedParameterError(
-            f"{registry.name_of(param)} is kept by DeepSpeed's FP16_Optimizer in flat fp32 tensors, which cannot be "
-            "read or written: use ZeRO stage 1, which can"
-        )
+def _is_fused(optimizer: Any) -> bool:
+    return is_a(optimizer, "deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer")
