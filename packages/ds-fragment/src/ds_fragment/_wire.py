@@ -122,8 +122,7 @@ class Wire:
         """
         found = locate(self.items)
         lead = len(self.in_place)
-        packer = self._packer if _kernels.usable(self.device) else None
-        packed = packer is not None and packer.again(chunk, found[lead:], blocks=blocks)
+        packed = bool(self.sections) and _kernels.usable(self.device) and self._packed(found, chunk, blocks)
         if packed:
             found = found[:lead]
         self._check(found)
@@ -134,7 +133,7 @@ class Wire:
         if self.in_place:
             self._set_off(pieces, wholes)
         if not packed:
-            self._pack(pieces, chunk, blocks)
+            self._pack(pieces, chunk)
         return pieces
 
     def ready(self, locate: Locate, whole: torch.Tensor) -> torch.Tensor:
@@ -180,15 +179,37 @@ class Wire:
         start, nbytes = next((start, nbytes) for rank, start, nbytes in self.in_place[item] if rank == self.rank)
         return whole.view(-1).narrow(0, start // size, nbytes // size)
 
-    def _pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor, blocks: int | None) -> None:
+    def _packed(self, found: Pieces, chunk: torch.Tensor, blocks: int | None) -> bool:
+        """Fill the chunk by a kernel; False, and nothing done, where that cannot be."""
+        lead = len(self.in_place)
+        packing = found[lead:]
+        if self._packer is not None and self._packer.again(chunk, packing, blocks=blocks):
+            return True
+        if self.only is not None:  # for which torch's copy does
+            return False
+        self._check(found)
+        mine = [piece for piece, sent in zip(packing, self.sent[lead:], strict=True) if sent and piece is not None]
+        if not mine:
+            return False
+        if self._packer is None:
+            self._packer = self._prepared()
+        return self._packer.pack(chunk, mine, blocks=blocks)
+
+    def _prepared(self) -> _kernels.Tensors:
+        """What packs this rank's chunk."""
+        offsets, dtypes = [], []
+        for section in self.sections:
+            for offset, numel in zip(section.offsets(self.rank), section.sent[self.rank], strict=True):
+                if numel:
+                    offsets.append(offset)
+                    dtypes.append(section.dtype)
+        head = self.chunks.head
+        status = torch.zeros(head, dtype=torch.uint8, device=self.device) if head else None
+        return _kernels.Tensors(offsets, dtypes, head=status)
+
+    def _pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
+        """Fill the chunk by torch."""
         packed = [pieces[item] for section in self.sections for item in section.items if item in pieces]
-        if (
-            packed
-            and self.only is None
-            and _kernels.usable(self.device)
-            and self._pack_by_kernel(chunk, packed, blocks)
-        ):
-            return
         head = self.chunks.head
         if head:
             chunk[:head].zero_()
@@ -210,19 +231,6 @@ class Wire:
                     _kernels.copy([part for _, part in section.parts(room, self.rank)], mine)
             if room is not chunk:
                 chunk[head:].copy_(room[head:])
-
-    def _pack_by_kernel(self, chunk: torch.Tensor, packed: list[torch.Tensor], blocks: int | None) -> bool:
-        if self._packer is None:
-            offsets, dtypes = [], []
-            for section in self.sections:
-                for offset, numel in zip(section.offsets(self.rank), section.sent[self.rank], strict=True):
-                    if numel:
-                        offsets.append(offset)
-                        dtypes.append(section.dtype)
-            head = self.chunks.head
-            status = torch.zeros(head, dtype=torch.uint8, device=self.device) if head else None
-            self._packer = _kernels.Tensors(offsets, dtypes, head=status)
-        return self._packer.pack(chunk, packed, blocks=blocks)
 
 
 def numels(pieces: Pieces) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from ds_fragment._kernels import _stretches
+from ds_fragment._kernels._plan import kind_of
 from ds_fragment._kernels._stretches import Tensors
 
 SIZES = (8, 3, 5)
@@ -41,8 +42,9 @@ def packed() -> tuple[Tensors, torch.Tensor, list[torch.Tensor | None]]:
     tensors: list[torch.Tensor | None] = [torch.zeros(size) for size in SIZES]
     buffer = torch.empty(64, dtype=torch.uint8)
     copies = Tensors(OFFSETS, [torch.float32] * 3)
-    assert not copies.again(buffer, tensors)  # nothing was prepared
-    assert copies.pack(buffer, [tensor for tensor in tensors if tensor is not None])
+    for _ in range(2):  # nothing was prepared; they may be others every time
+        assert not copies.again(buffer, tensors)
+        assert copies.pack(buffer, [tensor for tensor in tensors if tensor is not None])
     return copies, buffer, tensors
 
 
@@ -53,7 +55,7 @@ def test_the_same_tensors_are_sent_again_without_being_prepared() -> None:
         tensor += 1
     assert copies.again(buffer, tensors)
     assert copies.again(torch.empty_like(buffer), list(tensors))
-    assert (Recorded.made, Recorded.moves) == (1, 3)
+    assert (Recorded.made, Recorded.moves) == (1, 4)
 
 
 def shorter(tensors: list[torch.Tensor | None]) -> None:
@@ -93,7 +95,7 @@ def test_tensors_that_changed_are_not(change: Callable[[list[torch.Tensor | None
     copies, buffer, tensors = packed()
     change(tensors)
     assert not copies.again(buffer, tensors)
-    assert Recorded.moves == 1
+    assert Recorded.moves == 2
 
 
 def test_others_that_look_alike_are_not_prepared_anew() -> None:
@@ -102,7 +104,23 @@ def test_others_that_look_alike_are_not_prepared_anew() -> None:
     assert not copies.again(buffer, alike)
     assert copies.pack(buffer, alike)
     assert copies.again(buffer, alike)
-    assert (Recorded.made, Recorded.moves) == (1, 3)
+    assert (Recorded.made, Recorded.moves) == (1, 4)
+
+
+def test_others_of_any_look_are_packed_from_where_they_are() -> None:
+    """As gradients, which are others at every step."""
+    copies, buffer, tensors = packed()
+    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 1), (torch.float32, 4)):  # a cast counts elements
+        others = [torch.ones(size, dtype=dtype) for size in SIZES]
+        assert not copies.again(buffer, list(others))
+        assert copies.pack(buffer, others)
+        made = copies._stretches[False]
+        assert isinstance(made, Recorded)
+        kinds = bytes([kind_of("copy", torch.float32, dtype) or 0]) * 3
+        where = [other.data_ptr() for other in others]
+        assert made.table == (list(OFFSETS), where, [itemsize * size for size in SIZES], kinds)
+    assert not copies.pack(buffer, [torch.ones(size, dtype=torch.int64) for size in SIZES])  # for which there is none
+    assert copies.pack(buffer, [tensor for tensor in tensors if tensor is not None])
 
 
 def test_the_head_is_put_before_what_is_packed_and_not_unpacked() -> None:

@@ -71,11 +71,12 @@ class Tensors:
         numels: Sequence[int] | None = None,
         head: torch.Tensor | None = None,
     ) -> None:
-        self._offsets, self._dtypes, self._numels, self._head = offsets, dtypes, numels, head
-        self._pieces = [(position, 0) for position in range(len(offsets))] if pieces is None else pieces
-        self._seen = Seen()  # the last time
+        self._offsets, self._dtypes, self._pieces, self._numels, self._head = offsets, dtypes, pieces, numels, head
+        self._seen = Seen()  # what was given twice
         self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
-        self._stretches: dict[bool, Stretches] = {}  # by direction
+        # By direction; the sizes and kinds for as long as the tensors look alike, wherever they are.
+        self._sized: dict[bool, tuple[list[int], bytes] | None] = {}
+        self._stretches: dict[bool, Stretches] = {}
 
     def pack(self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, blocks: int | None = None) -> bool:
         """Fill the buffer; False, and nothing done, where a kernel cannot read the tensors as they are.
@@ -101,17 +102,21 @@ class Tensors:
     def _move(
         self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool, blocks: int | None = None
     ) -> bool:
-        columns = _columns(tensors)
-        if columns != self._made_of:
+        columns, before = _columns(tensors), self._made_of
+        if columns != before:
             self._stretches.clear()
+            if columns[1:] != before[1:]:
+                self._sized.clear()
             self._made_of = columns
-        if not all_plain(tensors, buffer.device):
-            self._seen = Seen()
-            return False
-        if not self._seen.are(tensors):
+        plain = all_plain(tensors, buffer.device)
+        if columns != before or not plain:
+            self._seen = Seen()  # as gradients are others at every step, only what comes again is worth remembering
+        elif not self._seen.are(tensors):
             self._seen = Seen(tensors)
+        if not plain:
+            return False
         if into_tensors not in self._stretches:
-            made = self._prepared(tensors, buffer.device, into_tensors)
+            made = self._prepared(buffer.device, into_tensors)
             if made is None:
                 return False
             self._stretches[into_tensors] = made
@@ -121,26 +126,36 @@ class Tensors:
             self._stretches[False].move(buffer, None, blocks=blocks)
         return True
 
-    def _prepared(self, tensors: Sequence[torch.Tensor], device: torch.device, into_tensors: bool) -> Stretches | None:
-        addresses, sizes, kinds = [], [], []
-        for at, (dtype, (position, start)) in enumerate(zip(self._dtypes, self._pieces, strict=True)):
-            tensor = tensors[position]
-            numel = tensor.numel() if self._numels is None else self._numels[at]
-            pair = (tensor.dtype, dtype) if into_tensors else (dtype, tensor.dtype)
-            kind = kind_of("copy", *pair)
+    def _prepared(self, device: torch.device, into_tensors: bool) -> Stretches | None:
+        if into_tensors not in self._sized:
+            self._sized[into_tensors] = self._sizes(into_tensors)
+        sized = self._sized[into_tensors]
+        if sized is None:
+            return None
+        addresses, dtypes, _ = self._made_of
+        if self._pieces is not None:
+            addresses = [addresses[at] + start * dtypes[at].itemsize for at, start in self._pieces]
+        offsets = self._offsets
+        if self._head is not None and not into_tensors:
+            addresses, offsets = [*addresses, self._head.data_ptr()], [*offsets, 0]
+        dsts, srcs = (addresses, offsets) if into_tensors else (offsets, addresses)
+        return Stretches(dsts, srcs, *sized, device)
+
+    def _sizes(self, into_tensors: bool) -> tuple[list[int], bytes] | None:
+        """What `Stretches` takes for the sizes and kinds; None where there is no kernel for a pair of dtypes."""
+        _, dtypes, numels = self._made_of
+        tensors = range(len(dtypes)) if self._pieces is None else [at for at, _ in self._pieces]
+        sizes, kinds = [], []
+        for there, at, numel in zip(self._dtypes, tensors, self._numels or numels, strict=True):
+            kind = kind_of("copy", dtypes[at], there) if into_tensors else kind_of("copy", there, dtypes[at])
             if kind is None:
                 return None
-            addresses.append(tensor.data_ptr() + start * tensor.dtype.itemsize)
-            sizes.append(numel * dtype.itemsize if kind == SAME else numel)
+            sizes.append(numel * there.itemsize if kind == SAME else numel)
             kinds.append(kind)
-        offsets = list(self._offsets)
         if self._head is not None and not into_tensors:
-            offsets.append(0)
-            addresses.append(self._head.data_ptr())
             sizes.append(self._head.numel())
             kinds.append(SAME)
-        dsts, srcs = (addresses, offsets) if into_tensors else (offsets, addresses)
-        return Stretches(dsts, srcs, sizes, bytes(kinds), device)
+        return sizes, bytes(kinds)
 
 
 def _columns(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[torch.dtype], list[int]]:
