@@ -17,9 +17,10 @@ if not Path("/usr/include/libaio.h").exists():
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ds_fragment
+import engines
 import torch.distributed as dist
 from ds_fragment import tensor_fragment as ours
-from engines import ENV, TIMEOUT, Case, backward, make_engine, train, trained
+from engines import ENV, TIMEOUT, Case, Net, backward, make_engine, train, trained
 from oracles import lp_weights, same, told
 from ranks import run_ranks
 from test_values_and_state import live
@@ -114,3 +115,36 @@ def _in_memory_as_well(rank: int, folder: Path) -> None:
 
 def test_a_write_reaches_the_file_of_a_parameter_that_is_in_memory(tmp_path: Path) -> None:
     run_ranks(_in_memory_as_well, 2, tmp_path, env=ENV, timeout=TIMEOUT)
+
+
+class Frozen(Net):
+    """A matrix that is not trained, and large enough for a file."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.b.weight.requires_grad_(False)
+
+
+def _frozen(rank: int, folder: Path) -> None:
+    engines.Net = Frozen  # type: ignore[misc]
+    engine = make_engine(case_of(folder, offload_optimizer={}, offload_param=PARAMETERS))
+    ds_fragment.attach(engine)
+    train(engine, 0)
+    param: Any = engine.module.b.weight
+    assert param.ds_tensor.status.name == "NOT_AVAILABLE"
+    assert ds_fragment.describe(param).master == "upcast"
+    expected = lp_weights(engine)["b.weight"]
+    assert expected.any()
+    assert same(ours.safe_get_full_fp32_param(param), expected)
+    assert same(dict(ds_fragment.iter_full(engine.module))["b.weight"].float(), expected)
+    assert param.ds_tensor.status.name == "NOT_AVAILABLE"
+    new = expected.neg()
+    ours.safe_set_full_fp32_param(param, new)
+    assert same(ours.safe_get_full_fp32_param(param), new)
+    train(engine, 1)
+    assert same(lp_weights(engine)["b.weight"], new)
+    engine.destroy()
+
+
+def test_a_frozen_parameter_in_a_file(tmp_path: Path) -> None:
+    run_ranks(_frozen, 2, tmp_path, env=ENV, timeout=TIMEOUT)
