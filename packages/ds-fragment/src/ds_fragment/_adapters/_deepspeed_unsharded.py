@@ -8,17 +8,16 @@ to the masters, and is cut like them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ds_fragment._adapters._base import ready_state, state_entry, value_kind
 from ds_fragment._adapters._deepspeed import UNREDUCED, loss_scale, no_gradient
 from ds_fragment._adapters._plain import PlainAdapter
 from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
+from ds_fragment._registry import registry
 
 # DeepSpeed 0.19.6 divides fp16 gradients by a loss scale that it did not multiply them by; older ones do both.
 _UNTOLD = "with {} and without ZeRO, DeepSpeed does not tell whether the gradient {}: use ZeRO stage 1, which does"
@@ -55,6 +54,7 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
             for position, param in enumerate(params):
                 self._slots[param] = _Slot(reference, group, position, start)
                 start += param.numel()
+        registry.add_optimizer(optimizer.optimizer)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the engine is there, and trains the parameter."""
@@ -68,30 +68,24 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         return slot.engine(), slot
 
     def _owned(self, param: torch.Tensor) -> torch.Tensor:
-        """What the base optimizer updates: the master, or the flat one that it is a part of."""
+        """The parameter's master, or the flat one that it is a part of."""
         engine, slot = self._kept(param)
-        optimizer = engine.optimizer
         found: torch.Tensor = (
-            optimizer.fp32_groups_flat[slot.group]
-            if _is_fused(optimizer)
-            else optimizer.fp32_groups[slot.group][slot.position]
+            engine.optimizer.fp32_groups_flat[slot.group]
+            if _is_fused(engine.optimizer)
+            else engine.optimizer.fp32_groups[slot.group][slot.position]
         )
         return found
 
-    def _state(self, param: torch.Tensor) -> dict[str, Any]:
-        engine, _ = self._kept(param)
-        return ready_state(engine.optimizer.optimizer, self._owned(param), param)
+    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        engine, slot = self._kept(param)
+        if not _is_fused(engine.optimizer) or found.shape != self._owned(param).shape:
+            return found
+        return found[slot.start : slot.start + param.numel()].view(param.shape)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""
-        if what == "grad":
-            return self._gradient(param).float()
-        engine, slot = self._kept(param)
-        owned = self._owned(param)
-        found = owned.detach() if what == "value" else state_entry(self._state(param), param, what)
-        if _is_fused(engine.optimizer) and found.shape == owned.shape:
-            return found[slot.start : slot.start + param.numel()].view(param.shape)
-        return found
+        return self._gradient(param).float() if what == "grad" else super().local(param, what)
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor:
         """As the engine keeps it, in the parameter's own dtype."""
@@ -112,19 +106,6 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
             stored.copy_(piece.view(stored.shape))
         else:
             super().write(param, what, piece)
-
-    def state_keys(self, param: torch.Tensor) -> list[str]:
-        """The keys of the base optimizer's state."""
-        return list(self._state(param))
-
-    def master(self, param: torch.Tensor) -> str:
-        """``"fp32"``."""
-        return value_kind(self._owned(param).dtype)
-
-    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Copy the masters to their parameters."""
-        for param in params:
-            param.data.copy_(self.local(param, "value"))
 
 
 def _is_fused(optimizer: Any) -> bool:

@@ -52,9 +52,8 @@ class PlainAdapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
-        owned = _master(param)
         if what == "value":
-            return owned.detach()
+            return self._part(param, self._owned(param).detach())
         if what == "grad":
             ddp = self._ddp.get(param)
             wrapper = None if ddp is None else ddp()
@@ -63,31 +62,36 @@ class PlainAdapter(Adapter):
                     f"{registry.name_of(param)} has a gradient of this rank alone: the last backward pass ran under "
                     "DistributedDataParallel.no_sync(); read it after one that reduces"
                 )
-            grad = owned.grad if owned.grad is not None else param.grad
+            master = registry.master_of(param)
+            grad = param.grad if master is None or master.grad is None else master.grad
             if grad is None:
                 raise GradientUnavailableError(
                     f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
                     "cleared"
                 )
             return grad.detach()
-        return state_entry(state_of(owned, param), param, what)
+        return self._part(param, state_entry(state_of(self._owned(param), param), param, what))
+
+    def _owned(self, param: torch.Tensor) -> torch.Tensor:
+        """What the optimizer updates: the attached master, or the parameter itself."""
+        master = registry.master_of(param)
+        return param if master is None else master
+
+    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """The parameter's own, of what the optimizer updates or keeps beside that."""
+        return found
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
-        return list(state_of(_master(param), param))
+        return list(state_of(self._owned(param), param))
 
     def master(self, param: torch.Tensor) -> str:
-        """``"upcast"`` for a low-precision parameter without a master that was attached."""
-        return value_kind(_master(param).dtype)
+        """``"upcast"`` for a low-precision parameter without a master."""
+        return value_kind(self._owned(param).dtype)
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Copy attached masters to their parameters."""
+        """Copy masters to their parameters."""
         for param in params:
-            master = registry.master_of(param)
-            if master is not None:
-                param.data.copy_(master.data)
-
-
-def _master(param: torch.Tensor) -> torch.Tensor:
-    master = registry.master_of(param)
-    return param if master is None else master
+            owned = self._owned(param)
+            if owned is not param:
+                param.data.copy_(self._part(param, owned.data))
