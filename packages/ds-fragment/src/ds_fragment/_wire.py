@@ -122,10 +122,13 @@ class Wire:
         """
         found = locate(self.items)
         lead = len(self.in_place)
-        packed = bool(self.sections) and _kernels.usable(self.device) and self._packed(found, chunk, blocks)
+        # Of one item that travels alone torch's copy does.
+        kernels = bool(self.sections) and self.only is None and _kernels.usable(self.device)
+        again = kernels and self._packer is not None and self._packer.again(chunk, found[lead:], blocks=blocks)
+        self._check(found[:lead] if again else found)  # what is sent again has been
+        packed = again or (kernels and self._pack_by_kernel(found[lead:], chunk, blocks))
         if packed:
             found = found[:lead]
-        self._check(found)
         triples = zip(self.items, found, self.sent, strict=not packed)
         pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
         if any(map(_requires_grad, pieces.values())):
@@ -179,16 +182,10 @@ class Wire:
         start, nbytes = next((start, nbytes) for rank, start, nbytes in self.in_place[item] if rank == self.rank)
         return whole.view(-1).narrow(0, start // size, nbytes // size)
 
-    def _packed(self, found: Pieces, chunk: torch.Tensor, blocks: int | None) -> bool:
-        """Fill the chunk by a kernel; False, and nothing done, where that cannot be."""
-        lead = len(self.in_place)
-        packing = found[lead:]
-        if self._packer is not None and self._packer.again(chunk, packing, blocks=blocks):
-            return True
-        if self.only is not None:  # for which torch's copy does
-            return False
-        self._check(found)
-        mine = [piece for piece, sent in zip(packing, self.sent[lead:], strict=True) if sent and piece is not None]
+    def _pack_by_kernel(self, packing: Pieces, chunk: torch.Tensor, blocks: int | None) -> bool:
+        """Fill the chunk with the pieces of the sections; False, and nothing done, where no kernel can."""
+        pairs = zip(packing, self.sent[len(self.in_place) :], strict=True)
+        mine = [piece for piece, sent in pairs if sent and piece is not None]
         if not mine:
             return False
         if self._packer is None:

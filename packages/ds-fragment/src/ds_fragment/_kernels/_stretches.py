@@ -102,14 +102,15 @@ class Tensors:
     def _move(
         self, buffer: torch.Tensor, tensors: Sequence[torch.Tensor], *, into_tensors: bool, blocks: int | None = None
     ) -> bool:
-        columns, before = _columns(tensors), self._made_of
-        if columns != before:
+        columns = _columns(tensors)
+        moved = columns != self._made_of
+        if moved:
             self._stretches.clear()
-            if columns[1:] != before[1:]:
+            if columns[1:] != self._made_of[1:]:
                 self._sized.clear()
             self._made_of = columns
         plain = all_plain(tensors, buffer.device)
-        if columns != before or not plain:
+        if moved or not plain:
             self._seen = Seen()  # as gradients are others at every step, only what comes again is worth remembering
         elif not self._seen.are(tensors):
             self._seen = Seen(tensors)
