@@ -114,7 +114,10 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_engine(
-    case: Case, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, lr: float = 0.05
+    case: Case,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    lr: float = 0.05,
+    net: type[Net] = Net,
 ) -> Any:
     """An engine over all ranks, which all must call it."""
     import deepspeed
@@ -129,7 +132,7 @@ def make_engine(
     config = configuration(case)
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=case.zero_init):
-        model = Net(case.width)
+        model = net(case.width)
     made = deepspeed.initialize(
         model=model, optimizer=optimizer(groups_of(model), lr=lr), config=config, dist_init_required=False
     )

@@ -17,7 +17,6 @@ if not Path("/usr/include/libaio.h").exists():
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ds_fragment
-import engines
 import torch.distributed as dist
 from ds_fragment import tensor_fragment as ours
 from engines import ENV, TIMEOUT, Case, Net, backward, make_engine, train, trained
@@ -126,8 +125,7 @@ class Frozen(Net):
 
 
 def _frozen(rank: int, folder: Path) -> None:
-    engines.Net = Frozen  # type: ignore[misc]
-    engine = make_engine(case_of(folder, offload_optimizer={}, offload_param=PARAMETERS))
+    engine = make_engine(case_of(folder, offload_optimizer={}, offload_param=PARAMETERS), net=Frozen)
     ds_fragment.attach(engine)
     train(engine, 0)
     param: Any = engine.module.b.weight
