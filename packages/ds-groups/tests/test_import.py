@@ -26,6 +26,8 @@ def python(code):
 def test_arithmetic_without_torch():
     code = (
         "sys.modules['torch'] = None\n"
+        "import ds_groups\n"
+        "assert 'parallel_state' in dir(ds_groups)\n"
         "from ds_groups import ParallelTopology, TopologyError\n"
         "print(ParallelTopology(8, tp=2).ranks('tp', 5))"
     )
@@ -42,8 +44,15 @@ def test_parallel_state_without_a_process_group():
     assert python(code) == "1\n"
 
 
+def test_torch_is_not_imported():
+    assert python("import ds_groups\nprint('torch' in sys.modules)") == "False\n"
+
+
 def test_exports():
     assert all(hasattr(ds_groups, name) for name in ds_groups.__all__)
     assert ds_groups.BoundTopology.__name__ == "BoundTopology"
+    assert ds_groups.parallel_state.__name__ == "ds_groups.parallel_state"
+    assert {name for name in dir(ds_groups) if not name.startswith("_")} == {*ds_groups.__all__} - {"__version__"}
+    assert {"__version__", "__file__"} <= set(dir(ds_groups))
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = ds_groups.nothing_here

@@ -6,30 +6,55 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
 from ._topology import ParallelTopology
-from .errors import GroupsError, PlanMismatchError, PlanTimeoutError, StaleGroupsError, TopologyError
+from .errors import (
+    DivisibilityError,
+    GroupCreationError,
+    GroupsError,
+    LayoutConflictError,
+    NoSequenceGroupError,
+    NotInitializedError,
+    PlanMismatchError,
+    PlanTimeoutError,
+    RankRangeError,
+    StaleGroupsError,
+    TopologyError,
+)
 
 if TYPE_CHECKING:
+    from . import parallel_state
     from ._bound import BoundTopology
 
 __all__ = [
     "__version__",
     "BoundTopology",
+    "DivisibilityError",
+    "GroupCreationError",
     "GroupsError",
+    "LayoutConflictError",
+    "NoSequenceGroupError",
+    "NotInitializedError",
     "ParallelTopology",
     "PlanMismatchError",
     "PlanTimeoutError",
+    "RankRangeError",
     "StaleGroupsError",
     "TopologyError",
+    "parallel_state",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "BoundTopology":  # needs torch, which rank arithmetic does not
-        from ._bound import BoundTopology
-
-        return BoundTopology
+    if name == "BoundTopology":  # this and `parallel_state` need torch, which rank arithmetic does not
+        return importlib.import_module("._bound", __name__).BoundTopology
+    if name == "parallel_state":
+        return importlib.import_module(".parallel_state", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("_"))})

@@ -71,8 +71,8 @@ def default_store() -> Store:
     return store
 
 
-def is_alive(group: dist.ProcessGroup) -> bool:
-    """Whether ``group`` has not been destroyed."""
+def is_alive(group: object) -> bool:
+    """Whether ``group`` is a process group that has not been destroyed."""
     return is_initialized() and group in c10d._world.pg_map
 
 

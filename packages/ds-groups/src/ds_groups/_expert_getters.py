@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from ._state import GroupSet, state
+from ._state import Made, state
+from ._variables import EXPERT
 from .errors import NotInitializedError
 
 Group = dist.ProcessGroup
 
 
-def find(name: str) -> GroupSet:
-    """The expert and expert-data groups of this name, ``ep_size_<size>``."""
-    return state.get(name, f"the expert parallel group {name!r}", "_create_expert_and_data_parallel(size)")
+def find(name: str, kind: str) -> Made:
+    """The group of this kind, ``expert`` or ``expert_data``, called ``name``, which is ``ep_size_<size>``."""
+    return state.get(name, kind, f"the expert parallel group {name!r}", "_create_expert_and_data_parallel(size)")
 
 
 def _get_max_expert_size() -> int | None:
     """The largest expert group size that has been made; None when none has."""
-    state.refresh()
-    return max((int(name.removeprefix("ep_size_")) for name in state.expert_groups), default=None)
+    names = [name for name in _get_expert_parallel_group_dict() if state.find(name, "expert")]
+    return max((int(name.removeprefix("ep_size_")) for name in names), default=None)
 
 
 def _get_max_expert_size_name() -> str:
@@ -36,49 +37,49 @@ def _get_max_expert_parallel_group() -> Group:
 
 def _get_expert_parallel_group(group_name: str) -> Group:
     """This rank's expert group of this name: ``ep_size_4``."""
-    return find(group_name).groups["expert"]
+    return find(group_name, "expert").group
 
 
 def _get_expert_parallel_group_ranks(group_name: str) -> list[int]:
     """Global ranks of this rank's expert group, as the group numbers them."""
-    return list(find(group_name).ranks["expert"])
+    return list(find(group_name, "expert").ranks)
 
 
 def _get_expert_parallel_group_dict() -> dict[str, Group]:
-    """Name -> this rank's expert group; always the same dict, kept up to date."""
-    state.refresh()
-    return state.expert_groups
+    """Name -> this rank's expert group; DeepSpeed's own dict where it is the engine. Kept up to date."""
+    found: dict[str, Group] = state.variable(EXPERT["expert"])
+    return found
 
 
 def _get_expert_data_parallel_group(group_name: str) -> Group:
     """The group of the ranks that hold the same experts as this one."""
-    return find(group_name).groups["expert_data"]
+    return find(group_name, "expert_data").group
 
 
 def _get_expert_data_parallel_group_ranks(group_name: str) -> list[int]:
     """Global ranks that hold the same experts as this one, as the group numbers them."""
-    return list(find(group_name).ranks["expert_data"])
+    return list(find(group_name, "expert_data").ranks)
 
 
 def _get_expert_data_parallel_group_dict() -> dict[str, Group]:
-    """Name -> this rank's expert-data group; always the same dict, kept up to date."""
-    state.refresh()
-    return state.expert_data_groups
+    """Name -> this rank's expert-data group; DeepSpeed's own dict where it is the engine. Kept up to date."""
+    found: dict[str, Group] = state.variable(EXPERT["expert_data"])
+    return found
 
 
 def _get_expert_broadcast_src_rank(group_name: str) -> int:
     """Global rank of the first member of the expert-data group."""
-    return find(group_name).ranks["expert_data"][0]
+    return find(group_name, "expert_data").ranks[0]
 
 
 def _get_expert_parallel_world_size(group_name: str) -> int:
     """Ranks in the expert group."""
-    return len(find(group_name).ranks["expert"])
+    return len(find(group_name, "expert").ranks)
 
 
 def _get_expert_data_parallel_world_size(group_name: str) -> int:
     """Ranks in the expert-data group."""
-    return len(find(group_name).ranks["expert_data"])
+    return len(find(group_name, "expert_data").ranks)
 
 
 def _get_expert_parallel_rank(group_name: str) -> int:
@@ -88,7 +89,7 @@ def _get_expert_parallel_rank(group_name: str) -> int:
 
 def _get_expert_parallel_src_rank(group_name: str) -> int:
     """Global rank of the first member of the expert group."""
-    return find(group_name).ranks["expert"][0]
+    return find(group_name, "expert").ranks[0]
 
 
 def _get_expert_data_parallel_rank(group_name: str) -> int:

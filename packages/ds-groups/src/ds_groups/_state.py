@@ -7,12 +7,15 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
 from . import _c10d
+from ._engine import Assigned
 from ._expert_tables import Table
 from ._pool import GroupPool, check_partition
+from ._variables import TENSOR, Variables
 from ._verify import Plan, agree
 from .errors import LayoutConflictError, NotInitializedError
 
@@ -20,34 +23,36 @@ Layout = Mapping[str, Table]
 
 
 @dataclass(frozen=True)
-class GroupSet:
-    """Groups that were made together: this rank's, by kind, and the tables they come from."""
+class Made:
+    """This rank's group of one kind, and all groups of the kind; None where DeepSpeed made them."""
 
-    layout: Layout
-    groups: dict[str, dist.ProcessGroup]
-    ranks: dict[str, tuple[int, ...]]
+    group: dist.ProcessGroup
+    table: Table | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks of the group, as it numbers them."""
+        return tuple(dist.get_process_group_ranks(self.group))
 
 
 class ParallelState:
     """Named sets of groups of one world; forgets them when that world is destroyed.
 
+    Groups that DeepSpeed made are found here, and groups made here are found by DeepSpeed; see [Note: live].
+
     Attributes:
-        expert_groups: name -> this rank's expert group. One dict for ever, kept up to date in place.
-        expert_data_groups: the same for expert-data groups.
-        all_to_all_groups: name -> group, of the hierarchical all-to-all.
         tensor_size: size to report instead of the tensor group's, if any.
         tensor_rank: rank to report instead of this one's, if any.
         timeout: how long ranks wait for each other's plan before groups are made.
     """
 
+    tensor_size: Assigned[int | None] = Assigned("_MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE", None)
+    tensor_rank: Assigned[int | None] = Assigned("_MPU_TENSOR_MODEL_PARALLEL_RANK", None)
+
     def __init__(self) -> None:
-        self.expert_groups: dict[str, dist.ProcessGroup] = {}
-        self.expert_data_groups: dict[str, dist.ProcessGroup] = {}
-        self.all_to_all_groups: dict[str, dist.ProcessGroup | None] = {}
-        self.tensor_size: int | None = None
-        self.tensor_rank: int | None = None
         self.timeout = timedelta(minutes=5)
-        self._sets: dict[Hashable, GroupSet] = {}
+        self._variables = Variables()
+        self._made: dict[tuple[Hashable, str], Made] = {}  # here, not by DeepSpeed
         self._pool: GroupPool | None = None
 
     def pool(self) -> GroupPool:
@@ -58,31 +63,36 @@ class ParallelState:
         return self._pool
 
     def refresh(self) -> None:
-        """Forget what was destroyed since: everything with the world, or single sets."""
-        if self._pool is None:
-            return
-        if self._pool.is_stale():
-            self._forget()
-            return
-        dead = [name for name, made in self._sets.items() if not all(map(_c10d.is_alive, made.groups.values()))]
-        for name in dead:
-            self._drop(name)
+        """Forget what was destroyed since, with the world or alone, and publish the rest."""
+        if self._pool is not None and self._pool.is_stale():
+            self._pool = None
+            del self.tensor_size, self.tensor_rank
+        dead = {made.group for made in self._made.values() if not _c10d.is_alive(made.group)}
         if dead:
-            self._pool.discard_dead()
+            self._forget(lambda group: group in dead)
+        for key, made in self._made.items():
+            self._variables.publish(*key, made.group, made.table or ())
 
-    def find(self, name: Hashable) -> GroupSet | None:
-        """The set of this name, if it has been made in the present world."""
+    def variable(self, name: str) -> Any:
+        """What DeepSpeed's module has, or would have, in its variable ``name``: a dict, a group or None."""
         self.refresh()
-        return self._sets.get(name)
+        return self._variables.read(name)
 
-    def get(self, name: str, what: str, how: str) -> GroupSet:
-        """The set of this name; `NotInitializedError` tells ``how`` to make it."""
-        made = self.find(name)
+    def find(self, name: Hashable, kind: str) -> Made | None:
+        """The group of this kind in the set ``name``, if there is one in the present world: the engine's first."""
+        self.refresh()
+        group = self._variables.find(name, kind)
+        made = self._made.get((name, kind))
+        return made if group is None or (made is not None and made.group is group) else Made(group)
+
+    def get(self, name: Hashable, kind: str, what: str, how: str) -> Made:
+        """What `find` finds; `NotInitializedError` tells ``how`` to make it."""
+        made = self.find(name, kind)
         if made is None:
             raise NotInitializedError(f"{what} is not initialized: call {how} first, on every rank")
         return made
 
-    def make(self, name: Hashable, layout: Layout, plan: Plan | None = None) -> GroupSet:
+    def make(self, name: Hashable, layout: Layout, plan: Plan | None = None) -> dict[str, Made]:
         """Make a set of groups, or find the one that exists with this layout.
 
         Args:
@@ -98,48 +108,53 @@ class ParallelState:
         pool = self.pool()
         for kind, table in layout.items():
             check_partition(f"{name} {kind} groups", table, pool.world_size)
-        made = self._sets.get(name)
-        if made is not None:
-            _check_same(name, made.layout, layout)
-            return made
-        if plan is not None:
-            agree(_c10d.default_store(), pool.rank, pool.world_size, "parallel_state", plan, self.timeout)
-        ranks = {kind: _own(table, pool.rank) for kind, table in layout.items()}
-        groups = {kind: pool.get(partial(layout.__getitem__, kind), ranks[kind], f"{name} {kind}") for kind in layout}
-        made = GroupSet(layout, groups, ranks)
-        self._sets[name] = made
+        made = {kind: found for kind in layout if (found := self.find(name, kind)) is not None}
+        fits = {kind: set(_rows(found)) <= set(layout[kind]) for kind, found in made.items()}
+        # A rank knows its own group of the engine's only, so that one may see a conflict where another sees none.
+        if plan is not None and any(kind not in made or made[kind].table is None for kind in layout):
+            asked = {**plan, "fits the groups there are": fits}
+            agree(_c10d.default_store(), pool.rank, pool.world_size, "parallel_state", asked, self.timeout)
+        for kind, good in fits.items():
+            if not good:
+                raise _conflict(name, kind, made[kind], layout[kind])
+        for kind, table in layout.items():
+            if kind not in made:
+                own = next(row for row in table if pool.rank in row)
+                group = pool.get(partial(layout.__getitem__, kind), own, f"{name} {kind}")
+                made[kind] = self._made[name, kind] = Made(group, table)
+        self.refresh()  # publishes
         return made
 
     def make_expert(self, size: int, tables: tuple[Table, Table], plan: Plan) -> None:
         """Make the expert and expert-data groups called ``ep_size_<size>``; raises as `make`."""
-        name = f"ep_size_{size}"
-        made = self.make(name, {"expert": tables[0], "expert_data": tables[1]}, plan)
-        self.expert_groups[name] = made.groups["expert"]
-        self.expert_data_groups[name] = made.groups["expert_data"]
+        self.make(f"ep_size_{size}", {"expert": tables[0], "expert_data": tables[1]}, plan)
 
-    def share(self, name: Hashable, build: Callable[[], Layout]) -> GroupSet:
-        """The set of this name, made from what ``build`` returns the first time."""
-        made = self.find(name)
-        return self.make(name, build()) if made is None else made
+    def share(self, name: Hashable, kind: str, build: Callable[[], Layout]) -> dist.ProcessGroup:
+        """The group of this kind in the set ``name``, made from what ``build`` returns the first time."""
+        made = self.find(name, kind)
+        return self.make(name, build())[kind].group if made is None else made.group
 
     def close(self) -> None:
         """Destroy every group made here and forget all. Every rank must call."""
         if self._pool is not None:
             self._pool.close()
-        self._forget()
-
-    def _forget(self) -> None:
         self._pool = None
-        self.tensor_size = self.tensor_rank = None
-        for name in list(self._sets):
-            self._drop(name)
+        del self.tensor_size, self.tensor_rank
+        self.refresh()
 
-    def _drop(self, name: Hashable) -> None:
-        del self._sets[name]
-        self.expert_groups.pop(str(name), None)
-        self.expert_data_groups.pop(str(name), None)
-        if name == "all_to_all":
-            self.all_to_all_groups.clear()
+    def release(self, group: dist.ProcessGroup | None) -> None:
+        """Forget a group that was destroyed, the engine's too; None: everything, with the world."""
+        if group is None:
+            self._pool = None
+            self.tensor_size = self.tensor_rank = None
+        self._forget(lambda held: group is None or held is group)
+
+    def _forget(self, gone: Callable[[object], bool]) -> None:
+        self._made = {key: made for key, made in self._made.items() if not gone(made.group)}
+        if self._pool is not None:
+            self._pool.discard_dead()
+        if TENSOR in self._variables.remove(gone):
+            self.tensor_size = self.tensor_rank = None
 
 
 state = ParallelState()  # the one that `ds_groups.parallel_state` speaks for
@@ -162,17 +177,18 @@ def alone() -> bool:
     return True
 
 
-def _own(table: Table, rank: int) -> tuple[int, ...]:
-    return next(group for group in table if rank in group)
+def _rows(made: Made) -> Table:
+    return made.table or (tuple(sorted(made.ranks)),)
 
 
-def _check_same(name: Hashable, old: Layout, new: Layout) -> None:
-    for kind, table in new.items():
-        if sorted(old.get(kind, ())) != sorted(table):
-            raise LayoutConflictError(
-                f"{name} groups exist with another layout: {kind} groups are {_short(old.get(kind, ()))}, asked for "
-                f"{_short(table)}; call destroy_groups() first if nothing uses them"
-            )
+def _conflict(name: Hashable, kind: str, made: Made, asked: Table) -> LayoutConflictError:
+    fix = (
+        "call destroy_groups() first if nothing uses them" if made.table else "DeepSpeed made them: ask for its layout"
+    )
+    return LayoutConflictError(
+        f"{name} groups exist with another layout: {kind} groups are {_short(_rows(made))}, asked for "
+        f"{_short(asked)}; {fix}"
+    )
 
 
 def _short(table: Table) -> str:

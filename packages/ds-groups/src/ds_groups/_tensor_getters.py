@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ._c10d import default_group
-from ._state import GroupSet, state
+from ._state import Made, state
 
 Group = dist.ProcessGroup
 
 
-def find() -> GroupSet:
-    """The tensor parallel groups and the data parallel ones beside them."""
-    return state.get("tensor_parallel", "the tensor parallel group", "_init_tp_mesh_device(tp_size)")
+def find(kind: str) -> Made:
+    """The ``tensor`` parallel group, or the ``data`` parallel one beside it."""
+    return state.get("tensor_parallel", kind, "the tensor parallel group", "_init_tp_mesh_device(tp_size)")
 
 
 def get_tensor_model_parallel_group() -> Group:
     """This rank's tensor parallel group."""
-    return find().groups["tensor"]
+    return find("tensor").group
 
 
 def get_model_parallel_group() -> Group:
@@ -30,7 +30,7 @@ def get_model_parallel_group() -> Group:
 
 def get_data_parallel_group() -> Group:
     """This rank's data parallel group beside tensor parallelism."""
-    return find().groups["data"]
+    return find("data").group
 
 
 def set_tensor_model_parallel_world_size(world_size: int | None) -> None:
@@ -42,7 +42,7 @@ def set_tensor_model_parallel_world_size(world_size: int | None) -> None:
 def get_tensor_model_parallel_world_size() -> int:
     """Ranks in the tensor parallel group."""
     state.refresh()
-    return state.tensor_size if state.tensor_size is not None else find().groups["tensor"].size()
+    return state.tensor_size if state.tensor_size is not None else find("tensor").group.size()
 
 
 def get_model_parallel_world_size() -> int:
@@ -59,7 +59,7 @@ def set_tensor_model_parallel_rank(rank: int | None) -> None:
 def get_tensor_model_parallel_rank() -> int:
     """This rank's place in the tensor parallel group."""
     state.refresh()
-    return state.tensor_rank if state.tensor_rank is not None else find().groups["tensor"].rank()
+    return state.tensor_rank if state.tensor_rank is not None else find("tensor").group.rank()
 
 
 def get_model_parallel_rank() -> int:
@@ -69,10 +69,10 @@ def get_model_parallel_rank() -> int:
 
 def get_tensor_model_parallel_src_rank() -> int:
     """Global rank of the first member of the tensor parallel group."""
-    made = state.find("tensor_parallel")
+    made = state.find("tensor_parallel", "tensor")
     if made is None and state.tensor_size is not None:
         return default_group().rank() // state.tensor_size * state.tensor_size
-    return find().ranks["tensor"][0]
+    return find("tensor").ranks[0]
 
 
 def get_data_parallel_world_size() -> int:

@@ -25,6 +25,12 @@ class NotInitializedError(GroupsError, RuntimeError):
     """A group was asked for that nobody has made, or there is no process group to make it from."""
 
 
+class NoSequenceGroupError(NotInitializedError, KeyError):
+    """No sequence parallel group; a `KeyError` too, because `deepspeed.utils.groups` raises that."""
+
+    __str__ = Exception.__str__  # a KeyError would show the message in quotes
+
+
 class StaleGroupsError(GroupsError, RuntimeError):
     """The handle belongs to a process group that has been destroyed since."""
 

@@ -1,8 +1,9 @@
 """The functions of ``deepspeed.utils.groups``, over one default object.
 
-``mpu``, ``mesh_device`` and ``expert_tensor_parallel_world_size`` are plain attributes of this module: assign them,
-every function sees it. All state is in one object that notices when the process group is destroyed: groups of an
-earlier world are never returned, and creating them again makes new ones.
+``mpu``, ``mesh_device`` and ``expert_tensor_parallel_world_size`` are attributes of this module: assign them, every
+function sees it. All state is in one object that notices when the process group is destroyed: groups of an earlier
+world are never returned, and creating them again makes new ones. Where DeepSpeed is the engine, its module keeps the
+state: what it was given and the groups that it made are found here, and what is assigned or made here is its own too.
 
 Functions named ``create`` or ``init`` must be called by every rank: sizes are checked first (`TopologyError`), then
 ranks compare plans (`PlanMismatchError`), then groups are made; a second call with the same layout returns the same
@@ -12,12 +13,14 @@ single process without a process group, sizes are 1, ranks are 0 and rank lists 
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, cast
 
 import torch.distributed as dist
 
 from . import _expert_getters, _expert_tables as tables, _mpu, _zero_getters
 from ._c10d import default_group
+from ._module import ParallelStateModule
 from ._state import alone, state as _state
 from ._tensor_getters import (
     get_data_parallel_group,
@@ -34,7 +37,8 @@ from ._tensor_getters import (
     set_tensor_model_parallel_world_size,
 )
 from ._topology import ParallelTopology
-from .errors import DivisibilityError, NotInitializedError, TopologyError
+from ._variables import ALL_TO_ALL
+from .errors import DivisibilityError, NoSequenceGroupError, TopologyError
 
 __all__ = [
     "destroy_groups",
@@ -55,9 +59,13 @@ __all__ = [
 
 Group = dist.ProcessGroup
 
-mpu: Any = None  # a Megatron-style object; its groups and sizes are used where it has them
-mesh_device: Any = None  # a DeviceMesh with dimensions "data_parallel" and, perhaps, "sequence_parallel"
-expert_tensor_parallel_world_size: int = 1
+# Declared here, kept by the class of the module: functions have to read them from `_here`.
+mpu: Any  # a Megatron-style object; its groups and sizes are used where it has them
+mesh_device: Any  # a DeviceMesh with dimensions "data_parallel" and, perhaps, "sequence_parallel"
+expert_tensor_parallel_world_size: int
+
+sys.modules[__name__].__class__ = ParallelStateModule
+_here = cast(ParallelStateModule, sys.modules[__name__])
 
 _get_max_expert_size = _expert_getters._get_max_expert_size
 _get_max_expert_size_name = _expert_getters._get_max_expert_size_name
@@ -100,12 +108,28 @@ def initialize(ep_size: int = 1, mpu: Any = None) -> None:
         _create_expert_and_data_parallel(ep_size)
     else:
         _create_expert_data_and_model_parallel(ep_size, mpu)
-        globals()["mpu"] = mpu
+        _here.mpu = mpu
 
 
 def destroy_groups() -> None:
-    """Destroy every group made by this module and forget it; assigned attributes stay. Every rank must call."""
+    """Destroy every group made by this module and forget it; assigned attributes stay. Every rank must call.
+
+    Groups that DeepSpeed made stay; DeepSpeed forgets those that are destroyed here.
+    """
     _state.close()
+
+
+def _release_process_group_references(group: Group | None = None) -> None:
+    """Forget a group that has just been destroyed, or with None all state, because the world was.
+
+    Assigned attributes are reset with the world. ``deepspeed.comm.destroy_process_group`` calls this.
+    """
+    if group is None:
+        ulysses = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+        getattr(ulysses, "_release_sequence_parallel_groups", lambda: None)()
+        _here.mpu = _here.mesh_device = None
+        _here.expert_tensor_parallel_world_size = 1
+    _state.release(group)
 
 
 def _ensure_divisibility(numerator: int, denominator: int) -> None:
@@ -135,7 +159,7 @@ def _init_tp_groups_with_new_group(
     topology = ParallelTopology(default_group().size(), tp=tp, dp=dp)
     layout = {"data": tuple(topology.groups("dp")), "tensor": tuple(topology.groups("tp"))}
     made = _state.make("tensor_parallel", layout, {"call": "init_tp", "tp": topology.tp, "dp": topology.dp})
-    return made.groups["data"], made.groups["tensor"]
+    return made["data"].group, made["tensor"].group
 
 
 def _init_tp_mesh_device(
@@ -151,7 +175,7 @@ def _create_model_parallel(model_parallel_size_: int) -> tuple[Group, Group]:
     topology = ParallelTopology(default_group().size(), tp=size)
     layout = {"data": tuple(topology.groups("dp")), "model": tuple(topology.groups("tp"))}
     made = _state.make(f"model_parallel_{size}", layout, {"call": "create_model_parallel", "size": size})
-    return made.groups["data"], made.groups["model"]
+    return made["data"].group, made["model"].group
 
 
 def _create_expert_and_data_parallel(
@@ -180,7 +204,7 @@ def _create_expert_and_data_parallel(
     if mp_mode not in ("tp", "sp"):
         raise TopologyError(f"mp_mode={mp_mode!r} must be 'tp' or 'sp'")
     world_size, ep, tp = default_group().size(), expert_parallel_size_, mp_size or 1
-    pp = _mpu.pipeline_size(mpu) if pp_size is None else pp_size
+    pp = _mpu.pipeline_size(_here.mpu) if pp_size is None else pp_size
     before = bool(use_data_before_expert_parallel_)
     if folding_spec is not None:
         found = tables.spec_tables(folding_spec, world_size, ep, tp, pp)
@@ -202,7 +226,7 @@ def _create_expert_data_and_model_parallel(
     found = tables.lane_tables(default_group().size(), tp, ep, pp, data_before_expert=before)
     plan = {"call": "create_expert_data_and_model_parallel", "ep": ep, "tp": tp, "pp": pp}
     _state.make_expert(ep, found, {**plan, "data_before_expert": before})
-    globals()["expert_tensor_parallel_world_size"] = tp
+    _here.expert_tensor_parallel_world_size = tp
 
 
 def _get_expert_parallel_ranks(
@@ -237,28 +261,28 @@ def _create_zero_param_parallel_group(group_size: int) -> None:
 def _clone_world_group() -> Group:
     """A group of all ranks that is not the default one; the same at every call. First every rank must call."""
     size = default_group().size()
-    return _state.share("world", lambda: {"world": (tuple(range(size)),)}).groups["world"]
+    return _state.share("world", "world", lambda: {"world": (tuple(range(size)),)})
 
 
 def _get_local_all_to_all_group(*, ranks_per_node: int | None = None) -> dict[str, Group | None]:
     """Groups ``local_<node>`` and ``global_<local rank>``, made once; None for those of others. Every rank must call.
 
     Args:
-        ranks_per_node: default ``LOCAL_WORLD_SIZE``, else the number of accelerators. More than there are ranks
-            means all of them; otherwise it must divide the world. With one node there are no global groups.
+        ranks_per_node: default as the groups are, if there are any, else ``LOCAL_WORLD_SIZE``, else the number of
+            accelerators. More than there are ranks means all of them; otherwise it must divide the world. With one
+            node there are no global groups.
     """
+    found: dict[str, Group | None] = _state.variable(ALL_TO_ALL)
+    if ranks_per_node is None and _state.find("all_to_all", "local") is not None:
+        return found
     world_size = default_group().size()
     size = min(_mpu.ranks_per_node(world_size) if ranks_per_node is None else ranks_per_node, world_size)
     topology = ParallelTopology(world_size, dp_shard=size)
     layout = {"local": tuple(topology.groups("dp_shard"))}
     if size < world_size:
         layout["global"] = tuple(topology.groups("dp_replicate"))
-    made = _state.make("all_to_all", layout, {"call": "all_to_all", "ranks_per_node": size})
-    for kind, table in layout.items():
-        for number, ranks in enumerate(table):
-            mine = ranks == made.ranks[kind]
-            _state.all_to_all_groups[f"{kind}_{number}"] = made.groups[kind] if mine else None
-    return _state.all_to_all_groups
+    _state.make("all_to_all", layout, {"call": "all_to_all", "ranks_per_node": size})
+    return found
 
 
 # Sizes and groups
@@ -266,7 +290,7 @@ def _get_local_all_to_all_group(*, ranks_per_node: int | None = None) -> dict[st
 
 def _get_expert_model_parallel_world_size() -> int:
     """Tensor parallel size of the experts."""
-    return expert_tensor_parallel_world_size
+    return _here.expert_tensor_parallel_world_size
 
 
 # Data and sequence parallel, from mesh_device, else mpu, else all ranks
@@ -274,26 +298,27 @@ def _get_expert_model_parallel_world_size() -> int:
 
 def _get_data_parallel_group() -> Group:
     """This rank's data parallel group. Without mesh or mpu a group of all ranks, made by all at the first call."""
+    mpu, mesh_device = _here.mpu, _here.mesh_device
     if mesh_device is not None:
         return _mpu.mesh_data_group(mesh_device)
     if _mpu.is_sequence_only(mpu):
         size, sequence = default_group().size(), int(mpu.get_sequence_parallel_world_size())
-        made = _state.share(("data", sequence), lambda: _mpu.sequence_layout(size, sequence))
-        return made.groups["data"]
+        return _state.share(("data", sequence), "data", lambda: _mpu.sequence_layout(size, sequence))
     group: Group = _clone_world_group() if mpu is None else mpu.get_data_parallel_group()
     return group
 
 
 def _get_data_parallel_group_ranks() -> list[int]:
     """Global ranks of this rank's data parallel group."""
-    if mesh_device is None and hasattr(mpu, "get_data_parallel_group_ranks"):
-        return list(mpu.get_data_parallel_group_ranks())
+    if _here.mesh_device is None and hasattr(_here.mpu, "get_data_parallel_group_ranks"):
+        return list(_here.mpu.get_data_parallel_group_ranks())
     return [0] if _unassigned() and alone() else dist.get_process_group_ranks(_get_data_parallel_group())
 
 
 def _get_data_parallel_world_size() -> int:
     """Ranks in the data parallel group."""
-    if mesh_device is None and hasattr(mpu, "get_data_parallel_world_size") and not _mpu.is_sequence_only(mpu):
+    mpu = _here.mpu
+    if _here.mesh_device is None and hasattr(mpu, "get_data_parallel_world_size") and not _mpu.is_sequence_only(mpu):
         return int(mpu.get_data_parallel_world_size())
     return 1 if _unassigned() and alone() else dist.get_world_size(_get_data_parallel_group())
 
@@ -305,39 +330,43 @@ def _get_data_parallel_rank() -> int:
 
 def _get_model_parallel_world_size() -> int:
     """Ranks that hold one copy of the model together, as ``mpu`` says; 1 without one."""
+    mpu = _here.mpu
     return 1 if mpu is None or _mpu.is_sequence_only(mpu) else int(mpu.get_model_parallel_world_size())
 
 
 def _get_sequence_parallel_world_size() -> int:
     """Ranks in the sequence parallel group; 1 without one."""
-    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
+    group = _mpu.mesh_group(_here.mesh_device, "sequence_parallel")
     if group is not None:
         return dist.get_world_size(group)
-    return int(mpu.get_sequence_parallel_world_size()) if hasattr(mpu, "get_sequence_parallel_world_size") else 1
+    size = getattr(_here.mpu, "get_sequence_parallel_world_size", None)
+    return 1 if size is None else int(size())
 
 
 def _get_sequence_parallel_rank() -> int:
     """This rank's place in the sequence parallel group; 0 without one."""
-    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
+    group = _mpu.mesh_group(_here.mesh_device, "sequence_parallel")
     if group is not None:
         return dist.get_rank(group)
-    return int(mpu.get_sequence_parallel_rank()) if hasattr(mpu, "get_sequence_parallel_rank") else 0
+    rank = getattr(_here.mpu, "get_sequence_parallel_rank", None)
+    return 0 if rank is None else int(rank())
 
 
 def _get_sequence_parallel_group() -> Group:
-    """This rank's sequence parallel group."""
-    group = _mpu.mesh_group(mesh_device, "sequence_parallel")
-    if group is None and hasattr(mpu, "get_sequence_parallel_group"):
-        group = mpu.get_sequence_parallel_group()
+    """This rank's sequence parallel group; `NoSequenceGroupError`, a `KeyError` too, where there is none."""
+    group = _mpu.mesh_group(_here.mesh_device, "sequence_parallel")
+    if group is None and hasattr(_here.mpu, "get_sequence_parallel_group"):
+        group = _here.mpu.get_sequence_parallel_group()
     if group is None:
-        raise NotInitializedError("no sequence parallel group: assign groups.mpu or groups.mesh_device that has one")
+        raise NoSequenceGroupError("no sequence parallel group: assign groups.mpu or groups.mesh_device that has one")
     return group
 
 
 def _get_sequence_data_parallel_group() -> Group:
     """The group over data and sequence parallel ranks, over which ZeRO shards and gradients are reduced."""
+    mpu, mesh_device = _here.mpu, _here.mesh_device
     if _mpu.mesh_group(mesh_device, "sequence_parallel") is not None:
-        return _state.share(("mesh", mesh_device), lambda: _mpu.mesh_layout(mesh_device)).groups["both"]
+        return _state.share(("mesh", mesh_device), "both", lambda: _mpu.mesh_layout(mesh_device))
     if mesh_device is None and hasattr(mpu, "get_sequence_data_parallel_group"):
         group: Group = mpu.get_sequence_data_parallel_group()
         return group
@@ -362,4 +391,4 @@ def _get_broadcast_src_rank() -> int:
 
 
 def _unassigned() -> bool:
-    return mpu is None and mesh_device is None
+    return _here.mpu is None and _here.mesh_device is None
