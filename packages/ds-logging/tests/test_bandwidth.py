@@ -104,3 +104,21 @@ def test_convert_size_of_a_wrong_size(size):
 
 def test_group_size_is_keyword_only():
     assert inspect.signature(calc_bw_log).parameters["group_size"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+# What DeepSpeed 0.19.8 wraps in its `timed_op` and passes to `CommsLogger.append`.
+DEEPSPEEDS = """all_gather all_gather_into_tensor all_gather_object all_reduce all_reduce_coalesced all_to_all
+all_to_all_single barrier batch_isend_irecv broadcast broadcast_object_list gather inference_all_reduce irecv isend
+monitored_barrier recv reduce reduce_scatter reduce_scatter_tensor scatter send"""
+
+
+@pytest.mark.parametrize("op", DEEPSPEEDS.split())
+def test_every_operation_that_deepspeed_times_has_a_formula(op):
+    algorithm, bus = calc_bw_log(op, 1_000_000, 1.0, group_size=4)
+    assert 0 < bus <= 2 * algorithm
+
+
+def test_operations_that_deepspeed_0_19_8_added():
+    assert calc_bw_log("all_to_all", 1_000_000, 1.0, group_size=4) == (8.0, 6.0)
+    assert calc_bw_log("batch_isend_irecv", 1_000_000, 1.0, group_size=4) == (8.0, 8.0)
+    assert calc_bw_log("broadcast_object_list", 1_000_000, 1.0, group_size=4) == (8.0, 8.0)

@@ -11,7 +11,7 @@ def test_import_prints_nothing_adds_no_handler_and_imports_no_torch(run_script):
     done = run_script("""
 import logging, sys
 root_before = (logging.root.level, list(logging.root.handlers))
-import ds_logging, ds_logging.comms_logging, ds_logging.nvtx
+import ds_logging, ds_logging.comms_logging, ds_logging.nvtx, ds_logging.errors
 assert (logging.root.level, logging.root.handlers) == root_before
 assert logging.getLogger("ds").handlers == []
 assert logging.getLogger("ds").level == logging.NOTSET
@@ -25,6 +25,39 @@ assert not loaded, loaded
 def test_every_exported_name_exists():
     for name in ds_logging.__all__:
         assert getattr(ds_logging, name) is not None
+
+
+def test_dir_has_the_public_names_and_nothing_else_without_an_underscore():
+    for module in pkgutil.iter_modules(ds_logging.__path__):
+        importlib.import_module(f"ds_logging.{module.name}")
+    assert [name for name in dir(ds_logging) if not name.startswith("_")] == sorted(
+        set(ds_logging.__all__) - {"__version__"}
+    )
+    assert {"__version__", "__file__", "__doc__", "_levels"} <= set(dir(ds_logging))
+
+
+@pytest.mark.parametrize("module", ["logging", "comms_logging", "nvtx", "errors"])
+def test_every_public_function_and_class_is_at_the_top(module):
+    home = importlib.import_module(f"ds_logging.{module}")
+    defined = [name for name in home.__all__ if callable(getattr(home, name))]
+    assert defined
+    for name in defined:
+        assert name in ds_logging.__all__
+        assert getattr(ds_logging, name) is getattr(home, name)
+
+
+def test_the_modules_are_at_the_top_and_the_switch_is_not():
+    for module in ("logging", "comms_logging", "nvtx"):
+        assert module in ds_logging.__all__
+        assert getattr(ds_logging, module) is importlib.import_module(f"ds_logging.{module}")
+    assert not hasattr(ds_logging, "enable_nvtx")  # a copy that switches nothing
+
+
+def test_every_error_class_is_listed():
+    from ds_logging import errors
+
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert classes == set(errors.__all__)
 
 
 # The names and parameters that callers of deepspeed.utils.<module> rely on.

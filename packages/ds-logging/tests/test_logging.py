@@ -233,6 +233,14 @@ def test_levels_by_name():
     assert logger.level == logging.ERROR
 
 
+def test_log_levels_is_the_table_that_names_are_looked_up_in(monkeypatch):
+    assert dist_logging.log_levels == {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+    for name, level in dist_logging.log_levels.items():
+        assert dist_logging.get_log_level_from_string(name) == level
+    monkeypatch.setitem(dist_logging.log_levels, "notice", 25)
+    assert dist_logging.get_log_level_from_string("Notice") == 25
+
+
 def test_setting_a_level_leaves_handlers_alone():
     mine, handler = logging.getLogger("mine"), logging.NullHandler()
     handler.setLevel(logging.ERROR)

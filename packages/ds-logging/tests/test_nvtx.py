@@ -349,6 +349,16 @@ def test_the_domain_is_passed_on(recorder):
     assert seen == [("m", "d")]
 
 
+def test_deepspeeds_domain(recorder):
+    assert ds_nvtx.DEEPSPEED_NVTX_DOMAIN == "DeepSpeed"
+
+    @instrument_w_nvtx(domain=ds_nvtx.DEEPSPEED_NVTX_DOMAIN, backend=recorder)
+    def step():
+        return list(recorder.open)
+
+    assert step()[0][1] == "DeepSpeed"
+
+
 def test_what_cannot_be_called():
     with pytest.raises(ArgumentError, match="func=3 cannot be called"):
         instrument_w_nvtx(3)

@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -10,3 +12,46 @@ def test_the_code_of_the_readme_runs(run_script):
     done = run_script("\n".join(blocks))
     assert "[Rank 0] starting" in done.stderr
     assert done.stdout == ""
+
+
+# What importing DeepSpeed 0.19 makes: its logger does not propagate, and its handler has a level of its own.
+DEEPSPEEDS_LOGGER = """
+import logging, sys
+
+engine = logging.getLogger("DeepSpeed")
+engine.setLevel(logging.WARNING)
+engine.propagate = False
+engine_handler = logging.StreamHandler(stream=sys.stdout)
+engine_handler.setLevel(logging.WARNING)
+engine.addHandler(engine_handler)
+"""
+
+
+def block_under(heading):
+    section = README.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return block
+
+
+def test_with_deepspeed_as_the_engine_the_block_sets_both_levels(run_script):
+    block = block_under("With DeepSpeed as the engine")
+    done = run_script(f"{DEEPSPEEDS_LOGGER}{block}\nengine.info('theirs')\nlogging.getLogger('ds').debug('no')\n")
+    assert done.stdout == "theirs\n"
+    assert "no" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "ds_logging.logger.setLevel('DEBUG')",
+        "ds_logging.set_log_level_from_string('debug')",
+        "ds_logging.configure('debug')",
+        "logging.basicConfig(level='DEBUG', force=True)",
+        "ds_logging.set_log_level_from_string('debug', engine)",  # its handler drops the record
+    ],
+)
+def test_with_deepspeed_as_the_engine_nothing_else_of_ours_shows_its_records(run_script, call):
+    lines = f"import ds_logging\n{call}\nengine.info('theirs')\nengine.warning('a warning')\n"
+    done = run_script(DEEPSPEEDS_LOGGER + lines, DS_LOG_LEVEL="debug")
+    assert done.stdout == "a warning\n"
+    assert "theirs" not in done.stderr

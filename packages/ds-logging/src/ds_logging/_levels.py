@@ -10,7 +10,7 @@ from ds_logging.errors import LogLevelError
 
 LEVEL_VARIABLE = "DS_LOG_LEVEL"
 
-LEVELS = {
+LEVELS: dict[str, int] = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 from ds_logging._bandwidth import RULES, calc_bw_log, check_group_size, check_latency, check_size, convert_size
 from ds_logging._caller import get_caller_func
 from ds_logging._comms_config import operation_names, read_options
+from ds_logging._comms_dict import CommsDict
 from ds_logging._comms_table import straggler_table, summary_table
 from ds_logging._device_timer import DeviceTimer, choose_device
 from ds_logging._op_stats import OpKey, OpStats, by_record, summarize_all
@@ -205,6 +206,30 @@ class CommsLogger:
                 count = sum(stats.count for stats in group)
                 raw[name][size] = [count, latencies, [rate[0] for rate in rates], [rate[1] for rate in rates]]
         return raw
+
+    @property
+    def comms_dict(self) -> CommsDict:
+        """What `get_raw_data` returns, to be read. ``clear()`` on it, or assigning ``{}``, is `reset_data`.
+
+        Raises:
+            ReadOnlyError: any other change of it.
+            ArgumentError: anything but an empty mapping is assigned.
+
+        >>> comms = CommsLogger()
+        >>> comms.append("broadcast", "weights", latency=1.0, msg_size=1_000_000, group_size=2)
+        >>> comms.comms_dict
+        {'weights': {1000000: [1, [1.0], [8.0], [8.0]]}}
+        >>> comms.comms_dict = {}
+        >>> comms.has_data()
+        False
+        """
+        return CommsDict(self.get_raw_data(), self.reset_data)
+
+    @comms_dict.setter
+    def comms_dict(self, value: Mapping[str, Any]) -> None:
+        if not isinstance(value, Mapping) or value:
+            raise ArgumentError(f"comms_dict={value!r}: only {{}} can be assigned, to forget everything; use append()")
+        self.reset_data()
 
     def has_data(self) -> bool:
         """Say whether any operation was counted."""

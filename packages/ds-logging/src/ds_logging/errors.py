@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ArgumentError",
+    "LogLevelError",
+    "MissingExtraError",
+    "RanksError",
+    "ReadOnlyError",
+    "UnknownOperationError",
+]
+
 
 class ArgumentError(ValueError):
     """An argument has a value that cannot be used."""
@@ -17,6 +26,10 @@ class LogLevelError(ArgumentError):
 
 class UnknownOperationError(ArgumentError):
     """No bandwidth formula is known for a communication operation."""
+
+
+class ReadOnlyError(TypeError):
+    """Something that is only to be read was changed."""
 
 
 class MissingExtraError(ImportError):

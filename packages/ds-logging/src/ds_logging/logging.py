@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_logging._handlers import TaggedText
-from ds_logging._levels import get_log_level_from_string, parse_level
+from ds_logging._levels import LEVELS as log_levels, get_log_level_from_string, parse_level
 from ds_logging._logger import LoggerFactory, fallback, logger
 from ds_logging._once import Once
 from ds_logging._rank import current_position, is_selected
@@ -28,6 +28,7 @@ __all__ = [
     "get_log_level_from_string",
     "log_dist",
     "log_dist_once",
+    "log_levels",
     "logger",
     "print_configuration",
     "print_dist",

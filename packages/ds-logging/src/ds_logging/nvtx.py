@@ -14,10 +14,13 @@ from ds_logging._nvtx_backends import NvtxBackend, find_backend
 from ds_logging._ranged import Range, wrap
 from ds_logging.errors import ArgumentError
 
-__all__ = ["NvtxBackend", "enable_nvtx", "instrument_w_nvtx"]
+__all__ = ["DEEPSPEED_NVTX_DOMAIN", "NvtxBackend", "enable_nvtx", "instrument_w_nvtx"]
 
 enable_nvtx: bool = True
 """Read once at the start of every instrumented call."""
+
+DEEPSPEED_NVTX_DOMAIN = "DeepSpeed"
+"""The domain of the ranges that DeepSpeed draws itself; give it as ``domain`` to see yours among them."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
