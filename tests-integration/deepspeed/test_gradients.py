@@ -120,7 +120,13 @@ class Window:
             self.check(step, [False, False])
         else:
             self.check(step, [False, False], ("extra",))
-            self.refused(UNUSED, "extra")
+            extra = self.params["extra"]
+            assert ours.safe_get_full_grad(extra) is None
+            assert ours.safe_get_local_grad(extra) is None or not ours.safe_get_local_grad(extra).numel()
+            text = told(lambda: list(ds_fragment.iter_full([extra], "grad")))
+            assert text.startswith("UnusedGradientError: "), text
+            assert UNUSED in text
+            assert "extra" not in dict(ds_fragment.iter_full(self.params.items(), "grad", missing="skip"))
         self.engine.step()
 
     def check_half_used(self, step: int) -> None:

@@ -163,10 +163,14 @@ def check_frozen(engine: Any, case: Case) -> None:
     ours.safe_set_full_fp32_param(frozen, new)
     assert same(ours.safe_get_full_fp32_param(frozen), new)
     check_lp(engine, case, "after writing a frozen parameter")
+    assert ours.safe_get_full_optimizer_state(frozen, "exp_avg") is None
+    assert ours.safe_get_local_optimizer_state(frozen, "exp_avg") is None
+    assert ours.safe_get_full_grad(frozen) is None
+    assert ours.safe_get_local_grad(frozen) is None
     for call, kind in (
-        (lambda: ours.safe_get_full_optimizer_state(frozen, "exp_avg"), "UnlinkedParameterError"),
+        (lambda: list(ds_fragment.iter_full([frozen], "exp_avg")), "UnlinkedParameterError"),
         (lambda: ds_fragment.state_keys(frozen), "UnlinkedParameterError"),
-        (lambda: ours.safe_get_full_grad(frozen), "GradientUnavailableError"),
+        (lambda: list(ds_fragment.iter_full([frozen], "grad")), "UnusedGradientError"),
     ):
         text = told(call, replicated=not case.is_zero3)
         assert text.startswith(kind), text

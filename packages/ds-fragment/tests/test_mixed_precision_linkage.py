@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ds_fragment import describe, get_local, set_many
 from ds_fragment._links import link_of
 from ds_fragment.errors import InvalidValueError, StateNotReadyError, UnlinkedParameterError
 from ds_fragment.mixed_precision_linkage import (
@@ -89,6 +90,7 @@ def test_attributes_on_every_rank(ranks: int) -> None:
 def test_parameters_are_named_as_deepspeed_names_them() -> None:
     names = ["lp_param_list", "flat_hp_partition", "gradient_dict", "offload_gradient_dict", "use_offload"]
     names += ["param_group_index", "partition_start", "partition_size", "dp_group"]
+    names += ["param_offsets"]
     assert list(inspect.signature(link_hp_params).parameters) == names
     lazy = list(inspect.signature(lazy_init_hp_params_optimizer_state).parameters)
     assert lazy == ["lp_param_list", "flat_hp_partition", "optimizer_state"]
@@ -97,11 +99,12 @@ def test_parameters_are_named_as_deepspeed_names_them() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"partition_start": 4},
-            r"partition_start is 4 on group rank 0, expected rank \* partition_size = 0 \* 27 = 0",
-        ),
-        ({"partition_size": 26}, "partition_size 26 .* cannot hold the 27 .* at least 27"),
+        ({"partition_start": 4}, r"offset 0 has 3 elements, of which the ranks' partitions hold 0: .*\[\(4, 31\)\]"),
+        ({"partition_start": -1}, "partition_start is -1 and partition_size 27, expected 0 or more"),
+        ({"partition_size": 26}, r"offset 25 has 2 elements, of which the ranks' partitions hold 1: .*\[\(0, 26\)\]"),
+        ({"param_offsets": [0, 3]}, r"param_offsets is \[0, 3\] for 8 parameters"),
+        ({"param_offsets": [0, 3, 11, 11, 12, 13, 25, -2]}, "give each the element at which it begins, 0 or more"),
+        ({"param_offsets": [0, 2, 11, 11, 12, 13, 25, 25]}, "overlap: one parameter has the elements 0 to 3, an"),
         ({"flat_hp_partition": torch.zeros(26)}, r"flat_hp_partition has shape \(26,\), expected 1-D with at least 27"),
         ({"flat_hp_partition": torch.zeros(27, 1)}, r"flat_hp_partition has shape \(27, 1\)"),
         (
@@ -235,3 +238,100 @@ def test_methods_of_an_unlinked_parameter() -> None:
             "a parameter of shape (3,) is not linked to a flat fp32 partition: call link_hp_params or make a "
             "FlatPartition",
         )
+
+
+def _random_links(rank: int, ranks: int, seed: int) -> None:
+    """Random offsets with gaps, in any order, and slices of random sizes, against a dense buffer."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(high: int) -> int:
+        return int(torch.randint(high, (), generator=draw))
+
+    numels = [pick(9) for _ in range(8)]
+    gaps = [pick(4) for _ in range(8)]
+    order = torch.randperm(8, generator=draw).tolist()
+    offsets, position = [0] * 8, 0
+    for i in order:
+        position += gaps[i]
+        offsets[i] = position
+        position += numels[i]
+    cuts = sorted(pick(position + 1) for _ in range(ranks - 1))
+    begin, end = [0, *cuts, position + pick(3)][rank : rank + 2]
+    dense = torch.randn(position + 3, generator=draw)
+    params = [nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16)) for numel in numels]
+    flat = dense[begin:end].clone()
+    link(
+        params,
+        flat,
+        partition_start=begin,
+        partition_size=end - begin,
+        dp_group=dist.group.WORLD,
+        param_offsets=offsets,
+    )
+    for param, offset, numel in zip(params, offsets, numels, strict=True):
+        assert_same(safe_get_full_fp32_param(param), dense[offset : offset + numel])
+    values = [torch.randn(numel, generator=draw) for numel in numels]
+    set_many(list(zip(params, values, strict=True)))
+    for param, offset, numel, value in zip(params, offsets, numels, values, strict=True):
+        dense[offset : offset + numel] = value
+        assert_same(param.detach(), value.bfloat16())
+    assert_same(flat, dense[begin:end])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_offsets_in_any_order_and_slices_of_any_size(ranks: int, seed: int) -> None:
+    run_ranks(_random_links, ranks, ranks, seed)
+
+
+def _bad_slices(rank: int) -> list[Any]:
+    group, found = dist.group.WORLD, []
+    for start, size, offsets in ((2 * rank, 3, None), (3 * rank, 2, None), (3 * rank, 3, [rank])):
+        param = nn.Parameter(torch.zeros(5))
+        flat = torch.zeros(6)
+        link(
+            [param],
+            flat,
+            partition_start=start,
+            partition_size=size,
+            dp_group=group,
+            param_offsets=offsets,
+        )
+        assert get_local(param).dtype == torch.float32
+        found.append(raised(lambda param=param: describe(param)))
+        found.append(raised(lambda param=param: safe_get_full_fp32_param(param)))
+        found.append(raised(lambda param=param: set_many([(param, torch.ones(5))])))
+        assert param.tolist() == [0] * 5
+    return found
+
+
+def test_slices_that_do_not_cut_the_parameters_are_refused_on_every_rank() -> None:
+    mine, other = run_ranks(_bad_slices, 2)
+    assert mine == other
+    for number, (kind, text) in enumerate(
+        (
+            ("InvalidValueError", "partitions overlap"),
+            ("InvalidValueError", "of which the ranks' partitions hold 4"),
+            ("RankMismatchError", "pass the same lp_param_list and param_offsets"),
+        )
+    ):
+        unknown, read, write = mine[3 * number : 3 * number + 3]
+        assert unknown[0] == "FragmentError"
+        assert "before the first collective read" in unknown[1]
+        assert read == write
+        assert read[0] == kind
+        assert text in read[1]
+
+
+@pytest.mark.parametrize("use_offload", [False, True])
+def test_gradients_of_a_partition_with_gaps(use_offload: bool) -> None:
+    """The list has an entry for each gap before a parameter, but for an offloaded optimizer."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    pieces = [torch.full((2,), float(i)) for i in range(3)]
+    gap = torch.zeros(3)
+    table = {0: pieces if use_offload else [gap, pieces[0], pieces[1], gap, pieces[2], gap]}
+    arguments = {"gradient_dict": None if use_offload else table, "offload_gradient_dict": table}
+    flat = torch.zeros(14)
+    link(params, flat, **arguments, use_offload=use_offload, param_offsets=[3, 5, 10])
+    for param, piece in zip(params, pieces, strict=True):
+        assert_same(param.get_full_hp_grad(), piece)

@@ -12,6 +12,7 @@ TYPES = [
     errors.InvalidValueError,
     errors.StateKeyError,
     errors.StateNotReadyError,
+    errors.UnusedGradientError,
     errors.GradientUnavailableError,
     errors.RankMismatchError,
     errors.FragmentError,
@@ -33,9 +34,25 @@ def sent_by(rank: int, error: Exception) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_keeps_its_type_and_text(kind: type[errors.FragmentError]) -> None:
-    error = decoded(FINE, _status.encode(kind("the reason")))
+    error = decoded(_status.encode(kind("the reason")))
     assert type(error) is kind
     assert str(error) == "the reason"
+
+
+def test_unused_counts_only_where_no_rank_has_another_error_or_a_piece() -> None:
+    unused, unreduced = errors.UnusedGradientError("unused"), errors.GradientUnavailableError("unreduced")
+    assert type(decoded(sent_by(1, unused), sent_by(0, unused))) is errors.UnusedGradientError
+    assert str(decoded(sent_by(0, unused), sent_by(1, unreduced))) == "rank 1: unreduced"
+    assert type(decoded(sent_by(0, unused), FINE)) is errors.GradientUnavailableError
+    rows = torch.stack([sent_by(0, unused), FINE])
+    for holders, kind in (
+        ([True, True], errors.GradientUnavailableError),
+        ([True, False], errors.UnusedGradientError),
+    ):
+        with pytest.raises(errors.FragmentError) as caught:
+            _status.check(rows, holders=holders)
+        assert type(caught.value) is kind
+        assert str(caught.value) == "rank 0: unused"
 
 
 def test_every_error_of_the_package_has_a_code() -> None:

@@ -1,40 +1,112 @@
 """Read and write the true fp32 weights, gradients and optimizer state of a sharded PyTorch run."""
 
+from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
 from ds_fragment._adapters import register_adapter
-from ds_fragment._api import get_local, state_keys
+from ds_fragment._api import (
+    get_full_hp_grad,
+    get_full_hp_param,
+    get_local,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+    safe_update_full_grad_vectorized,
+    set_full_hp_grad,
+    set_full_hp_param,
+    state_keys,
+)
 from ds_fragment._attach import attach
 from ds_fragment._check import checked
 from ds_fragment._checkpoint import load_full, save_full
 from ds_fragment._describe import describe, plot_partition
+from ds_fragment._fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states
 from ds_fragment._kernels import use_kernels
 from ds_fragment._read import iter_full
 from ds_fragment._stats import available, count_nonfinite, norms
 from ds_fragment._write import set_local, set_many, update_many
+from ds_fragment.errors import (
+    FragmentError,
+    GradientUnavailableError,
+    InvalidValueError,
+    RankMismatchError,
+    StateKeyError,
+    StateNotReadyError,
+    UnlinkedParameterError,
+    UnusedGradientError,
+)
 from ds_fragment.flat_partition import FlatPartition
 from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params, unlink_hp_params
+from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
 
 __all__ = [
     "FlatPartition",
+    "FragmentError",
+    "GradientUnavailableError",
+    "InvalidValueError",
+    "ModulePathError",
+    "RankMismatchError",
+    "StateKeyError",
+    "StateNotReadyError",
+    "UnlinkedParameterError",
+    "UnusedGradientError",
     "__version__",
     "attach",
     "available",
     "checked",
     "count_nonfinite",
     "describe",
+    "fragment_address",
+    "get_full_hp_grad",
+    "get_full_hp_param",
+    "get_hp_fragment_mapping",
     "get_local",
     "iter_full",
     "lazy_init_hp_params_optimizer_state",
     "link_hp_params",
     "load_full",
+    "map_to_flat_opt_states",
+    "mixed_precision_linkage",
+    "module_utils",
     "norms",
     "plot_partition",
+    "recursive_getattr",
+    "recursive_setattr",
     "register_adapter",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized",
     "save_full",
+    "set_full_hp_grad",
+    "set_full_hp_param",
     "set_local",
     "set_many",
     "state_keys",
+    "tensor_fragment",
     "unlink_hp_params",
     "update_many",
     "use_kernels",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names and those with an underscore."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("_"))})

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ds_fragment._adapters import adapter_of
+from ds_fragment._availability import is_absent
 from ds_fragment._read import check_what, read_one
 from ds_fragment._registry import registry
 from ds_fragment._write import set_local, set_many, update_many
-from ds_fragment.errors import UnlinkedParameterError
+from ds_fragment.errors import FragmentError, UnlinkedParameterError
 
 
 def get_local(param: torch.Tensor, what: str = "value") -> torch.Tensor:
@@ -32,10 +33,7 @@ def get_local(param: torch.Tensor, what: str = "value") -> torch.Tensor:
     """
     adapter = adapter_of(param)
     piece = adapter.local(param, check_what(what))
-    if piece is None:
-        place = adapter.place(param, what)
-        piece = torch.empty(0, dtype=place.dtype, device=place.device)
-    return piece.detach()
+    return (adapter.empty(param, what) if piece is None else piece).detach()
 
 
 def state_keys(param: torch.Tensor) -> list[str]:
@@ -76,7 +74,7 @@ def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     set_many([(param, value)], "value")
 
 
-def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor:
+def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """The whole of one optimizer state of a parameter, a fresh tensor. All ranks of its group must call it.
 
     Args:
@@ -84,14 +82,16 @@ def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> 
         optim_state_key: such as ``exp_avg``; ``step`` and other numbers come as 0-dimensional tensors.
 
     Returns:
-        Of the state's whole shape and dtype.
+        Of the state's whole shape and dtype; None, on every rank, for a parameter that does not require a gradient and
+        has no state.
 
     Raises:
         UnlinkedParameterError: no optimizer was attached.
         StateNotReadyError: the optimizer has not stepped yet.
         StateKeyError: it keeps no such state.
     """
-    return read_one(param, check_what(optim_state_key))
+    what = check_what(optim_state_key)
+    return _or_none(param, lambda: read_one(param, what))
 
 
 def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
@@ -108,16 +108,20 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
     set_many([(param, value)], check_what(optim_state_key))
 
 
-def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor:
+def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     """The whole reduced gradient of a parameter, a fresh fp32 tensor. All ranks of its group must call it.
 
     Returns:
-        Of the parameter's whole shape: the mean over the data-parallel ranks.
+        Of the parameter's whole shape: the mean over the data-parallel ranks. None, on every rank, for a parameter that
+        does not require a gradient and has none, and for one that this backward pass did not use, on any rank, where it
+        used others. An engine may keep zeros for such a parameter, as DeepSpeed ZeRO-1 and 2 do: they are its gradient.
 
     Raises:
-        GradientUnavailableError: it is not reduced yet, was not used in this backward, or was consumed already.
+        GradientUnavailableError: it is not reduced yet, or was consumed already; or nothing tells which: outside
+            DeepSpeed only an attached model knows whether the backward pass used other parameters.
     """
-    return read_one(param, "grad").float()
+    found = _or_none(param, lambda: read_one(param, "grad"))
+    return None if found is None else found.float()
 
 
 def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -138,14 +142,22 @@ def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor:
     return get_local(param, "value")
 
 
-def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of the reduced gradient: see `get_local`. No communication."""
-    return get_local(param, "grad")
+def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
+    """This rank's piece of the reduced gradient: see `get_local`. No communication.
+
+    None where `safe_get_full_grad` is; but a rank that holds no piece of a parameter that requires a gradient may not
+    know whether it was used, and gives an empty tensor.
+    """
+    return _or_none(param, lambda: get_local(param, "grad"))
 
 
-def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor:
-    """This rank's piece of an optimizer state: see `get_local`. No communication."""
-    return get_local(param, check_what(optim_state_key))
+def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
+    """This rank's piece of an optimizer state: see `get_local`. No communication.
+
+    None where `safe_get_full_optimizer_state` is.
+    """
+    what = check_what(optim_state_key)
+    return _or_none(param, lambda: get_local(param, what))
 
 
 def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -184,6 +196,16 @@ def safe_update_full_grad_vectorized(
     update_many(chosen, lambda param, grad: update_func(grad, param), "grad")
 
 
+def _or_none(param: torch.Tensor, read: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """What is read; None where there is none because nothing trains or used the parameter, see `is_absent`."""
+    try:
+        return read()
+    except FragmentError as error:
+        if is_absent(param, error):
+            return None
+        raise
+
+
 def get_full_hp_param(self: torch.Tensor, optim_state_key: str | None = None) -> torch.Tensor:
     """The whole fp32 value of a linked parameter, or of an optimizer state. All ranks of its group must call it."""
     _require_link(self)
@@ -199,7 +221,7 @@ def set_full_hp_param(self: torch.Tensor, value: torch.Tensor, optim_state_key: 
 def get_full_hp_grad(self: torch.Tensor) -> torch.Tensor:
     """The whole reduced gradient of a linked parameter in fp32. All ranks of its group must call it."""
     _require_link(self)
-    return safe_get_full_grad(self)
+    return read_one(self, "grad").float()
 
 
 def set_full_hp_grad(self: torch.Tensor, value: torch.Tensor) -> None:

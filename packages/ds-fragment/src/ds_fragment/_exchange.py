@@ -346,18 +346,20 @@ def agree(
         RankMismatchError: the sums are not the same.
     """
     failing = [] if error is None else [_status.encode(error)]
+    fine: list[torch.Tensor] = []  # statuses without an error
     for _ in range(min(len(groups), 2)):  # the second round carries what one group knows to the ranks of another
         for group in groups:
             chosen = [i for i in range(len(sums)) if scopes is None or group in scopes[i]]
             digest = _status.encode_sums([sums[i] for i in chosen])
-            mine = min(failing, key=_status.rank_of, default=digest)
+            mine = _status.first_of(failing) if failing else digest
             statuses = _all_gather(mine, group, device)
             found = statuses[statuses[:, 0] != 0]
             failing.extend(found)
+            fine.extend(statuses[statuses[:, 0] == 0])
             if not len(found) and not torch.equal(statuses, mine.expand_as(statuses)):
                 failing.append(_status.encode(_mismatch(sums, chosen, statuses, group, device, name)))
     if failing:
-        _status.check(torch.stack(failing), cause=error)
+        _status.check(torch.stack(failing + fine), cause=error)
 
 
 def _mismatch(

@@ -327,7 +327,9 @@ class Flight:
             self._gather([], [])
             self.wait()
         assert self.statuses is not None
-        _status.check(self.statuses.cpu(), cause=self.error)
+        places = [self.wire.places[item] for item in self.wire.items]
+        holders = [any(place.layout.sent(rank) for place in places) for rank in range(self.wire.size)]
+        _status.check(self.statuses.cpu(), holders=holders, cause=self.error)
 
 
 def _beside(device: torch.device) -> torch.cuda.Stream | None:

@@ -149,6 +149,16 @@ class tensor_fragment:
             )
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields as DeepSpeed pickles them, tensors and all."""
+        held = {"lp_fragment": self.lp_fragment, "hp_fragment": self.hp_fragment}
+        return held | {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take the fields of one that this package or DeepSpeed pickled."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def _states(self) -> dict[str, Any]:
         if self.optim_fragment is None:
             raise StateNotReadyError(

@@ -37,6 +37,10 @@ class IdentityMap(Generic[V]):
         """All values."""
         return (value for _, value in list(self._kept.values()))
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors that are still there."""
+        return (tensor for reference, _ in list(self._kept.values()) if (tensor := reference()) is not None)
+
     def __setitem__(self, tensor: torch.Tensor, value: V) -> None:
         key, kept = id(tensor), self._kept
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_fragment._availability import count_over_ranks, is_absent
 from ds_fragment._loaded import is_a
 from ds_fragment._quantity import Quantity
 from ds_fragment._registry import clean_name
@@ -67,6 +68,7 @@ def iter_full(
     dst: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    missing: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[str | torch.Tensor, torch.Tensor]]:
     """Yield the whole fp32 value, gradient or optimizer state of many sharded parameters, one after the other.
 
@@ -84,6 +86,9 @@ def iter_full(
             it, as experts of another expert-parallel rank, is delivered nowhere then. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
         dtype: what they are cast to; the master's dtype unless told.
+        missing: ``"skip"`` leaves out, on every rank, the parameters for which ``safe_get_full_grad`` and
+            ``safe_get_full_optimizer_state`` return None: those that are not trained, and gradients that this backward
+            pass did not use. The ranks ask each other first, in one small collective for each group.
 
     Yields:
         (name, tensor) where names were given, else (parameter, tensor): fresh tensors of the whole shape, in order. On
@@ -92,8 +97,10 @@ def iter_full(
 
     Raises:
         FragmentError: a rank could not deliver its piece (no such state, no gradient); the same on every rank.
-        ValueError: ``bucket_bytes`` is not positive, or ``dst`` is no rank.
+        ValueError: ``bucket_bytes`` is not positive, ``dst`` is no rank, or ``missing`` neither word.
     """
+    if missing not in ("raise", "skip"):
+        raise ValueError(f"missing is {missing!r}, expected 'raise' or 'skip'")
     if bucket_bytes is not None and bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes is {bucket_bytes}, expected a positive number of bytes")
     if dst is not None:
@@ -101,12 +108,25 @@ def iter_full(
         if not 0 <= dst < world_size:
             raise ValueError(f"dst is {dst}, expected a global rank in [0, {world_size})")
     names, tensors = named(params)
+    if missing == "skip" and check_what(what) != "value":
+        kept = _present(tensors, what)
+        names = None if names is None else [names[i] for i in kept]
+        tensors = [tensors[i] for i in kept]
     quantity = Quantity(tensors, check_what(what), "iter_full")
     keys: Sequence[str | torch.Tensor] = tensors if names is None else names
     found = quantity.full(keys, bucket_bytes, dst)
     if device is None and dtype is None:
         return found
     return _converted(found, device, dtype)
+
+
+def _present(tensors: Sequence[torch.Tensor], what: str) -> list[int]:
+    """Which of them have the quantity, or have an error to raise that is more than its absence; alike on every rank."""
+    error = 1 << 32  # more than there are ranks
+    counts = count_over_ranks(
+        Quantity(tensors, "value", "iter_full"), what, lambda param, why: 1 if is_absent(param, why) else error
+    )
+    return [item for item, count in enumerate(counts) if not 0 < count < error]
 
 
 def _converted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 
@@ -58,6 +59,15 @@ class Registry:
         """The fp32 master that was attached and is still alive."""
         reference = self._masters.get(param)
         return None if reference is None else reference()
+
+    def any_has_gradient(self) -> bool:
+        """Whether a parameter of an attached model, or a master, has a gradient now."""
+        masters = (master for reference in self._masters.values() if (master := reference()) is not None)
+        return any(tensor.grad is not None for tensor in chain(self._names.tensors(), masters))
+
+    def is_named(self, param: torch.Tensor) -> bool:
+        """Whether the parameter is in an attached model."""
+        return param in self._names
 
     def name_of(self, param: torch.Tensor) -> str:
         """The parameter's name for messages: its own where known, else its shape."""

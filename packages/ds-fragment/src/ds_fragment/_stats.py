@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import overload
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ds_fragment._exchange import Locate, Place, Plan, gather
-from ds_fragment._layout import Fragment, Layout
+from ds_fragment._availability import count_over_ranks, is_absent, over_ranks
 from ds_fragment._quantity import Quantity
 from ds_fragment._read import Named, check_what, named
-from ds_fragment.errors import GradientUnavailableError, StateKeyError, StateNotReadyError
+from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError, StateNotReadyError
 
 
 def norms(
@@ -71,25 +69,20 @@ def available(
 
     Returns:
         (name, parameter) pairs where names were given, else parameters: those that no rank would raise
-        `GradientUnavailableError`, `StateNotReadyError` or `StateKeyError` for.
+        `GradientUnavailableError`, `StateNotReadyError` or `StateKeyError` for, and that are trained.
     """
     names, tensors = named(params)
     quantity = Quantity(tensors, "value", "available")
 
-    def missing(item: int) -> torch.Tensor:
-        try:
-            quantity.adapters[item].local(tensors[item], check_what(what))
-        except (GradientUnavailableError, StateNotReadyError, StateKeyError):
-            return torch.ones(())
-        return torch.zeros(())
+    kinds = (GradientUnavailableError, StateNotReadyError, StateKeyError)
 
-    shares = [missing(item) for item in range(len(tensors))]
-    axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
-    for axis in range(max(map(len, axes), default=0)):
-        groups = [found[axis] if axis < len(found) else None for found in axes]
-        counts = _over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
-        shares = [torch.tensor(count) for count in counts]
-    chosen = [item for item, count in enumerate(shares) if not count]
+    def missing(param: torch.Tensor, error: FragmentError) -> int:
+        if isinstance(error, kinds) or is_absent(param, error):
+            return 1
+        raise error
+
+    counts = count_over_ranks(quantity, check_what(what), missing)
+    chosen = [item for item, count in enumerate(counts) if not count]
     return [tensors[i] for i in chosen] if names is None else [(names[i], tensors[i]) for i in chosen]
 
 
@@ -118,49 +111,6 @@ def _reduced(
 
     with quantity.named_if_broken(range(len(tensors))):
         groups = [None if place.alone else place.group for place in quantity.places]
-        totals = _over_ranks(groups, quantity.device(), share, combine, quantity.gather)
+        totals = over_ranks(groups, quantity.device(), share, combine, quantity.gather)
     keys: list[str | torch.Tensor] = list(tensors if names is None else names)
     return dict(zip(keys, totals, strict=True))
-
-
-def _over_ranks(
-    groups: Sequence[dist.ProcessGroup | None],
-    device: torch.device,
-    share: Callable[[int], torch.Tensor],
-    combine: Callable[[torch.Tensor], torch.Tensor],
-    bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
-) -> list[float]:
-    """One number for each parameter, made from one of each rank of its group; one collective for each group.
-
-    Args:
-        groups: of the parameters; None where there is this rank's number only.
-        device: where collectives run.
-        share: this rank's number for the i-th, 0-dimensional.
-        combine: makes one row, fp64 (parameters,), of a row for each rank, (ranks, parameters).
-        bring: `gather`, or a quantity's.
-    """
-    by_group: dict[dist.ProcessGroup | None, list[int]] = {}
-    for item, group in enumerate(groups):
-        by_group.setdefault(group, []).append(item)
-
-    # One row a rank, brought together like a parameter that is sharded by rows.
-    order, tables = list(by_group), []
-    for group in order:
-        ranks, count = 1 if group is None else group.size(), len(by_group[group])
-        rows = Layout((ranks, count), tuple(Fragment((rank, 0), (1, count)) for rank in range(ranks)))
-        tables.append(Place(torch.Size((ranks, count)), torch.float64, device, rows, group))
-
-    def row(table: int) -> torch.Tensor:
-        items = by_group[order[table]]
-        return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
-
-    def rows_of(chosen: Sequence[int]) -> list[torch.Tensor]:
-        return [row(table) for table in chosen]
-
-    totals = [0.0] * len(groups)
-    for bucket in bring(Plan(tables, bucket_bytes=1 << 30), rows_of):
-        for group, table in zip(order, bucket, strict=True):
-            assert table is not None
-            for item, total in zip(by_group[group], combine(table).tolist(), strict=True):
-                totals[item] = total
-    return totals

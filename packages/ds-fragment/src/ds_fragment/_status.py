@@ -3,8 +3,9 @@
 [Note: status] A collective that one rank does not join hangs the others. So a rank whose input is bad joins all the
 same, and sends its error in the place of its data: every contribution to an exchange begins with a *status* of
 `STATUS_BYTES` bytes, zero when all is well. After the exchange each rank reads all of them, and if any is set, all
-ranks raise the error of the lowest failing rank, by type and by text. It costs no round trip of its own. An error
-that came from another rank is passed on as it came, so that its rank stays known.
+ranks raise the error of the lowest failing rank, by type and by text. An `UnusedGradientError`, which callers take for
+None, comes after all other errors. It costs no round trip of its own. An error that came from another rank is passed on
+as it came, so that its rank stays known.
 
 [Note: mark] Where large data travels in place, out of the piece and into the whole, there is no room before it, and a
 status beside it would be a collective more. There the failing rank sends `MARK` at the beginning of its piece of an
@@ -16,7 +17,7 @@ and no more.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,14 @@ _TYPES: tuple[type[errors.FragmentError], ...] = (
     errors.InvalidValueError,
     errors.StateKeyError,
     errors.StateNotReadyError,
+    errors.UnusedGradientError,  # before its base
     errors.GradientUnavailableError,
     errors.RankMismatchError,
     errors.FragmentError,
 )
 _MISMATCH = 1 + _TYPES.index(errors.RankMismatchError)
+_UNUSED = 1 + _TYPES.index(errors.UnusedGradientError)
+_UNAVAILABLE = 1 + _TYPES.index(errors.GradientUnavailableError)
 
 
 def encode(error: Exception) -> torch.Tensor:
@@ -81,11 +85,18 @@ def rank_of(status: torch.Tensor) -> int:
     return int.from_bytes(bytes(status[1:5].tolist()), "little", signed=True)
 
 
-def check(statuses: torch.Tensor, *, cause: BaseException | None = None) -> None:
+def first_of(failing: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of some statuses with an error, the one that all ranks raise."""
+    return min(failing, key=lambda status: (int(status[0]) == _UNUSED, rank_of(status)))
+
+
+def check(statuses: torch.Tensor, *, holders: Sequence[bool] | None = None, cause: BaseException | None = None) -> None:
     """Raise the error of the lowest failing rank, if any.
 
     Args:
         statuses: uint8, (ranks, STATUS_BYTES), on the CPU.
+        holders: whether each rank has a piece to send; all have unless told. Where one of them has its gradient, an
+            `UnusedGradientError` of another is a plain `GradientUnavailableError`: somebody used the parameter.
         cause: this rank's own exception, shown behind the error as its cause.
 
     Raises:
@@ -95,7 +106,11 @@ def check(statuses: torch.Tensor, *, cause: BaseException | None = None) -> None
     failing = statuses[statuses[:, 0] != 0]
     if not len(failing):
         return
-    lowest = min(failing, key=rank_of)
+    lowest = first_of(failing)
+    fine = statuses[:, 0] == 0
+    if int(lowest[0]) == _UNUSED and any(fine if holders is None else fine & torch.tensor(holders)):
+        lowest = lowest.clone()
+        lowest[0] = _UNAVAILABLE
     rank, blob = rank_of(lowest), bytes(lowest.tolist())
     text = blob[_TEXT_AT : _TEXT_AT + int.from_bytes(blob[5:_TEXT_AT], "little")].decode(errors="replace")
     if rank >= 0 and blob[0] != _MISMATCH:

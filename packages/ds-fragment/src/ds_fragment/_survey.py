@@ -22,15 +22,17 @@ class Survey:
         self.what, self.generation = what, registry.generation
         self.error: FragmentError | None = None
         self.adapters = [adapter_of(param) for param in params]
+        by_adapter: dict[Adapter, list[int]] = {}
+        for item, adapter in enumerate(self.adapters):
+            by_adapter.setdefault(adapter, []).append(item)
+        self.by_adapter = list(by_adapter.items())
+        for adapter, items in self.by_adapter:
+            adapter.prepare([params[item] for item in items])
         self._params = Seen(params)
         self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
         self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
         self.held = [place.layout.held(place.rank) for place in self.places]
         self.groups = list(dict.fromkeys(group for place in self.homes for group in place.groups))
-        by_adapter: dict[Adapter, list[int]] = {}
-        for item, adapter in enumerate(self.adapters):
-            by_adapter.setdefault(adapter, []).append(item)
-        self.by_adapter = list(by_adapter.items())
         self.settle = self.to_settle(self.places)
         self.agreed_at: int | None = None  # what `_agreements` counted when all was as agreed
         self.plan: tuple[int | None, Plan] | None = None  # the last one, and the bucket_bytes that were asked for

@@ -10,6 +10,7 @@ __all__ = [
     "StateKeyError",
     "StateNotReadyError",
     "UnlinkedParameterError",
+    "UnusedGradientError",
 ]
 
 
@@ -37,6 +38,13 @@ class StateNotReadyError(FragmentError, RuntimeError):
 
 class GradientUnavailableError(FragmentError, RuntimeError):
     """There is no reduced gradient to read, and the message says why."""
+
+
+class UnusedGradientError(GradientUnavailableError):
+    """There is no gradient on any rank: the parameter requires none, or this backward pass did not use it.
+
+    ``safe_get_full_grad`` and ``safe_get_local_grad`` return None in its place.
+    """
 
 
 class RankMismatchError(FragmentError, RuntimeError):

@@ -37,7 +37,7 @@ from ds_fragment._adapters._flat import publish
 from ds_fragment._exchange import agree, wire_device
 from ds_fragment._links import link_of
 from ds_fragment._registry import registry
-from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
+from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
 
 __all__ = ["FlatPartition", "GradientStats"]
@@ -140,11 +140,13 @@ class FlatPartition:
         )
         self._index = index
         self._fragments = [p._hp_mapping for p in self.params if p._hp_mapping is not None]  # type: ignore[attr-defined]
+        slices = tuple((rank * self.partition_size, self.partition_size) for rank in range(self.world_size))
         self._spans: list[tuple[int, int]] = []  # in the partition, by _index_in_param_group; empty ones too
         for param in self.params:
             link = link_of(param)
             assert link is not None
             link.owner = weakref.ref(self)
+            link.slices.known = slices
             if hasattr(param, "_index_in_param_group"):
                 address = param._hp_mapping and param._hp_mapping.get_hp_fragment_address()  # type: ignore[attr-defined]
                 self._spans.append((address.start, address.numel) if address else (0, 0))
@@ -287,17 +289,25 @@ class FlatPartition:
                 )
         return None
 
-    def why_no_gradient(self, param: torch.Tensor) -> str | None:
-        """Why there is no reduced gradient of a parameter now, or None if there is one."""
+    def no_gradient(self, param: torch.Tensor) -> GradientUnavailableError | None:
+        """The error where there is no reduced gradient of the parameter now, None where there is one."""
+        kind = GradientUnavailableError
         if param.grad is not None:
-            return "it is not reduced yet: call reduce_gradients() on every rank after the last backward pass"
-        if self._used is None or self.hp_param.grad is None:
-            if self._consumed or self._used is not None:
-                return "it was consumed by the last step: read it between reduce_gradients() and publish()"
-            return "no backward pass was reduced yet"
-        if self._used_here is None:  # waits for the device
-            self._used_here = [count > 0 for count in self._used.tolist()]
-        return None if self._used_here[self._positions[param]] else "no rank used the parameter in this backward pass"
+            reason = "it is not reduced yet: call reduce_gradients() on every rank after the last backward pass"
+        elif self._used is None or self.hp_param.grad is None:
+            consumed = self._consumed or self._used is not None
+            reason = (
+                "it was consumed by the last step: read it between reduce_gradients() and publish()"
+                if consumed
+                else "no backward pass was reduced yet"
+            )
+        else:
+            if self._used_here is None:  # waits for the device
+                self._used_here = [count > 0 for count in self._used.tolist()]
+            if self._used_here[self._positions[param]]:
+                return None
+            kind, reason = UnusedGradientError, "no rank used the parameter in this backward pass"
+        return kind(f"{registry.name_of(param)} has no gradient to read: {reason}")
 
     def __repr__(self) -> str:
         return (

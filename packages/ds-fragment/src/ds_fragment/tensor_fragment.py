@@ -20,6 +20,7 @@ from ds_fragment._api import (
     set_full_hp_param,
 )
 from ds_fragment._fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states, tensor_fragment
+from ds_fragment.module_utils import recursive_getattr, recursive_setattr
 
 __all__ = [
     "fragment_address",
@@ -27,6 +28,8 @@ __all__ = [
     "get_full_hp_param",
     "get_hp_fragment_mapping",
     "map_to_flat_opt_states",
+    "recursive_getattr",
+    "recursive_setattr",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",

@@ -27,7 +27,7 @@ for _adapter in (
     Fsdp1Adapter(),
     DeepSpeedUnshardedAdapter(),
     Zero3Adapter(),
-    DeepSpeedFlatAdapter(),
     FlatAdapter(),
+    DeepSpeedFlatAdapter(),
 ):
     register_adapter(_adapter)

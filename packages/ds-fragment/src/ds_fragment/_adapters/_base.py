@@ -16,7 +16,13 @@ from torch import nn
 from ds_fragment._exchange import Locate, Pieces, Place, bucket_bytes_for, gather, plan_of
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._registry import registry
-from ds_fragment.errors import StateKeyError, StateNotReadyError, UnlinkedParameterError
+from ds_fragment.errors import (
+    GradientUnavailableError,
+    StateKeyError,
+    StateNotReadyError,
+    UnlinkedParameterError,
+    UnusedGradientError,
+)
 
 
 class Adapter(ABC):
@@ -41,6 +47,15 @@ class Adapter(ABC):
         Raises:
             FragmentError: it cannot be had here, now; the exchange tells every rank.
         """
+
+    def prepare(self, params: Sequence[torch.Tensor]) -> None:
+        """What the ranks have to tell each other before `place` can answer; all ranks of the groups call it."""
+        return
+
+    def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """The piece of a rank that holds nothing."""
+        place = self.place(param, what)
+        return torch.empty(0, dtype=place.dtype, device=place.device)
 
     @abstractmethod
     def state_keys(self, param: torch.Tensor) -> list[str]:
@@ -169,6 +184,21 @@ _in_order = _InOrder()
 def _in_turn_from(begin: int, kept: Mapping[torch.Tensor, object], params: Sequence[torch.Tensor]) -> bool:
     """Whether the keys from there on are these."""
     return begin + len(params) <= len(kept) and all(map(is_, islice(kept, begin, None), params))
+
+
+def missing_gradient(param: torch.Tensor) -> GradientUnavailableError:
+    """The error for a parameter whose ``grad`` is None, where its engine keeps no unreduced one elsewhere."""
+    name = registry.name_of(param)
+    if not param.requires_grad:
+        return UnusedGradientError(f"{name} has no gradient: it does not require one")
+    cleared = f"{name} has no gradient: no backward pass used it since its gradient was cleared"
+    if not registry.is_named(param):
+        return GradientUnavailableError(
+            f"{cleared}, or its gradients are not reduced yet; which of them, attach(model, optimizer) lets it tell"
+        )
+    if registry.any_has_gradient():
+        return UnusedGradientError(f"{name} has no gradient: the backward pass did not use it")
+    return GradientUnavailableError(cleared)
 
 
 def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:

@@ -25,7 +25,13 @@ from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
-from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError, UnlinkedParameterError
+from ds_fragment.errors import (
+    FragmentError,
+    GradientUnavailableError,
+    StateKeyError,
+    UnlinkedParameterError,
+    UnusedGradientError,
+)
 
 UNUSED = "no backward pass used it since the last optimizer step"
 UNREDUCED = (
@@ -53,7 +59,8 @@ class Slot:
         index: which of the optimizer's flat fp32 tensors it is in.
         start: where this rank's piece begins there.
         untrained: why there is no fp32 value; empty where there is one.
-        position: where its gradient is in the engine's lists.
+        position: where its gradient is in the engine's lists, among those of this rank's parameters.
+        gaps: how many gaps lie before it in this rank's flat tensor; a list of the whole tensor has an entry for each.
         places: by quantity, made on first use.
         numel: elements that this rank holds.
     """
@@ -66,6 +73,7 @@ class Slot:
     start: int = 0
     untrained: str = ""
     position: int = -1
+    gaps: int = 0
     places: dict[object, Place] = field(default_factory=dict)
     numel: int = field(init=False)
 
@@ -216,7 +224,7 @@ class DeepSpeedAdapter(Adapter):
 
     def _scaled_gradient(self, param: torch.Tensor, slot: Slot, settled: set[int]) -> tuple[torch.Tensor | None, float]:
         if slot.untrained:
-            raise no_gradient(param, slot.untrained)
+            raise unused_gradient(param, slot.untrained, others=False)
         optimizer = self._optimizer(param, slot)
         if id(optimizer) not in settled:
             settled.add(id(optimizer))
@@ -285,6 +293,19 @@ def _cut(slot: Slot, source: torch.Tensor) -> torch.Tensor | None:
 def no_gradient(param: torch.Tensor, reason: str) -> GradientUnavailableError:
     """The error for a gradient that cannot be had."""
     return GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
+
+
+def unused_gradient(param: torch.Tensor, reason: str, *, others: bool) -> GradientUnavailableError:
+    """The error for a parameter that has no gradient at all.
+
+    Args:
+        param: the parameter.
+        reason: why it has none.
+        others: whether other parameters of the engine have one in this window, so that its backward passes did not use
+            this one.
+    """
+    kind = UnusedGradientError if others or not param.requires_grad else GradientUnavailableError
+    return kind(f"{registry.name_of(param)} has no reduced gradient: {reason}")
 
 
 def loss_scale(optimizer: Any) -> float:

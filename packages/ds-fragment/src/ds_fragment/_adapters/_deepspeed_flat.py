@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ from ds_fragment._adapters._deepspeed import (
     at_boundary,
     no_gradient,
     remembered,
+    unused_gradient,
 )
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout, whole
+from ds_fragment._links import link_of
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
-from ds_fragment.errors import UnlinkedParameterError
+from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
 
 
 class DeepSpeedFlatAdapter(DeepSpeedAdapter):
@@ -44,11 +47,14 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         self._slots = IdentityMap[Slot]()
 
     def claims(self, param: torch.Tensor) -> bool:
-        """Whether DeepSpeed linked the parameter; those linked here are asked about before."""
-        if hasattr(param, "_hp_mapping"):
-            return True
+        """Whether DeepSpeed linked the parameter, by its own `link_hp_params` or by that of this package."""
+        link = link_of(param)
+        if link is not None and link.owner is not None:
+            return False
         slot = self._slots.get(param)
-        return slot is not None and slot.optimizer is not None and slot.optimizer() is not None
+        if slot is not None and slot.optimizer is not None and slot.optimizer() is not None:
+            return True
+        return hasattr(param, "_hp_mapping") and (link is None or _discovered(param) is not None)
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
@@ -68,20 +74,16 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             group, size = optimizer.real_dp_process_group[index], self._flat(optimizer, index).numel()
             held = params if _is_bf16(optimizer) else optimizer.params_in_partition[index]
             positions = {id(param): position for position, param in enumerate(held)}
-            start = 0
-            for param in params:
+            gaps = end_of_last = 0
+            for param, start in zip(params, _starts(optimizer, index, params), strict=True):
                 layout = flat_layout(start, param.numel(), size, group.size())
+                slot = Slot(param.shape, layout, group, reference, index, position=positions.get(id(param), -1))
                 fragment = layout.fragments[group.rank()]
-                self._slots[param] = Slot(
-                    param.shape,
-                    layout,
-                    group,
-                    reference,
-                    index,
-                    start + fragment.offset[0] - group.rank() * size if fragment is not None else 0,
-                    position=positions.get(id(param), -1),
-                )
-                start += param.numel()
+                if fragment is not None:
+                    slot.start = start + fragment.offset[0] - group.rank() * size
+                    gaps += slot.start > end_of_last
+                    slot.gaps, end_of_last = gaps, slot.start + slot.numel
+                self._slots[param] = slot
                 if getattr(optimizer, "cpu_offload", False):
                     self._watch(param, optimizer, self._begins_on)
 
@@ -126,13 +128,13 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         offset = _offset(slot)
         reduced = optimizer.averaged_gradients.get(slot.index)
         if reduced is not None:
-            found: torch.Tensor | None = reduced[slot.position] if slot.numel else None
+            found: torch.Tensor | None = reduced[slot.position + slot.gaps] if slot.numel else None
             return found
         summed = getattr(optimizer, "all_grad_tensors", {})  # an older DeepSpeed sums where it averages
         running = summed.get(slot.index) if optimizer.partition_gradients else None
         if running is not None:  # whole tensors, of which only this rank's fragment is reduced
             return running[slot.position].view(-1).narrow(0, offset, slot.numel) if slot.numel else None
-        raise no_gradient(param, _why_none(param, optimizer))
+        raise _missing(param, optimizer, others=False)
 
     def _gradient_offloaded(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
         if optimizer.use_grad_accum_attribute and slot.group is not None and slot.group.size() > 1:
@@ -142,12 +144,12 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         if not slot.numel:
             return None  # the ranks that hold it say whether there is one
         identity = optimizer.get_param_id(param)
-        summed = identity in remembered(optimizer, "_offload_accumulated_param_ids")
-        if identity not in optimizer.norm_for_param_grads and not summed:
-            raise no_gradient(param, _why_none(param, optimizer))
+        summed, reduced = remembered(optimizer, "_offload_accumulated_param_ids"), optimizer.norm_for_param_grads
+        if identity not in reduced and identity not in summed:
+            raise _missing(param, optimizer, others=bool(reduced or summed))
         if self._mixed.get(param):
             raise no_gradient(param, MIXED)
-        if identity in optimizer.norm_for_param_grads:
+        if identity in reduced:
             flat: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
             return flat.narrow(0, slot.start, slot.numel)
         running: torch.Tensor = optimizer.accumulated_grads_in_cpu[identity].view(-1)
@@ -200,6 +202,13 @@ def _params(optimizer: Any) -> list[list[torch.Tensor]]:
     return found
 
 
+def _starts(optimizer: Any, index: int, params: Sequence[torch.Tensor]) -> list[int]:
+    """Where each parameter of a group begins in the concatenation; DeepSpeed 0.19.7 may leave gaps between them."""
+    if not _is_bf16(optimizer) and hasattr(optimizer, "round_robin_bit16_offsets"):
+        return list(optimizer.round_robin_bit16_offsets[index])
+    return list(accumulate((param.numel() for param in params[:-1]), initial=0)) if params else []
+
+
 def _discovered(param: torch.Tensor) -> Any:
     """The optimizer that put a gradient hook on the parameter (ZeRO-1 and 2 do), or None."""
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
@@ -226,5 +235,7 @@ def _gradient_bf16(param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Ten
     return found
 
 
-def _why_none(param: torch.Tensor, optimizer: Any) -> str:
-    return UNUSED if optimizer.get_param_gradient_attribute(param) is None else UNREDUCED
+def _missing(param: torch.Tensor, optimizer: Any, *, others: bool) -> GradientUnavailableError:
+    if optimizer.get_param_gradient_attribute(param) is not None:
+        return no_gradient(param, UNREDUCED)
+    return unused_gradient(param, UNUSED, others=others)

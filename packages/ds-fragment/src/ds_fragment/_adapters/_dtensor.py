@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
-from ds_fragment._adapters._base import Adapter, entries_of, state_entry, state_of, value_kind
+from ds_fragment._adapters._base import Adapter, entries_of, missing_gradient, state_entry, state_of, value_kind
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, mesh_layout, whole
+from ds_fragment._loaded import are_dtensors, is_dtensor
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 _spec, _local, _grad = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("grad")
 _placements = attrgetter("_spec.placements")
@@ -38,15 +41,15 @@ class DTensorAdapter(Adapter):
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether it is a DTensor."""
-        return isinstance(param, DTensor)
+        return is_dtensor(param)
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """Computed from the placements of the parameter; state that is not a DTensor is whole on every rank."""
-        assert isinstance(param, DTensor)
+        assert is_dtensor(param)
         if what in ("value", "grad"):
             return self._like(param, param.dtype)
         entry = state_entry(state_of(param, param), param, what)
-        if isinstance(entry, DTensor):
+        if is_dtensor(entry):
             alike = entry.placements == param.placements and entry.shape == param.shape
             return self._like(param if alike else entry, entry.dtype)
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
@@ -67,9 +70,9 @@ class DTensorAdapter(Adapter):
         if what in ("value", "grad"):
             return specs
         entries = entries_of(params, what)
-        if set(map(type, entries)) == {DTensor}:
+        if are_dtensors(entries):
             return [specs, list(map(_spec, entries))]
-        kinds = [entry._spec if isinstance(entry, DTensor) else object() for entry in entries]
+        kinds = [entry._spec if is_dtensor(entry) else object() for entry in entries]
         return [specs, kinds]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
@@ -79,37 +82,34 @@ class DTensorAdapter(Adapter):
         if what == "grad":
             with torch._C.DisableTorchFunctionSubclass():  # twice as fast
                 grads: list[Any] = list(map(_grad, params))
-            if set(map(type, grads)) == {DTensor} and (
+            if are_dtensors(grads) and (
                 all(map(is_, map(_spec, grads), map(_spec, params)))  # as FSDP2 has them, and told fast
                 or list(map(_placements, grads)) == list(map(_placements, params))
             ):
                 return list(map(_local, grads))
             return [DTensorAdapter.local(self, param, what) for param in params]
         entries = entries_of(params, what)
-        if set(map(type, entries)) == {DTensor}:
+        if are_dtensors(entries):
             return list(map(_local, entries))
-        return [entry._local_tensor if isinstance(entry, DTensor) else entry for entry in entries]
+        return [entry._local_tensor if is_dtensor(entry) else entry for entry in entries]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
-        assert isinstance(param, DTensor)
+        assert is_dtensor(param)
         if what == "value":
             return param._local_tensor.detach()
         if what == "grad":
             grad = param.grad
             if grad is None:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
-                    "cleared, or its gradients are not reduced yet"
-                )
-            if not isinstance(grad, DTensor) or grad.placements != param.placements:
+                raise missing_gradient(param)
+            if not is_dtensor(grad) or grad.placements != param.placements:
                 raise GradientUnavailableError(
                     f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
                     f"parameter is placed {param.placements}: redistribute it first"
                 )
             return grad._local_tensor.detach()
         entry = state_entry(state_of(param, param), param, what)
-        return entry._local_tensor.detach() if isinstance(entry, DTensor) else entry
+        return entry._local_tensor.detach() if is_dtensor(entry) else entry
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""

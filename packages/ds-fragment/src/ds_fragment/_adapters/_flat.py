@@ -14,7 +14,7 @@ from ds_fragment._layout import whole
 from ds_fragment._links import FlatLink, link_of
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
-from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
+from ds_fragment.errors import FragmentError, InvalidValueError, UnlinkedParameterError
 
 
 class FlatAdapter(Adapter):
@@ -36,7 +36,7 @@ class FlatAdapter(Adapter):
                 return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
             what = "state"
         if what not in link.places:
-            link.places[what] = Place(param.shape, link.dtype, link.device, link.layout, link.group)
+            link.places[what] = Place(param.shape, link.dtype, link.device, link.layout(), link.group)
         return link.places[what]
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
@@ -56,6 +56,18 @@ class FlatAdapter(Adapter):
         triples = zip(links, params, _attached_entries(links, params, what), strict=True)
         return [_local_state(link, param, what, entry) for link, param, entry in triples]
 
+    def prepare(self, params: Sequence[torch.Tensor]) -> None:
+        """Gather the slices of all ranks where they are not known yet."""
+        links = [link for param in params if (link := link_of(param)) is not None]
+        for slices in dict.fromkeys(link.slices for link in links):
+            if slices.known is None:
+                slices.gather()
+
+    def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """A piece of no elements, of the partition's dtype."""
+        link = _link(param)
+        return torch.empty(0, dtype=link.dtype, device=link.device)
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment."""
         if what not in ("value", "grad"):
@@ -74,9 +86,9 @@ class FlatAdapter(Adapter):
 
     def _check_gradient(self, param: torch.Tensor, link: FlatLink) -> None:
         owner = link.owner() if link.owner is not None else None
-        reason = None if owner is None else owner.why_no_gradient(param)
-        if reason is not None:
-            raise GradientUnavailableError(f"{registry.name_of(param)} has no gradient to read: {reason}")
+        error = None if owner is None else owner.no_gradient(param)
+        if error is not None:
+            raise error
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the attached optimizer's state, else of the linked fragment's."""
@@ -109,7 +121,7 @@ def publish(params: Sequence[torch.Tensor]) -> None:
     for param in params:
         link = _link(param)
         if "lp" not in link.places:
-            link.places["lp"] = Place(param.shape, param.dtype, param.device, link.layout, link.group)
+            link.places["lp"] = Place(param.shape, param.dtype, param.device, link.layout(), link.group)
         places.append(link.places["lp"])
     adapter = FlatAdapter()
     spread(params, places, lambda items: adapter.pieces([params[i] for i in items], "value"))

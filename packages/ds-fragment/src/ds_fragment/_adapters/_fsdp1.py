@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_fragment._adapters._base import Adapter, is_number, scalar_place, state_entry, state_of, value_kind
+from ds_fragment._adapters._base import (
+    Adapter,
+    is_number,
+    missing_gradient,
+    scalar_place,
+    state_entry,
+    state_of,
+    value_kind,
+)
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout
 from ds_fragment._place import Place
@@ -91,10 +99,7 @@ class Fsdp1Adapter(Adapter):
             return _shard(handle).detach().narrow(0, begin if place.group else record.start, fragment.numel)
         if what == "grad":
             if param.grad is None:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
-                    "cleared"
-                )
+                raise missing_gradient(param)
             return param.grad.detach().reshape(-1)
         entry = state_entry(state_of(param, param), param, what)
         if entry.numel() != (1 if is_number(what) else fragment.numel):

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
 from ds_fragment._identity import IdentityMap
-from ds_fragment._loaded import is_a
+from ds_fragment._loaded import are_dtensors, is_a, is_dtensor
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError
@@ -41,7 +40,7 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter, or what it is a gathered copy of, is in an attached module."""
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             return param in self._records
         return bool(self._records) and self._record_of_gathered(param) is not None
 
@@ -56,7 +55,7 @@ class Fsdp2Adapter(DTensorAdapter):
         return None if found is None else found()
 
     def _sharded(self, param: torch.Tensor) -> torch.Tensor:
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             return param
         found: torch.Tensor = self._record_of_gathered(param).sharded_param
         return found
@@ -77,7 +76,7 @@ class Fsdp2Adapter(DTensorAdapter):
         return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if set(map(type, params)) <= {DTensor}:
+        if are_dtensors(params):
             return params
         return [self._sharded(param) for param in params]
 

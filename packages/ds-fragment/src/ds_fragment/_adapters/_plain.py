@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_fragment._adapters._base import Adapter, state_entry, state_of, value_kind
+from ds_fragment._adapters._base import Adapter, missing_gradient, state_entry, state_of, value_kind
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import whole
 from ds_fragment._place import Place
@@ -55,7 +55,7 @@ class PlainAdapter(Adapter):
         if what == "value":
             return self._part(param, self._owned(param).detach())
         if what == "grad":
-            ddp = self._ddp.get(param)
+            ddp = self._ddp.get(param) if param.requires_grad else None
             wrapper = None if ddp is None else ddp()
             if wrapper is not None and not wrapper.require_forward_param_sync:
                 raise GradientUnavailableError(
@@ -65,10 +65,7 @@ class PlainAdapter(Adapter):
             master = registry.master_of(param)
             grad = param.grad if master is None or master.grad is None else master.grad
             if grad is None:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has no gradient: no backward pass used it since its gradient was "
-                    "cleared"
-                )
+                raise missing_gradient(param)
             return grad.detach()
         return self._part(param, state_entry(state_of(self._owned(param), param), param, what))
 

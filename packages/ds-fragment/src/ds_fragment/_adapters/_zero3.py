@@ -26,6 +26,7 @@ from ds_fragment._adapters._deepspeed import (
     at_boundary,
     no_gradient,
     remembered,
+    unused_gradient,
 )
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import even_layout
@@ -91,8 +92,11 @@ class Zero3Adapter(DeepSpeedAdapter):
     def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
         if not slot.numel:
             return None  # the ranks that hold it say whether there is one
-        if _identity(param) not in remembered(optimizer, "_offload_boundary_param_ids"):
-            raise no_gradient(param, UNUSED if param.grad is None else UNREDUCED)
+        reduced = remembered(optimizer, "_offload_boundary_param_ids")
+        if _identity(param) not in reduced:
+            if param.grad is not None:
+                raise no_gradient(param, UNREDUCED)
+            raise unused_gradient(param, UNUSED, others=bool(reduced))
         if self._mixed.get(param):
             raise no_gradient(param, MIXED)
         if _in_fp32_tensors(optimizer) and not _nvme.is_swapped(optimizer, slot.index):

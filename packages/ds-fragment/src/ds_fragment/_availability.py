@@ -1,0 +1,92 @@
+"""Which of many parameters have a quantity now: one number for each, brought together from all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ds_fragment._exchange import Locate, Place, Plan, gather
+from ds_fragment._layout import Fragment, Layout
+from ds_fragment._quantity import Quantity
+from ds_fragment.errors import FragmentError, StateNotReadyError, UnlinkedParameterError, UnusedGradientError
+
+
+def is_absent(param: torch.Tensor, error: FragmentError) -> bool:
+    """Whether there is nothing to read because nothing trains or used the parameter, so that callers expect None.
+
+    It is so where the backward pass did not use it, and where it does not require a gradient and has no state.
+    """
+    if isinstance(error, UnusedGradientError):
+        return True
+    return not param.requires_grad and isinstance(error, UnlinkedParameterError | StateNotReadyError)
+
+
+def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tensor, FragmentError], int]) -> list[int]:
+    """For each parameter, the sum over all ranks that share it of what is counted for a rank's error.
+
+    All ranks of the parameters' groups must call it; one small collective for each group.
+
+    Args:
+        quantity: any quantity of the parameters.
+        what: the quantity that is tried, on this rank's piece.
+        count: called with the parameter and the error; a piece that is here counts 0.
+    """
+    shares = []
+    for adapter, param in zip(quantity.adapters, quantity.params, strict=True):
+        try:
+            adapter.local(param, what)
+        except FragmentError as error:
+            shares.append(torch.tensor(float(count(param, error))))
+        else:
+            shares.append(torch.zeros(()))
+    axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
+    for axis in range(max(map(len, axes), default=0)):
+        groups = [found[axis] if axis < len(found) else None for found in axes]
+        sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+        shares = [torch.tensor(total) for total in sums]
+    return [int(share) for share in shares]
+
+
+def over_ranks(
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device,
+    share: Callable[[int], torch.Tensor],
+    combine: Callable[[torch.Tensor], torch.Tensor],
+    bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
+) -> list[float]:
+    """One number for each parameter, made from one of each rank of its group; one collective for each group.
+
+    Args:
+        groups: of the parameters; None where there is this rank's number only.
+        device: where collectives run.
+        share: this rank's number for the i-th, 0-dimensional.
+        combine: makes one row, fp64 (parameters,), of a row for each rank, (ranks, parameters).
+        bring: `gather`, or a quantity's.
+    """
+    by_group: dict[dist.ProcessGroup | None, list[int]] = {}
+    for item, group in enumerate(groups):
+        by_group.setdefault(group, []).append(item)
+
+    # One row a rank, brought together like a parameter that is sharded by rows.
+    order, tables = list(by_group), []
+    for group in order:
+        ranks, count = 1 if group is None else group.size(), len(by_group[group])
+        rows = Layout((ranks, count), tuple(Fragment((rank, 0), (1, count)) for rank in range(ranks)))
+        tables.append(Place(torch.Size((ranks, count)), torch.float64, device, rows, group))
+
+    def row(table: int) -> torch.Tensor:
+        items = by_group[order[table]]
+        return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
+
+    def rows_of(chosen: Sequence[int]) -> list[torch.Tensor]:
+        return [row(table) for table in chosen]
+
+    totals = [0.0] * len(groups)
+    for bucket in bring(Plan(tables, bucket_bytes=1 << 30), rows_of):
+        for group, table in zip(order, bucket, strict=True):
+            assert table is not None
+            for item, total in zip(by_group[group], combine(table).tolist(), strict=True):
+                totals[item] = total
+    return totals
