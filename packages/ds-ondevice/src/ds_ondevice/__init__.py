@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from ds_ondevice import init_on_device
 from ds_ondevice.__about__ import __version__
 from ds_ondevice._materialize import MaterializeReport, materialize
 from ds_ondevice.errors import MaterializeError, MetaValueError, ReplayError, UnrestorableError
@@ -18,5 +19,11 @@ __all__ = [
     "ReplayError",
     "UnrestorableError",
     "__version__",
+    "init_on_device",
     "materialize",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names and those with an underscore."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("_"))})

@@ -1,9 +1,11 @@
 """Keep mixture-of-experts blocks whole under ZeRO-3 and FSDP2."""
 
+from ds_z3leaf import leaf
 from ds_z3leaf.__about__ import __version__
 from ds_z3leaf._candidates import LeafCandidate, find_leaf_candidates
 from ds_z3leaf._fsdp import fully_shard_leaves
 from ds_z3leaf._select import Selection, select_modules
+from ds_z3leaf.errors import LeafError, LeafNotFoundError, LeafShardError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
     apply_zero_leaf_module_config,
     get_z3_leaf_modules,
@@ -19,12 +21,18 @@ from ds_z3leaf.leaf import (
 
 __all__ = [
     "LeafCandidate",
+    "LeafError",
+    "LeafNotFoundError",
+    "LeafShardError",
+    "LeafTypeError",
+    "LeafValueError",
     "Selection",
     "__version__",
     "apply_zero_leaf_module_config",
     "find_leaf_candidates",
     "fully_shard_leaves",
     "get_z3_leaf_modules",
+    "leaf",
     "mark_leaves",
     "select_modules",
     "set_z3_leaf_module",
@@ -35,3 +43,8 @@ __all__ = [
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names and those with an underscore."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("_"))})
