@@ -1,6 +1,7 @@
 """`ds_logging.comms_logging` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_logging.comms_logging")
+import ds_logging.comms_logging as _home
+
+sys.modules[__name__] = _home

@@ -1,6 +1,7 @@
-"""`ds_loader.dataloader` itself, under the name that it has in `deepspeed.utils`."""
+"""`ds_loader.dataloader` itself, beside the modules that have their names in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_loader.dataloader")
+import ds_loader.dataloader as _home
+
+sys.modules[__name__] = _home

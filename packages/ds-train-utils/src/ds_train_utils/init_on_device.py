@@ -1,6 +1,7 @@
 """`ds_ondevice.init_on_device` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_ondevice.init_on_device")
+import ds_ondevice.init_on_device as _home
+
+sys.modules[__name__] = _home

@@ -1,6 +1,7 @@
 """`ds_fragment.mixed_precision_linkage` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_fragment.mixed_precision_linkage")
+import ds_fragment.mixed_precision_linkage as _home
+
+sys.modules[__name__] = _home

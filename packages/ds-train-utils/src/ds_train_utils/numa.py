@@ -1,6 +1,7 @@
 """`ds_numa.numactl` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_numa.numactl")
+import ds_numa.numactl as _home
+
+sys.modules[__name__] = _home

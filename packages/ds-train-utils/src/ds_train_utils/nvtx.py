@@ -1,6 +1,7 @@
 """`ds_logging.nvtx` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_logging.nvtx")
+import ds_logging.nvtx as _home
+
+sys.modules[__name__] = _home

@@ -1,6 +1,7 @@
 """`ds_fragment.tensor_fragment` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_fragment.tensor_fragment")
+import ds_fragment.tensor_fragment as _home
+
+sys.modules[__name__] = _home

@@ -1,6 +1,7 @@
 """`ds_z3leaf.leaf` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
-from importlib import import_module
 
-sys.modules[__name__] = import_module("ds_z3leaf.leaf")
+import ds_z3leaf.leaf as _home
+
+sys.modules[__name__] = _home

@@ -1,0 +1,1 @@
+from ds_fragment.module_utils import *
