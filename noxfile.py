@@ -3,7 +3,8 @@
 ``nox`` runs every test, ``nox -s demo`` the demo; ``nox --list`` names the rest. Only nox is needed to start: each
 session makes an environment of its own, and a missing interpreter is skipped and named. Torch is installed first, from
 constraints.txt, and only on the Pythons that the variable TORCH_PYTHONS names (3.11 when it is not set): on any other
-than the one that you have a build for, an installer takes gigabytes of CUDA libraries.
+than the one that you have a build for, an installer takes gigabytes of CUDA libraries. So it does for the rows of
+`INCUMBENTS` with another torch, which run where the variable INCUMBENTS names them.
 """
 
 from __future__ import annotations
@@ -75,9 +76,58 @@ PARTS = (
 META = Distribution("ds-train-utils", parts=tuple(part.name for part in PARTS))
 DISTRIBUTIONS = {dist.name: dist for dist in (*PARTS, META)}
 
+
+@dataclass(frozen=True)
+class Incumbent:
+    """A DeepSpeed and a torch that the drop-in tests run with.
+
+    Attributes:
+        deepspeed: its version, or None for the newest on the index.
+        torch: its version, or None for the newest on the index.
+        always: whether every run has it; the others run where the variable INCUMBENTS names them.
+    """
+
+    deepspeed: str | None
+    torch: str | None
+    always: bool = False
+
+    @property
+    def name(self) -> str:
+        """How the variable INCUMBENTS and the session name it."""
+        return f"deepspeed-{self.deepspeed or 'newest'}-torch-{self.torch or 'newest'}"
+
+    @property
+    def pins(self) -> list[str]:
+        """What pip is told instead of the two lines in constraints.txt."""
+        versions = {"deepspeed": self.deepspeed, "torch": self.torch}
+        return [f"{package}=={version}" for package, version in versions.items() if version]
+
+
+# The oldest and the newest DeepSpeed and torch that are supported, and what lies between; constraints.txt has the row
+# that all other sessions use. `ds_train_utils.install` names the DeepSpeed versions as those that it was verified on.
+INCUMBENTS = (
+    Incumbent("0.16.9", "2.6.0"),
+    Incumbent("0.16.9", "2.13.0"),
+    Incumbent("0.17.6", "2.13.0"),
+    Incumbent("0.18.9", "2.13.0"),
+    Incumbent("0.19.6", "2.13.0", always=True),
+    Incumbent("0.19.8", "2.13.0", always=True),
+    Incumbent("0.19.8", "2.15.0"),
+    Incumbent(None, None),  # what is newest that day: the nightly workflow
+)
+PINNED = next(row for row in INCUMBENTS if row.name == "deepspeed-0.19.8-torch-2.13.0")
+# What `deepspeed.utils` has to do with, and so is tested on every row; the rest of tests-integration on `PINNED` alone.
+DROP_IN = ("dropin", "deepspeed", "groups", "logging", "z3leaf", "test_surface.py")
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PYTHON = "3.11"  # for the sessions that run once
 TORCH_PYTHONS = os.environ.get("TORCH_PYTHONS", PYTHON).replace(",", " ").split()
+CHOSEN = os.environ.get("INCUMBENTS", "").split()  # names of rows, or "pinned" for all with versions
+ROWS = [
+    row
+    for row in INCUMBENTS
+    if row.name in CHOSEN or ("pinned" in CHOSEN and row.pins) or (row.always and not CHOSEN)
+]
 CACHE = ROOT / ".nox"
 CONSTRAINTS = str(ROOT / "constraints.txt")
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")  # the root's dependency groups: what a session's tools are
@@ -103,17 +153,26 @@ def tests(session: nox.Session, dist: str) -> None:
 
 
 @nox.session(python=PYTHON)
-def integration(session: nox.Session) -> None:
-    """All distributions together, with FSDP2 and DeepSpeed; as root it installs libaio, which NVMe offload needs."""
+@nox.parametrize("row", [nox.param(row, id=row.name) for row in ROWS])
+def integration(session: nox.Session, row: Incumbent) -> None:
+    """All distributions together, with one DeepSpeed and torch; as root it installs libaio, which NVMe offload needs."""
     if not Path("/usr/include/libaio.h").exists() and shutil.which("apt-get") and os.geteuid() == 0:
         for command in (["update", "-q"], ["install", "-q", "-y", "libaio-dev"]):  # without it those tests are skipped
             session.run("apt-get", *command, external=True, silent=True, success_codes=range(256))
-    install(session, *DISTRIBUTIONS.values(), groups=(GROUPS, "integration"))
+    others = [line for line in Path(CONSTRAINTS).read_text().splitlines() if not re.match("(deepspeed|torch)==", line)]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*others, *row.pins]) + "\n")
+    install(session, *DISTRIBUTIONS.values(), groups=(GROUPS, "integration"), constraints=str(constraints))
     # From its sdist, with no compiled operators; its build reads torch, so the build uses this environment.
-    session.install("-c", CONSTRAINTS, "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
-    env = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4", "TORCH_EXTENSIONS_DIR": str(CACHE / "torch_extensions")}
-    own_tests = [path for path in (ROOT / "tests-integration", ROOT / "testing" / "tests") if path.exists()]
-    pytest(session, *own_tests, env=env)
+    session.install("-c", str(constraints), "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
+    # What one version of DeepSpeed compiles for itself is not another's.
+    extensions = CACHE / "torch_extensions" / row.name
+    env = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4", "TORCH_EXTENSIONS_DIR": str(extensions)}
+    folder = ROOT / "tests-integration"
+    if row is PINNED:
+        pytest(session, folder, env=env)
+    else:
+        pytest(session, *(folder / name for name in DROP_IN), env=env)
 
 
 @nox.session(python=PYTHON)
@@ -136,9 +195,10 @@ def types(session: nox.Session) -> None:
     """Mypy, strict, on every source file, and on a program that imports the whole surface."""
     install(session, *DISTRIBUTIONS.values(), groups=(GROUPS, "types"))
     surface = Path(session.create_tmp()) / "surface.py"
-    modules = json.loads((ROOT / "tests-integration/contract/deepspeed_surface.json").read_text())["modules"]
-    lines = [f"from ds_train_utils.{module} import {name}" for module, names in modules.items() for name in names]
-    surface.write_text("\n".join(lines) + "\n")
+    contract = ROOT / f"tests-integration/contract/deepspeed-{PINNED.deepspeed}.json"
+    modules = json.loads(contract.read_text())["modules"]
+    names = [(module, name) for module, found in modules.items() for name in found if not name.startswith("_")]
+    surface.write_text("".join(f"from ds_train_utils.{module} import {name}\n" for module, name in names))
     folders = [str(dist.folder / "src") for dist in DISTRIBUTIONS.values()]
     session.run("mypy", *folders, str(surface), env={"MYPYPATH": source_path()})
 
@@ -207,15 +267,17 @@ def demo(session: nox.Session) -> None:
     session.run("python", "docs/examples/train_moe.py", *session.posargs)
 
 
-def install(session: nox.Session, *dists: Distribution, groups: tuple[dict[str, Any], str]) -> None:
+def install(
+    session: nox.Session, *dists: Distribution, groups: tuple[dict[str, Any], str], constraints: str = CONSTRAINTS
+) -> None:
     """Put torch (if needed), the wheels of distributions and a dependency group into the session's environment."""
     if any(dist.torch for dist in dists):
-        session.install("-c", CONSTRAINTS, "torch")
+        session.install("-c", constraints, "torch")
     names = dict.fromkeys(name for dist in dists for name in (*dist.parts, dist.name))
     wheels = {name: wheel(session, DISTRIBUTIONS[name]) for name in names}
     extras = {dist.name: f"[{','.join(dist.extras)}]" for dist in dists if dist.extras}
     wanted = [f"{path}{extras.get(name, '')}" for name, path in wheels.items()]
-    session.install("-c", CONSTRAINTS, *wanted, *nox.project.dependency_groups(*groups))
+    session.install("-c", constraints, *wanted, *nox.project.dependency_groups(*groups))
     # An environment that was kept may hold an older build of the same version.
     session.install("--no-deps", "--force-reinstall", *map(str, wheels.values()))
 
