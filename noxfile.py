@@ -112,7 +112,7 @@ INCUMBENTS = (
     Incumbent("0.18.9", "2.13.0"),
     Incumbent("0.19.6", "2.13.0", always=True),
     Incumbent("0.19.8", "2.13.0", always=True),
-    Incumbent("0.19.8", "2.15.0"),
+    Incumbent("0.19.8", "2.14.1"),
     Incumbent(None, None),  # what is newest that day: the nightly workflow
 )
 PINNED = next(row for row in INCUMBENTS if row.name == "deepspeed-0.19.8-torch-2.13.0")
@@ -124,9 +124,7 @@ PYTHON = "3.11"  # for the sessions that run once
 TORCH_PYTHONS = os.environ.get("TORCH_PYTHONS", PYTHON).replace(",", " ").split()
 CHOSEN = os.environ.get("INCUMBENTS", "").split()  # names of rows, or "pinned" for all with versions
 ROWS = [
-    row
-    for row in INCUMBENTS
-    if row.name in CHOSEN or ("pinned" in CHOSEN and row.pins) or (row.always and not CHOSEN)
+    row for row in INCUMBENTS if row.name in CHOSEN or ("pinned" in CHOSEN and row.pins) or (row.always and not CHOSEN)
 ]
 CACHE = ROOT / ".nox"
 CONSTRAINTS = str(ROOT / "constraints.txt")
@@ -155,7 +153,7 @@ def tests(session: nox.Session, dist: str) -> None:
 @nox.session(python=PYTHON)
 @nox.parametrize("row", [nox.param(row, id=row.name) for row in ROWS])
 def integration(session: nox.Session, row: Incumbent) -> None:
-    """All distributions together, with one DeepSpeed and torch; as root it installs libaio, which NVMe offload needs."""
+    """All distributions together, with one DeepSpeed and torch; as root it installs libaio, for NVMe offload."""
     if not Path("/usr/include/libaio.h").exists() and shutil.which("apt-get") and os.geteuid() == 0:
         for command in (["update", "-q"], ["install", "-q", "-y", "libaio-dev"]):  # without it those tests are skipped
             session.run("apt-get", *command, external=True, silent=True, success_codes=range(256))

@@ -7,9 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from left_out import LEFT_OUT
 
 ROOT = Path(__file__).parents[1]
-SURFACE = json.loads((Path(__file__).parent / "contract" / "deepspeed_surface.json").read_text(encoding="utf-8"))
+CONTRACTS = [
+    json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "tests-integration/contract").glob("*.json")
+]
+NAMES: dict[str, set[str]] = {}  # by module, those of any DeepSpeed that are here
+for contract in CONTRACTS:
+    for module, names in contract["modules"].items():
+        NAMES.setdefault(module, set()).update(name for name in names if f"{module}.{name}" not in LEFT_OUT)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tour.md"])
@@ -22,10 +29,26 @@ def test_python_blocks_run(page: str) -> None:
         exec(compile(block, page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("module", SURFACE["modules"])
+@pytest.mark.parametrize("module", sorted(NAMES))
 def test_porting_guide_has_every_name(module: str) -> None:
     text = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
-    section = text.partition(f"\n### {module}\n")[2].partition("\n### ")[0]
+    section = text.partition(f"\n### {module}\n")[2]
+    section = re.split(r"\n###? ", section)[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    assert named == set(SURFACE["modules"][module])
+    assert named == NAMES[module]
+
+
+def test_porting_guide_gives_the_reason_for_every_name_that_is_left_out() -> None:
+    text = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Left out\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)) == set(LEFT_OUT)
+
+
+def test_porting_guide_has_the_versions_that_install_was_verified_on() -> None:
+    from ds_train_utils._install import VERIFIED
+
+    text = " ".join((ROOT / "docs" / "porting.md").read_text(encoding="utf-8").split())
+    assert f"DeepSpeed {', '.join(VERIFIED[:-1])} and {VERIFIED[-1]}" in text
+    rows = re.findall(r'Incumbent\("([0-9.]+)"', (ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    assert tuple(dict.fromkeys(rows)) == VERIFIED

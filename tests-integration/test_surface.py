@@ -1,8 +1,8 @@
 """The names and call signatures of ``deepspeed.utils``, held against the contract of every DeepSpeed committed here.
 
 ``contract/deepspeed-VERSION.json`` is made by ``tools/deepspeed_surface.py`` from an installed DeepSpeed. Ours must fit
-all versions at once: a name of any of them is here or in `LEFT_OUT`, and parameters that a later version added have
-defaults in the earlier ones' place.
+all versions at once: a name of any of them is here or in `left_out.LEFT_OUT`, and parameters that a later version added
+have defaults in the earlier ones' place.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import deepspeed_surface as tool  # noqa: E402
+from left_out import LEFT_OUT  # noqa: E402
 
 CONTRACT = Path(__file__).parent / "contract"
 FILES = {path.stem.partition("-")[2]: path for path in CONTRACT.glob("deepspeed-*.json")}
@@ -36,20 +37,9 @@ MODULES = sorted({module for contract in CONTRACTS.values() for module in contra
 # As attributes of the package these two are the class and the function, though modules of the same names exist.
 SHADOWING = {"tensor_fragment", "z3_leaf_module"}
 
-# What this project leaves out on purpose. No other file of DeepSpeed takes any of these names.
-LEFT_OUT = {
-    "dataloader.RepeatingLoader.data_iter": "who advances the inner iterator makes the saved position wrong",
-    "groups._DEVICE_MESH_SPLIT_UNSUPPORTED": "text of an error of torch that DeepSpeed looks for; no such look here",
-    "logging._log_dist_once_cached": "the lru_cache behind log_dist_once, which needs hashable arguments",
-    "mixed_precision_linkage._init_lp_to_hp_mapping": "the first half of link_hp_params, never called alone",
-    "nvtx._range_pop": "takes DeepSpeed's accelerator object; ranges are drawn by ds_logging's backends",
-    "nvtx._range_push": "takes DeepSpeed's accelerator object; ranges are drawn by ds_logging's backends",
-    "z3_leaf_module._do_set_z3_leaf_modules": "the loop behind set_z3_leaf_modules and unset_z3_leaf_modules",
-    "z3_leaf_module._fully_qualified_class_name": "a formatter of class names for set_z3_leaf_modules",
-}
 # No parameters of these fit all versions. Ours fit the newest one; from the earlier ones they take every name.
 NEWEST_ONLY = {
-    "groups._create_expert_and_data_parallel": "after 0.18.9 three parameters came before use_data_before_expert_parallel_",
+    "groups._create_expert_and_data_parallel": "after 0.18.9 three parameters came before the last of its two",
     "logging.LoggerFactory.create_logger": "after 0.16.9 the default level is WARNING, not INFO",
 }
 # The modules of deepspeed.utils whose names this project does not offer at all.
