@@ -186,16 +186,20 @@ def _in_turn_from(begin: int, kept: Mapping[torch.Tensor, object], params: Seque
     return begin + len(params) <= len(kept) and all(map(is_, islice(kept, begin, None), params))
 
 
-def missing_gradient(param: torch.Tensor) -> GradientUnavailableError:
-    """The error for a parameter whose ``grad`` is None, where its engine keeps no unreduced one elsewhere."""
+def missing_gradient(param: torch.Tensor, *, hidden: bool = False) -> GradientUnavailableError:
+    """The error for a parameter whose ``grad`` is None.
+
+    Args:
+        param: the parameter.
+        hidden: whether its engine may keep an unreduced gradient elsewhere, unless it is attached.
+    """
     name = registry.name_of(param)
     if not param.requires_grad:
         return UnusedGradientError(f"{name} has no gradient: it does not require one")
     cleared = f"{name} has no gradient: no backward pass used it since its gradient was cleared"
     if not registry.is_named(param):
-        return GradientUnavailableError(
-            f"{cleared}, or its gradients are not reduced yet; which of them, attach(model, optimizer) lets it tell"
-        )
+        unreduced = ", or what there is is not reduced yet" if hidden else ", or the last one did not use it"
+        return GradientUnavailableError(f"{cleared}{unreduced}; call attach(model, optimizer) to have it told apart")
     if registry.any_has_gradient():
         return UnusedGradientError(f"{name} has no gradient: the backward pass did not use it")
     return GradientUnavailableError(cleared)

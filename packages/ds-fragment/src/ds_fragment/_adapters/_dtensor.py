@@ -101,7 +101,7 @@ class DTensorAdapter(Adapter):
         if what == "grad":
             grad = param.grad
             if grad is None:
-                raise missing_gradient(param)
+                raise missing_gradient(param, hidden=True)
             if not is_dtensor(grad) or grad.placements != param.placements:
                 raise GradientUnavailableError(
                     f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
