@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ds_ondevice._claims import CLAIMED, Body, answer
 from ds_ondevice._initializers import note_skipped
+from ds_ondevice._recording import set_data
+from ds_ondevice._values import computed
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -122,6 +125,23 @@ _SOMETIMES_FLOAT: dict[Any, Callable[[Args, Kwargs], bool]] = {
     **dict.fromkeys(_FROM_DATA, _data_is_float),
 }
 
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+# These give integers a floating-point dtype because they are told to.
+_CONVERSIONS: frozenset[Any] = frozenset(
+    {
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.type_as,
+        torch.Tensor.float,
+        torch.Tensor.double,
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        torch.Tensor.view,
+        torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    }
+)
+
 FACTORIES: frozenset[Any] = _FLOAT | _DEVICE_ONLY | frozenset(_SOMETIMES_FLOAT)
 
 
@@ -148,12 +168,18 @@ def _default_device() -> DeviceContext | None:
 class FactoryMode(TorchFunctionMode):
     """Gives factory functions the dtype and device that they were not given. One object for each ``with``.
 
+    Args:
+        dtype: for floating-point tensors.
+        device: where new tensors go.
+        body: the block's; see [Note: claims].
+
     Attributes:
         depth: how many torch functions are running below this mode; 0 for a call that no function mode can see.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, body: Body) -> None:
         super().__init__()
+        self._body = body if device.type == "meta" else None
         self.dtype = dtype
         self.device = device
         self.depth = 0
@@ -162,6 +188,11 @@ class FactoryMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self._body is not None:
+            claimed = answer(func, args, self._body, sys._getframe(1)) if self.owns_device() else None
+            if claimed is not None:
+                return claimed
+            args, kwargs = self._unclaimed(args, kwargs)
         self.depth += 1
         try:
             if func in FACTORIES and kwargs.get("out") is None:
@@ -170,9 +201,36 @@ class FactoryMode(TorchFunctionMode):
                 note_skipped(func, args, sys._getframe(1))
             if func in _FROM_DATA or func is torch.Tensor.new_tensor:
                 return _from_data(func, args, kwargs)
-            return func(*args, **kwargs)
+            if func == _SET_DATA:  # a new object at each look-up
+                return set_data(*args)
+            try:
+                result = func(*args, **kwargs)
+            except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+                return computed(func, args, kwargs, error)
+            if self.dtype is not self._outer_dtype and self._is_promoted(func, args, kwargs, result):
+                result = func(*tree_map(self._as_default, args), **tree_map(self._as_default, kwargs))
+            return result
         finally:
             self.depth -= 1
+
+    def _unclaimed(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments with the block's device where a recorded tensor's own is given."""
+        if any(value is CLAIMED for value in (*args, *kwargs.values())):
+            args = tuple(self.device if value is CLAIMED else value for value in args)
+            kwargs = {name: self.device if value is CLAIMED else value for name, value in kwargs.items()}
+        return args, kwargs
+
+    def _is_promoted(self, func: Any, args: Args, kwargs: Kwargs, result: Any) -> bool:
+        """Whether torch gave integers the default dtype, as in ``torch.arange(4) * 0.5``: that is the block's."""
+        if not isinstance(result, torch.Tensor) or result.dtype is not self._outer_dtype or func in _CONVERSIONS:
+            return False
+        if kwargs.get("dtype") is not None or func in FACTORIES or self.dtype_for(result.dtype) is not self.dtype:
+            return False
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return bool(given) and not any(tensor.is_floating_point() or tensor.is_complex() for tensor in given)
+
+    def _as_default(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a tensor of ``dtype`` made without a word about it shall have."""

@@ -19,12 +19,12 @@ _IS_META: Any = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 def note_skipped(func: Any, args: tuple[Any, ...], caller: FrameType) -> None:
     """Record the initialiser that is running in frame ``caller`` if ``func(*args)`` is its question for ``is_meta``."""
-    if func != _IS_META or caller.f_globals.get("__name__") != "torch.nn.init" or not args[0].is_meta:
+    if func != _IS_META or caller.f_globals is not vars(torch.nn.init) or not args[0].is_meta:
         return
-    initializer = getattr(torch.nn.init, caller.f_code.co_name, None)
-    recorder = active_recorder()
-    if recorder is None or not isinstance(initializer, FunctionType) or initializer.__code__ is not caller.f_code:
+    recorder, code = active_recorder(), caller.f_code
+    if recorder is None or code.co_freevars:
         return
-    code = caller.f_code
+    # Made anew of its code: under its name in torch.nn.init may stand a function that somebody wrapped around it.
+    initializer = FunctionType(code, caller.f_globals, code.co_name)
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     recorder.record_call(initializer, {name: caller.f_locals[name] for name in names}, args[0])

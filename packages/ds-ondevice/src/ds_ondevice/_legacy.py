@@ -20,6 +20,10 @@ class LegacyMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     its array; the storage of such a tensor cannot be resized, which tells the two apart.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler at the first operator; nothing here is ever compiled
+
     def __init__(self, factory: FactoryMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._factory = factory

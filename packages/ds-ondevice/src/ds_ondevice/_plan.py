@@ -87,7 +87,7 @@ def _decide(tensor: torch.Tensor, device: torch.device, history: History, *, bla
         return Decision(tensor, Fate.MISSING, _UNRECORDED_SHARD if is_dtensor(tensor) else _UNRECORDED)
     if mark.key in history.broken:
         return Decision(tensor, Fate.MISSING, history.broken[mark.key])
-    if not local.is_inference() and local._version > mark.writes:
+    if not local.is_inference() and not mark.explains(local._version):
         return Decision(tensor, Fate.MISSING, "it was changed in place outside `with OnDevice(...)`; do that inside")
     return Decision(tensor, Fate.RESTORED)
 

@@ -109,17 +109,31 @@ class Mark:
     """What hangs on a recorded storage.
 
     ``key`` names it, ``recordings`` are those that made or changed it, and ``writes`` counts the writes seen: a tensor
-    whose version is higher was written to elsewhere.
+    whose version is higher was written to elsewhere. A tensor that was given this storage by ``tensor.data = other``
+    keeps counting from the version that it had: ``ahead`` is by how much it was ahead then.
     """
 
     key: int
     recordings: list[Recording]
     writes: int = 0
+    ahead: int = 0
+
+    def explains(self, version: int) -> bool:
+        """Whether a tensor of this version was written to by nobody but those whose writes were seen."""
+        return version <= self.writes + self.ahead
 
 
 def mark_of(tensor: torch.Tensor) -> Mark | None:
     """The mark on the storage of a strided tensor, if it was recorded."""
     return getattr(tensor.untyped_storage(), _MARK, None)
+
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """``tensor.data = data``, which gives a tensor another storage and leaves its version as it is."""
+    tensor.data = data
+    mark = mark_of(tensor) if _on_meta(tensor) else None
+    if mark is not None:
+        mark.ahead = max(mark.ahead, _version(tensor) - mark.writes)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -140,6 +154,10 @@ def active_recorder() -> Recorder | None:
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator that makes or changes a tensor on meta into a recording."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler at the first operator; nothing here is ever compiled
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

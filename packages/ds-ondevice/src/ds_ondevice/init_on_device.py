@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
 
+from ds_ondevice._claims import Body
 from ds_ondevice._factories import FactoryMode
 from ds_ondevice._legacy import LegacyMode
 from ds_ondevice._recording import Recorder, active_recorder
@@ -63,11 +65,14 @@ class OnDevice:
         self._open = threading.local()  # .stacks: the blocks that this thread has open on this object
 
     def __enter__(self) -> OnDevice:
+        return self._enter(Body(_opener(sys._getframe(1)), called=False))
+
+    def _enter(self, body: Body) -> OnDevice:
         with contextlib.ExitStack() as stack:
             if self.enabled:
                 if self.device.type == "meta" and active_recorder() is None:
                     stack.enter_context(Recorder())
-                factory = FactoryMode(self.dtype, self.device)
+                factory = FactoryMode(self.dtype, self.device, body)
                 stack.enter_context(LegacyMode(factory))
                 stack.enter_context(factory)
             self._stacks().append(stack.pop_all())
@@ -86,8 +91,11 @@ class OnDevice:
 
         @functools.wraps(fn)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            self._enter(Body(sys._getframe(), called=True))
+            try:
                 return fn(*args, **kwargs)
+            finally:
+                self.__exit__(None, None, None)
 
         return inside  # type: ignore[return-value]
 
@@ -110,3 +118,10 @@ class OnDevice:
         if stacks is None:
             stacks = self._open.stacks = []
         return stacks
+
+
+def _opener(frame: FrameType) -> FrameType:
+    """The frame whose block it is, where ``contextlib`` opens it on behalf of that."""
+    while frame.f_globals.get("__name__") == "contextlib" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
