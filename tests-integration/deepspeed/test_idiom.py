@@ -43,8 +43,6 @@ def loops(rank: int) -> list[Any]:
     answers = []
     for case in CASES:
         engine = make_engine(case)
-        if case.stage == "bf16opt":
-            ds_train_utils.attach(engine)
         everything = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
         for step in range(2):
             backward(engine, step, extra=False)

@@ -125,6 +125,7 @@ class FlatLink:
         dtype: of the partition.
         device: of the partition.
         owner: what made the link, weakly; None for `link_hp_params` called alone.
+        engine_sought: whether it was asked for an engine that calls `link_hp_params`.
         places: by quantity, made on first use.
     """
 
@@ -136,6 +137,7 @@ class FlatLink:
     dtype: torch.dtype
     device: torch.device
     owner: weakref.ref[Any] | None = None
+    engine_sought: bool = False
     places: dict[str, Place] = field(default_factory=dict)
 
     def layout(self) -> Layout:

@@ -8,6 +8,7 @@ parameter is follows from the optimizer's own lists. `param._hp_mapping` says it
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Sequence
 from itertools import accumulate
@@ -32,6 +33,7 @@ from ds_fragment._adapters._deepspeed import (
 from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout, whole
 from ds_fragment._links import link_of
+from ds_fragment._loaded import class_of
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
@@ -54,7 +56,14 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         slot = self._slots.get(param)
         if slot is not None and slot.optimizer is not None and slot.optimizer() is not None:
             return True
-        return hasattr(param, "_hp_mapping") and (link is None or _discovered(param) is not None)
+        if not hasattr(param, "_hp_mapping"):
+            return False
+        if link is None or _discovered(param) is not None:
+            return True
+        if not link.engine_sought:  # once, as it takes a while
+            link.engine_sought = True
+            self._learn_living()
+        return param in self._slots
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
@@ -87,16 +96,25 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                 if getattr(optimizer, "cpu_offload", False):
                     self._watch(param, optimizer, self._begins_on)
 
+    def _learn_living(self) -> None:
+        """Learn every BF16_Optimizer that there is: unlike other optimizers it leaves no trace on its parameters."""
+        kind = class_of("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer")
+        for thing in gc.get_objects():
+            if type(thing) is kind and getattr(thing, "fp32_groups_flat_partition", None):
+                self._learn_optimizer(thing)
+
     def _slot(self, param: torch.Tensor) -> Slot:
         slot = self._slots.get(param)
         if slot is None or slot.optimizer is None or slot.optimizer() is None:
             optimizer = _discovered(param)
             if optimizer is not None:
                 self._learn_optimizer(optimizer)
-            slot = None if optimizer is None else self._slots.get(param)
+            else:
+                self._learn_living()
+            slot = self._slots.get(param)
         if slot is None:
             raise UnlinkedParameterError(
-                f"{registry.name_of(param)} is held by a DeepSpeed engine that it does not know, or that is gone: "
+                f"{registry.name_of(param)} is held by a DeepSpeed engine that cannot be found, or that is gone: "
                 "call attach(engine) on every rank first"
             )
         return slot

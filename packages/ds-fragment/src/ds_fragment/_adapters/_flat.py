@@ -14,7 +14,7 @@ from ds_fragment._layout import whole
 from ds_fragment._links import FlatLink, link_of
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
-from ds_fragment.errors import FragmentError, InvalidValueError, UnlinkedParameterError
+from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 
 
 class FlatAdapter(Adapter):
@@ -82,6 +82,12 @@ class FlatAdapter(Adapter):
             fragment: torch.Tensor = mapping.get_hp_fragment()
             return fragment
         gradient: torch.Tensor = mapping.get_lp_grad_fragment(param._index_in_param_group)  # type: ignore[attr-defined]
+        held = mapping.get_hp_fragment_address().numel
+        if gradient.numel() != held:
+            raise GradientUnavailableError(
+                f"{registry.name_of(param)}: its entry in the gradient table has {gradient.numel()} elements for the "
+                f"{held} of its fragment; where a DeepSpeed engine keeps whole gradients, call attach(engine) first"
+            )
         return gradient
 
     def _check_gradient(self, param: torch.Tensor, link: FlatLink) -> None:

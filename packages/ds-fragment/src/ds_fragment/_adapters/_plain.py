@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -53,7 +55,10 @@ class PlainAdapter(Adapter):
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
         if what == "value":
-            return self._part(param, self._owned(param).detach())
+            owned = self._owned(param)
+            if owned is param and param.requires_grad and value_kind(param.dtype) == "upcast":
+                _warn_of_masters(param)
+            return self._part(param, owned.detach())
         if what == "grad":
             ddp = self._ddp.get(param) if param.requires_grad else None
             wrapper = None if ddp is None else ddp()
@@ -92,3 +97,13 @@ class PlainAdapter(Adapter):
             owned = self._owned(param)
             if owned is not param:
                 param.data.copy_(self._part(param, owned.data))
+
+
+def _warn_of_masters(param: torch.Tensor) -> None:
+    """Say that a value is upcast where an engine may keep its fp32 master unseen."""
+    if "deepspeed.runtime.engine" in sys.modules and not registry.is_named(param):
+        warnings.warn(
+            f"the value of {registry.name_of(param)} is its {param.dtype} weight, upcast: if a DeepSpeed engine "
+            "without ZeRO trains it, call attach(engine) to have its fp32 master",
+            stacklevel=2,
+        )
