@@ -245,3 +245,31 @@ def test_initialisers_that_somebody_wrapped_count_as_what_they_are(name, monkeyp
         return module
 
     assert_equal(eager(build), restored(build))
+
+
+def test_an_operator_without_a_meta_kernel_is_recorded():
+    def build():
+        module = nn.Linear(4, 3)
+        factors, scales = torch.geqrf(module.weight.detach())
+        module.register_buffer("factors", factors)
+        module.register_buffer("scales", scales)
+        return module
+
+    assert_equal(eager(build), restored(build))
+    assert_equal(*(make(lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 4))) for make in (eager, restored)))
+
+
+def test_a_fallback_that_fails_leaves_the_module_as_it_was():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module.table = [torch.ones(2, device="meta")]
+    before = {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+
+    def fail(part):
+        part.weight = None
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        materialize(module, "cpu", fallback=fail)
+    assert {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()} == before
+    assert all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers(), *module.table))

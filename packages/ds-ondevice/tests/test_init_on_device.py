@@ -1,3 +1,4 @@
+import asyncio
 import inspect
 import threading
 
@@ -130,7 +131,7 @@ def test_as_a_decorator():
     assert not torch.zeros(1).is_meta
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, None, "bfloat16", torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, 16, torch.bool])
 def test_wrong_dtype(dtype):
     with pytest.raises(TypeError, match=r"dtype must be a floating-point torch.dtype"):
         OnDevice(dtype)
@@ -190,3 +191,87 @@ def test_an_explicit_none_as_in_module_constructors():
         assert nn.Linear(2, 2, device=None, dtype=None).weight.dtype is torch.float16
         assert nn.Linear(2, 2, dtype=torch.float64).weight.dtype is torch.float64
         assert nn.Linear(2, 2, device="cpu").weight.device.type == "cpu"
+
+
+def test_dtype_may_be_left_out_or_named():
+    with OnDevice():
+        assert torch.ones(1).dtype is torch.float32
+    for name in ("bfloat16", "torch.bfloat16"):
+        with OnDevice(name, "cpu"):
+            assert torch.ones(1).dtype is torch.bfloat16
+    for wrong in ("int8", "bf17", "nn", 16):
+        with pytest.raises(TypeError, match="dtype must"):
+            OnDevice(wrong)
+
+
+def test_generators_are_inside_while_their_code_runs():
+    @OnDevice(torch.float32)
+    def steps(count):
+        """The docstring."""
+        received = []
+        try:
+            for _ in range(count):
+                received.append((yield torch.ones(1).device.type))
+        except KeyError:
+            received.append(torch.ones(1).device.type)
+        return received
+
+    running = steps(3)
+    assert next(running) == "meta"
+    assert torch.ones(1).device.type == "cpu"
+    assert running.send("a") == "meta"
+    with pytest.raises(StopIteration) as end:
+        running.throw(KeyError())
+    assert end.value.value == ["a", "meta"]
+    assert (steps.__name__, steps.__doc__) == ("steps", "The docstring.")
+    closed = steps(3)
+    next(closed)
+    closed.close()
+    assert torch.ones(1).device.type == "cpu"
+    assert list(steps(2)) == ["meta", "meta"]
+
+
+def test_coroutines_are_inside_while_their_code_runs():
+    seen = []
+
+    @OnDevice(torch.float32)
+    async def build(name):
+        before = torch.ones(1).device.type
+        await asyncio.sleep(0)
+        return name, before, torch.ones(1).device.type
+
+    async def beside():
+        seen.append(torch.ones(1).device.type)
+        await asyncio.sleep(0)
+        seen.append(torch.ones(1).device.type)
+
+    async def main():
+        return await asyncio.gather(build("a"), beside(), build("b"))
+
+    first, _, second = asyncio.run(main())
+    assert (first, second) == (("a", "meta", "meta"), ("b", "meta", "meta"))
+    assert seen == ["cpu", "cpu"]
+
+
+def test_a_class_stays_a_class():
+    @OnDevice(torch.float16)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+    class Larger(Model):
+        pass
+
+    assert isinstance(Model, type)
+    assert isinstance(Larger(), Model)
+    assert (Larger().linear.weight.is_meta, Model().linear.weight.dtype) == (True, torch.float16)
+
+
+def test_what_cannot_be_decorated_is_refused():
+    async def stream():
+        yield 1
+
+    for wrong in (stream, 3):
+        with pytest.raises(TypeError, match="cannot be decorated"):
+            OnDevice(torch.float32)(wrong)

@@ -77,7 +77,8 @@ def materialize(
     Raises:
         UnrestorableError: see ``strict``; names every such tensor and the reason.
         ReplayError: an operator failed on ``device``.
-        TypeError, ValueError: an argument is wrong. The module is unchanged after any of these errors.
+        TypeError, ValueError: an argument is wrong. The module is unchanged after any of these errors, and after one
+            of ``fallback``.
 
     Example:
         >>> import torch
@@ -100,14 +101,23 @@ def materialize(
     if unknown and fallback is None and strict:
         raise UnrestorableError(unknown, _ADVICE)
     replacements, fates = build(plan, target)
-    for slot in slots:
-        slot.put(replacements)
-    for part in module.modules():
-        if isinstance(part, torch.nn.RNNBase):
-            part.flatten_parameters()  # one chunk of memory, as its constructor makes it where cuDNN is used
-    if fallback is not None:
-        for owner in dict.fromkeys(slot.owner for slot in slots if slot.name in unknown):
-            fallback(owner)
+    before = [dict(vars(part)) for part in module.modules()]
+    registries = [(part._parameters.copy(), part._buffers.copy()) for part in module.modules()]
+    try:
+        for slot in slots:
+            slot.put(replacements)
+        for part in module.modules():
+            if isinstance(part, torch.nn.RNNBase):
+                part.flatten_parameters()  # one chunk of memory, as its constructor makes it where cuDNN is used
+        if fallback is not None:
+            for owner in dict.fromkeys(slot.owner for slot in slots if slot.name in unknown):
+                fallback(owner)
+    except BaseException:  # the module as it was
+        for part, attributes, (parameters, buffers) in zip(module.modules(), before, registries, strict=True):
+            vars(part).update(attributes)
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+        raise
     return _report(holders, fates, target, fell_back=fallback is not None)
 
 

@@ -174,7 +174,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # DTensor and the like: let it unpack itself, and record what it calls then
         if _needs_values(func, args, kwargs):
             args = _with_values(func, args)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except NotImplementedError:
+            result = _shaped(func, args, kwargs)
         if isinstance(func, torch._ops.OpOverload):
             self._record(func, args, kwargs, result)
         return result
@@ -266,6 +269,28 @@ def _with_values(func: Any, args: Any) -> Any:
     if func is _aten.copy_.default:
         return (args[0], value_of(args[1]), *args[2:])
     return (value_of(args[0]), *args[1:])
+
+
+def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator without a meta kernel gives: run on ones on the CPU, for its shapes alone.
+
+    Raises:
+        NotImplementedError: its shapes depend on values, it writes to its arguments, it fails on ones, or its result is
+            not strided.
+    """
+    depends = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    if not isinstance(func, torch._ops.OpOverload) or depends.intersection(func.tags) or func._schema.is_mutable:
+        raise
+    try:
+        ones = tree_map(lambda leaf: torch.ones_like(leaf, device="cpu") if _on_meta(leaf) else leaf, (args, kwargs))
+        made = func(*ones[0], **ones[1])
+    except Exception as error:
+        raise NotImplementedError(f"{func} has no meta kernel, and fails on a tensor of ones: {error}") from error
+    if not all(leaf.layout is torch.strided for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)):
+        raise
+    return tree_map(
+        lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf, made
+    )
 
 
 def _on_meta(leaf: Any) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Generator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -33,13 +35,16 @@ class OnDevice:
     On meta it also records what is computed, for ``materialize`` to compute again on a real device; and small values
     that construction needs (``.item()``, ``.tolist()``, ``.cpu()``) are computed on the CPU at once.
 
+    As a decorator it takes functions, generators, coroutines and classes. A function runs in a block of its own at
+    every call, a generator or coroutine at every step, and a class stays the class it is and is constructed in one.
+
     Args:
-        dtype: a floating-point dtype.
+        dtype: a floating-point dtype, or its name, such as ``"bfloat16"``; None is torch's default dtype.
         device: any device: "meta", "cpu", "cuda:1", ...
         enabled: False makes it do nothing.
 
     Raises:
-        TypeError: ``dtype`` is not a floating-point dtype.
+        TypeError: ``dtype`` is not a floating-point dtype, or something that cannot be decorated is.
         ValueError: ``device`` names none.
 
     Example:
@@ -51,16 +56,24 @@ class OnDevice:
         (torch.float16, 'meta')
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str | int = "meta", enabled: bool = True) -> None:
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    def __init__(
+        self,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int = "meta",
+        enabled: bool = True,
+    ) -> None:
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, not {dtype!r}")
+        if isinstance(dtype, str) and found is None:
+            raise TypeError(f"dtype must name a floating-point torch.dtype, such as 'bfloat16', not {dtype!r}")
         try:
             self.device = torch.device(device)
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"device must name a torch device such as 'meta' or 'cuda:0', not {device!r}: {error}"
             ) from None
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = found
         self.enabled = enabled
         self._open = threading.local()  # .stacks: the blocks that this thread has open on this object
 
@@ -72,7 +85,7 @@ class OnDevice:
             if self.enabled:
                 if self.device.type == "meta" and active_recorder() is None:
                     stack.enter_context(Recorder())
-                factory = FactoryMode(self.dtype, self.device, body)
+                factory = FactoryMode(self.dtype or torch.get_default_dtype(), self.device, body)
                 stack.enter_context(LegacyMode(factory))
                 stack.enter_context(factory)
             self._stacks().append(stack.pop_all())
@@ -87,17 +100,51 @@ class OnDevice:
         self._stacks().pop().__exit__(exc_type, exc_value, traceback)
 
     def __call__(self, fn: _F) -> _F:
-        """Decorate ``fn``: every call runs inside a block of its own."""
+        """Decorate a function, a generator, a coroutine or a class."""
+        if isinstance(fn, type):
+            fn.__init__ = self(fn.__init__)  # type: ignore[misc]
+            return fn
+        if not callable(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(f"{fn!r} cannot be decorated: it is no function, generator, coroutine or class")
 
         @functools.wraps(fn)
-        def inside(*args: Any, **kwargs: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
             self._enter(Body(sys._getframe(), called=True))
             try:
                 return fn(*args, **kwargs)
             finally:
                 self.__exit__(None, None, None)
 
-        return inside  # type: ignore[return-value]
+        @functools.wraps(fn)
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            return (yield from self._step_by_step(fn(*args, **kwargs)))
+
+        @functools.wraps(fn)
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await types.coroutine(self._step_by_step)(fn(*args, **kwargs))
+
+        made: Any = function
+        if inspect.iscoroutinefunction(fn):
+            made = coroutine
+        elif inspect.isgeneratorfunction(fn):
+            made = generator
+        return made  # type: ignore[no-any-return]
+
+    def _step_by_step(self, inner: Any) -> Generator[Any, Any, Any]:
+        """Run a generator or coroutine with the block open while its own code runs, and closed in between."""
+        step, value = inner.send, None
+        while True:
+            self._enter(Body(sys._getframe(), called=True))
+            try:
+                made = step(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.__exit__(None, None, None)
+            try:
+                step, value = inner.send, (yield made)
+            except BaseException as error:
+                step, value = inner.throw, error
 
     def fp_tensor_constructor(self, fn: Callable[..., Any], target_fp_dtype: torch.dtype) -> Callable[..., Any]:
         """Wrap a function that makes tensors, so that it makes them on this device and in ``target_fp_dtype``."""
