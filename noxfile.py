@@ -121,6 +121,7 @@ INCUMBENTS = (
 PINNED = next(row for row in INCUMBENTS if row.name == "deepspeed-0.19.8-torch-2.13.0")
 # What `deepspeed.utils` has to do with, and so is tested on every row; the rest of tests-integration on `PINNED` alone.
 DROP_IN = ("dropin", "groups", "logging", "z3leaf", "test_surface.py")
+STAGES = "deepspeed"  # every ZeRO stage in depth, minutes long: of the rows that are always run, on `PINNED` alone
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PYTHON = "3.11"  # for the sessions that run once
@@ -173,7 +174,8 @@ def integration(session: nox.Session, row: Incumbent) -> None:
     if row is PINNED:
         pytest(session, folder, env=env)
     else:
-        names = (*DROP_IN, "deepspeed") if row.gradients else DROP_IN
+        stages = [STAGES] if CHOSEN else [f"{STAGES}/test_idiom.py", f"{STAGES}/test_checkpoint_files.py"]
+        names = [*DROP_IN, *(stages if row.gradients else [])]
         pytest(session, *(folder / name for name in names), env=env)
 
 
