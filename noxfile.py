@@ -155,9 +155,10 @@ def tests(session: nox.Session, dist: str) -> None:
 
 
 @nox.session(python=PYTHON)
-@nox.parametrize("row", [nox.param(row, id=row.name) for row in ROWS])
-def integration(session: nox.Session, row: Incumbent) -> None:
+@nox.parametrize("name", [nox.param(row.name, id=row.name) for row in ROWS])
+def integration(session: nox.Session, name: str) -> None:
     """All distributions together, with one DeepSpeed and torch; as root it installs libaio, for NVMe offload."""
+    row = next(row for row in ROWS if row.name == name)
     if not Path("/usr/include/libaio.h").exists() and shutil.which("apt-get") and os.geteuid() == 0:
         for command in (["update", "-q"], ["install", "-q", "-y", "libaio-dev"]):  # without it those tests are skipped
             session.run("apt-get", *command, external=True, silent=True, success_codes=range(256))
@@ -175,8 +176,8 @@ def integration(session: nox.Session, row: Incumbent) -> None:
         pytest(session, folder, env=env)
     else:
         stages = [STAGES] if CHOSEN else [f"{STAGES}/test_idiom.py", f"{STAGES}/test_checkpoint_files.py"]
-        names = [*DROP_IN, *(stages if row.gradients else [])]
-        pytest(session, *(folder / name for name in names), env=env)
+        paths = [*DROP_IN, *(stages if row.gradients else [])]
+        pytest(session, *(folder / path for path in paths), env=env)
 
 
 @nox.session(python=PYTHON)

@@ -85,6 +85,7 @@ def test_zero_redundancy_optimizer(world_size: int) -> None:
     run_ranks(_zero_redundancy, world_size)
 
 
+@pytest.mark.filterwarnings("ignore:the value of a parameter:UserWarning")  # where a library imported DeepSpeed
 def test_a_low_precision_value_is_an_upcast_and_an_attached_master_is_the_value() -> None:
     import ds_fragment
     from ds_fragment.tensor_fragment import (
