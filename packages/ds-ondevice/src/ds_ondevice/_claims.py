@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from ds_ondevice._recording import mark_of
+from ds_ondevice._recording import is_recorded
 
 CLAIMED = torch.device("cpu")
 
 _Tensor: Any = torch.Tensor
-_ANSWERS: dict[Any, Callable[[], object]] = {
+ANSWERS: dict[Any, Callable[[], object]] = {
     _Tensor.device.__get__: lambda: CLAIMED,
     _Tensor.is_meta.__get__: lambda: False,
     _Tensor.is_cpu.__get__: lambda: True,
@@ -65,14 +65,13 @@ def answer(func: Any, args: tuple[Any, ...], body: Body, asker: FrameType) -> ob
     """What a recorded tensor answers to a question for its place; None if the truth is to be told.
 
     Args:
-        func: what was asked, such as the getter of ``Tensor.device``.
+        func: what was asked, one of `ANSWERS`, such as the getter of ``Tensor.device``.
         args: whom.
         body: of the block on meta.
         asker: the frame that asks.
     """
-    found = _ANSWERS.get(func)
-    if found is None or not args[0].is_meta or mark_of(args[0]) is None:
+    if not is_recorded(args[0]):
         return None
     if body.runs(asker) or str(asker.f_globals.get("__name__")).partition(".")[0] in ("torch", "ds_ondevice"):
         return None
-    return found()
+    return ANSWERS[func]()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_ondevice._claims import CLAIMED, Body, answer
+from ds_ondevice._claims import ANSWERS, CLAIMED, Body, answer
 from ds_ondevice._initializers import note_skipped
 from ds_ondevice._recording import set_data
 from ds_ondevice._values import computed
@@ -189,9 +189,10 @@ class FactoryMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if self._body is not None:
-            claimed = answer(func, args, self._body, sys._getframe(1)) if self.owns_device() else None
-            if claimed is not None:
-                return claimed
+            if func in ANSWERS and self.owns_device():
+                claimed = answer(func, args, self._body, sys._getframe(1))
+                if claimed is not None:
+                    return claimed
             args, kwargs = self._unclaimed(args, kwargs)
         self.depth += 1
         try:

@@ -136,6 +136,11 @@ def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
         mark.ahead = max(mark.ahead, _version(tensor) - mark.writes)
 
 
+def is_recorded(leaf: Any) -> bool:
+    """Whether it is a strided tensor on meta that was recorded."""
+    return _on_meta(leaf) and mark_of(leaf) is not None
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor is nothing but a strided view of its storage."""
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())

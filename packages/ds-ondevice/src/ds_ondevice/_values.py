@@ -8,7 +8,7 @@ import torch
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_ondevice._recording import mark_of
+from ds_ondevice._recording import is_recorded
 from ds_ondevice.errors import MetaValueError
 
 
@@ -28,7 +28,7 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Ex
     """
     from ds_ondevice._replay import value_of  # that module is built on this package's recording, as the modes are
 
-    recorded = [leaf for leaf in tree_leaves((args, kwargs)) if _is_recorded(leaf)]
+    recorded = [leaf for leaf in tree_leaves((args, kwargs)) if is_recorded(leaf)]
     if not recorded or isinstance(error, MetaValueError):
         raise error
     name = resolve_name(func) or str(getattr(func, "__qualname__", func))
@@ -41,17 +41,11 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Ex
             "make the tensor with device='cpu'"
         ) from error
     try:
-        values = tree_map(lambda leaf: value_of(leaf) if _is_recorded(leaf) else leaf, (args, kwargs))
+        values = tree_map(lambda leaf: value_of(leaf) if is_recorded(leaf) else leaf, (args, kwargs))
     except MetaValueError as unknown:
         raise MetaValueError(f"{name} needs values: {unknown}") from error
     made = func(*values[0], **values[1])
     return tree_map(lambda leaf: leaf.to("meta") if _can_go(leaf) else leaf, made)
-
-
-def _is_recorded(leaf: Any) -> bool:
-    return (
-        isinstance(leaf, torch.Tensor) and leaf.is_meta and leaf.layout is torch.strided and mark_of(leaf) is not None
-    )
 
 
 def _can_go(leaf: Any) -> bool:
