@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from ds_ondevice import OnDevice, init_on_device
+from ds_ondevice import MetaValueError, OnDevice, init_on_device, materialize
 from torch import nn
 
 
@@ -23,7 +23,13 @@ def snapshot():
 
 def test_the_module_holds_the_one_name():
     assert init_on_device.__all__ == ["OnDevice"]
-    assert list(inspect.signature(OnDevice).parameters) == ["dtype", "device", "enabled"]
+    assert list(inspect.signature(OnDevice).parameters) == [
+        "dtype",
+        "device",
+        "enabled",
+        "include_buffers",
+        "skip_init",
+    ]
     assert list(inspect.signature(OnDevice.fp_tensor_constructor).parameters) == ["self", "fn", "target_fp_dtype"]
     assert list(inspect.signature(OnDevice.get_new_tensor_fn_for_dtype).parameters) == ["self", "dtype"]
     assert list(inspect.signature(OnDevice.__exit__).parameters) == ["self", "exc_type", "exc_value", "traceback"]
@@ -275,3 +281,33 @@ def test_what_cannot_be_decorated_is_refused():
     for wrong in (stream, 3):
         with pytest.raises(TypeError, match="cannot be decorated"):
             OnDevice(torch.float32)(wrong)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_skip_init_draws_nothing(device):
+    before = torch.get_rng_state()
+    with OnDevice(torch.float32, device=device, skip_init=True):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(3, 4))
+        for initialise in (nn.init.trunc_normal_, nn.init.orthogonal_, nn.init.xavier_uniform_):
+            initialise(model[0].weight)
+        fresh = torch.rand(3, device="cpu")
+    torch.set_rng_state(before)
+    assert torch.equal(torch.rand(3), fresh)
+    report = materialize(model, "cpu")
+    assert model[1].weight.tolist() == [1] * 4
+    assert report.uninitialized == (("0.weight", "0.bias", "2.weight") if device == "meta" else ())
+
+
+def test_buffers_can_be_left_real():
+    with OnDevice(torch.float32, device="meta", include_buffers=False):
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+        model.register_buffer("table", torch.arange(3.0) / 2)
+    assert model.table.tolist() == [0, 0.5, 1]
+    assert {name for name, buffer in model.named_buffers() if buffer.is_meta} == set()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert materialize(model, "cpu").restored == ("0.weight", "0.bias", "1.weight", "1.bias")
+    with (
+        pytest.raises(MetaValueError, match="draws its random numbers"),
+        OnDevice(torch.float32, device="meta", include_buffers=False),
+    ):
+        model.register_buffer("noise", torch.rand(3))

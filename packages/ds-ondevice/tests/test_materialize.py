@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from ds_ondevice import MaterializeReport, OnDevice, UnrestorableError, materialize
-from ds_ondevice._recording import mark_of
+from ds_ondevice._ops import mark_of
 from torch import nn
 
 
@@ -407,7 +407,7 @@ def test_init_false_leaves_parameters_for_a_checkpoint_but_computes_buffers():
     with OnDevice(torch.float32):
         model = Everything()
     state = torch.get_rng_state()
-    report = materialize(model, "cpu", init=False)
+    report = materialize(model, "cpu", init="empty")
     assert model.transformer.encoder.layers[0].linear1.weight.isnan().all()
     assert set(report.uninitialized) >= {name for name, _ in model.named_parameters()}
     for name in ("rotary.inv_freq", "mask", "batchnorm.running_var"):
@@ -422,7 +422,7 @@ def test_init_false_draws_nothing_that_no_buffer_needs():
     with OnDevice(torch.float32):
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     state = torch.get_rng_state()
-    materialize(model, "cpu", init=False)
+    materialize(model, "cpu", init="empty")
     assert torch.equal(torch.get_rng_state(), state)
     assert model[1].running_var.tolist() == [1.0] * 3
 
@@ -444,7 +444,140 @@ def test_wrong_device(device):
 
 
 def test_wrong_module_and_fallback():
-    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, not Tensor"):
-        materialize(torch.zeros(1), "cpu")
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module or a tensor, not list"):
+        materialize([torch.zeros(1)], "cpu")
     with pytest.raises(TypeError, match="fallback must be a function"):
         materialize(nn.Linear(1, 1), "cpu", fallback=True)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "Replay", 1])
+def test_wrong_init(init):
+    with pytest.raises(TypeError, match="init must be 'replay', 'reset' or 'empty'"):
+        materialize(nn.Linear(1, 1), "cpu", init=init)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, float])
+def test_wrong_dtype(dtype):
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point torch\.dtype"):
+        materialize(nn.Linear(1, 1), "cpu", dtype=dtype)
+
+
+def test_dtype_casts_as_module_to_does():
+    with OnDevice(torch.float32, device="meta"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False))
+        model[2].weight = model[0].weight
+        model.extra = nn.Linear(2, 2, device="cpu")
+    torch.manual_seed(0)
+    report = materialize(model, "cpu", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).to(torch.bfloat16)
+    for name, expected in eager.state_dict().items():
+        assert model.state_dict()[name].dtype is expected.dtype, name
+        assert torch.equal(model.state_dict()[name], expected), name
+    assert model[2].weight is model[0].weight
+    assert model.extra.weight.dtype is torch.bfloat16
+    assert report.moved == ("extra.weight", "extra.bias")
+
+
+def test_reset_calls_reset_parameters_and_computes_the_rest():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.full((3,), 0.5))
+            self.register_buffer("table", torch.arange(3), persistent=False)
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3))
+    with OnDevice(torch.float32, device="meta"):
+        model.append(Scaled())
+    torch.manual_seed(0)
+    report = materialize(model, "cpu", init="reset")
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert torch.equal(model[0].weight, first.weight)
+    assert torch.equal(model[1].linear.bias, second.bias)
+    assert model[1].scale.tolist() == [0.5] * 3
+    assert report.initialized == ("0.weight", "0.bias", "1.linear.weight", "1.linear.bias")
+    assert report.restored == ("1.scale", "1.table")
+
+
+def test_a_parameter_that_no_reset_reaches_is_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.ParameterList([nn.Parameter(torch.ones(1))]))
+    with pytest.raises(UnrestorableError) as error:
+        materialize(model, "cpu", init="reset")
+    assert list(error.value.reasons) == ["1.0"]
+
+
+def test_progress_tells_all_bytes():
+    told = []
+    with OnDevice(torch.float32, device="meta"):
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 8, bias=False))
+    materialize(model, "cpu", progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (2 * 256 + 4 * 32 + 8,) * 2
+    assert told == sorted(told)
+
+
+def test_the_report_and_the_error_take_one_screen():
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300)))
+    with pytest.raises(UnrestorableError) as error:
+        materialize(model, "cpu")
+    assert len(str(error.value).splitlines()) < 30
+    assert "and 580 more: it was not made inside" in str(error.value)
+    assert len(error.value.reasons) == 600
+    text = str(materialize(model, "cpu", strict=False))
+    assert "missing 600: 0.weight, 0.bias" in text
+    assert len(text) < 1000
+
+
+def test_shared_memory_is_shared():
+    with OnDevice(torch.float32, device="meta"):
+        model = nn.Linear(4, 4).share_memory()
+        model.table = torch.zeros(3).share_memory_()
+        model.table[1] = 2
+    torch.manual_seed(0)
+    materialize(model, "cpu")
+    assert model.weight.is_shared()
+    assert model.table.is_shared()
+    assert model.table.tolist() == [0, 2, 0]
+    torch.manual_seed(0)
+    assert torch.equal(model.weight, nn.Linear(4, 4).weight)
+
+
+def test_a_tensor_filled_twice_takes_no_memory_twice(monkeypatch):
+    from ds_ondevice import _replay
+
+    with OnDevice(torch.float32, device="meta"):
+        layers = [nn.Linear(100, 100, bias=False) for _ in range(20)]
+        for layer in layers:
+            nn.init.normal_(layer.weight)
+        shards = nn.ParameterList([layer.weight.data[:5].clone() for layer in layers])
+    torch.manual_seed(0)
+    eager = [nn.Linear(100, 100, bias=False) for _ in range(20)]
+    for layer in eager:
+        nn.init.normal_(layer.weight)
+    peak = 0
+
+    def run_and_look(self, op, run=_replay._Run.op, **options):
+        nonlocal peak
+        run(self, op, **options)
+        peak = max(peak, sum(tensor.nbytes for _, tensor in self.made.values()))
+
+    monkeypatch.setattr(_replay._Run, "op", run_and_look)
+    torch.manual_seed(0)
+    materialize(shards, "cpu")
+    assert 4 * 100 * 100 <= peak <= 4 * (100 * 100 + 20 * 5 * 100)
+    for actual, expected in zip(shards, eager, strict=True):
+        assert torch.equal(actual, expected.weight[:5])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_materialized():
+    with OnDevice(torch.float32, device="meta"):
+        model = torch.jit.script(nn.Linear(2, 2))
+    torch.manual_seed(0)
+    materialize(model, "cpu")
+    torch.manual_seed(0)
+    assert torch.equal(model.weight, nn.Linear(2, 2).weight)

@@ -25,16 +25,14 @@ def test_find_slots():
         ("nested", "attribute"),
         ("child.weight", "parameter"),
     ]
-    assert [len(slot.tensors()) for slot in slots] == [1, 1, 1, 1, 1]
+    assert [len(slot.held) for slot in slots] == [1, 1, 1, 1, 1]
 
 
 def test_put_replaces_by_identity_and_leaves_the_rest():
     module = module_with_tensors_everywhere()
     slots = list(find_slots(module))
     real, nested, numbers = module.real, module.nested, module.numbers
-    new = {
-        id(t): torch.ones(t.shape) for slot in slots for t in slot.tensors() if t.is_meta and slot.kind != "parameter"
-    }
+    new = {id(t): torch.ones(t.shape) for slot in slots for t in slot.held if t.is_meta and slot.kind != "parameter"}
     for slot in slots:
         slot.put(new)
     assert module.kept.tolist() == module.plain.tolist() == module.nested["a"][0].tolist() == [1.0]

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 from ds_ondevice import init_on_device
 from ds_ondevice.__about__ import __version__
-from ds_ondevice._materialize import MaterializeReport, materialize
-from ds_ondevice.errors import MaterializeError, MetaValueError, ReplayError, UnrestorableError
+from ds_ondevice._load import LoadReport, load_into
+from ds_ondevice._materialize import MaterializeReport, is_deferred, materialize
+from ds_ondevice.errors import (
+    LoadError,
+    MaterializeError,
+    MetaValueError,
+    RankMismatchError,
+    ReplayError,
+    UnrestorableError,
+)
 from ds_ondevice.init_on_device import OnDevice
 
 __all__ = [
+    "LoadError",
+    "LoadReport",
     "MaterializeError",
     "MaterializeReport",
     "MetaValueError",
     "OnDevice",
+    "RankMismatchError",
     "ReplayError",
     "UnrestorableError",
     "__version__",
     "init_on_device",
+    "is_deferred",
+    "load_into",
     "materialize",
 ]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ds_ondevice._recording import is_recorded
+from ds_ondevice._ops import is_recorded
 
 CLAIMED = torch.device("cpu")
 

@@ -11,23 +11,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
+from types import FrameType
 from typing import Any
 
 import torch
+from torch._C import (
+    _get_dispatch_stack_at,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+)
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_ondevice._claims import ANSWERS, CLAIMED, Body, answer
-from ds_ondevice._initializers import note_skipped
-from ds_ondevice._recording import set_data
+from ds_ondevice._initializers import DRAWING, IS_META, is_question_of_initializer, note_skipped
+from ds_ondevice._recording import set_data, share_memory
 from ds_ondevice._values import computed
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-# Without a dtype argument these make the default floating-point dtype, whatever they are given (but see `_is_complex`).
-_FLOAT: frozenset[Any] = frozenset(
+# Without a dtype argument these make the default floating-point dtype, whatever they are given.
+_ALWAYS_FLOAT: frozenset[Any] = frozenset(
     {
         torch.empty,
         torch.empty_permuted,
@@ -37,6 +46,12 @@ _FLOAT: frozenset[Any] = frozenset(
         torch.rand,
         torch.randn,
         torch.eye,
+    }
+)
+
+# These do unless they are given a complex number.
+_FLOAT: frozenset[Any] = frozenset(
+    {
         torch.linspace,
         torch.logspace,
         torch.range,
@@ -142,7 +157,11 @@ _CONVERSIONS: frozenset[Any] = frozenset(
     }
 )
 
-FACTORIES: frozenset[Any] = _FLOAT | _DEVICE_ONLY | frozenset(_SOMETIMES_FLOAT)
+FACTORIES: frozenset[Any] = _ALWAYS_FLOAT | _FLOAT | _DEVICE_ONLY | frozenset(_SOMETIMES_FLOAT)
+
+_HANDLED: frozenset[Any] = (
+    FACTORIES | _FROM_DATA | {IS_META, _SET_DATA, torch.Tensor.new_tensor, torch.Tensor.share_memory_}
+)
 
 
 def _is_complex(args: Args, kwargs: Kwargs) -> bool:
@@ -152,6 +171,8 @@ def _is_complex(args: Args, kwargs: Kwargs) -> bool:
 
 def makes_default_dtype(func: Any, args: Args, kwargs: Kwargs) -> bool:
     """Whether this call, which has no ``dtype`` argument, makes the default floating-point dtype."""
+    if func in _ALWAYS_FLOAT:
+        return True
     if func in _FLOAT:
         return not _is_complex(args, kwargs)
     decide = _SOMETIMES_FLOAT.get(func)
@@ -172,60 +193,104 @@ class FactoryMode(TorchFunctionMode):
         dtype: for floating-point tensors.
         device: where new tensors go.
         body: the block's; see [Note: claims].
+        skip_init: what draws random numbers into a tensor that is there does nothing.
 
     Attributes:
         depth: how many torch functions are running below this mode; 0 for a call that no function mode can see.
+        legacy: the mode for such calls, if there is one. It is taken off while a torch function runs, so that the
+            operators that the function calls need not pass through it.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, body: Body) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, body: Body, *, skip_init: bool = False) -> None:
         super().__init__()
         self._body = body if device.type == "meta" else None
+        self._skip_init = skip_init
         self.dtype = dtype
         self.device = device
         self.depth = 0
+        self.legacy: TorchDispatchMode | None = None
         self._outer_dtype = torch.get_default_dtype()
         self._outer_device = _default_device()
+        self._below = _len_torch_function_stack()  # a device block that is opened inside goes below this mode
+        self._promotes = dtype is not self._outer_dtype
+        self._handled = (FACTORIES | _FROM_DATA) if self._body is None else _HANDLED
+        if skip_init:
+            self._handled |= DRAWING | {IS_META}
+
+    @property
+    def is_as_usual(self) -> bool:
+        """Whether tensors are made on the CPU, in torch's default dtype."""
+        return self.device.type == "cpu" and not self._promotes
+
+    def __enter__(self) -> FactoryMode:
+        # Most functions make no tensor; what they do need not be looked at where nothing is recorded or converted.
+        self._passes_through = self._body is None and not self._promotes and self.legacy is None
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if self._passes_through and func not in self._handled:
+            return func(*args, **kwargs)
         if self._body is not None:
             if func in ANSWERS and self.owns_device():
                 claimed = answer(func, args, self._body, sys._getframe(1))
                 if claimed is not None:
                     return claimed
-            args, kwargs = self._unclaimed(args, kwargs)
+            for value in (*args, *kwargs.values()) if kwargs else args:
+                if value is CLAIMED:
+                    args, kwargs = self._unclaimed(args, kwargs)
+                    break
+        hidden = self.legacy is not None and self._hide_legacy()
         self.depth += 1
         try:
-            if func in FACTORIES and kwargs.get("out") is None:
-                self._complete(func, args, kwargs)
-            else:
-                note_skipped(func, args, sys._getframe(1))
-            if func in _FROM_DATA or func is torch.Tensor.new_tensor:
-                return _from_data(func, args, kwargs)
-            if func == _SET_DATA:  # a new object at each look-up
-                return set_data(*args)
-            try:
-                result = func(*args, **kwargs)
-            except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-                return computed(func, args, kwargs, error)
-            if self.dtype is not self._outer_dtype and self._is_promoted(func, args, kwargs, result):
+            if func in self._handled:
+                return self._handle(func, args, dict(kwargs), sys._getframe(1))
+            result = func(*args, **kwargs)
+            if self._promotes and self._is_promoted(func, args, kwargs, result):
                 result = func(*tree_map(self._as_default, args), **tree_map(self._as_default, kwargs))
             return result
+        except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+            return computed(func, args, kwargs, error)
         finally:
             self.depth -= 1
+            if hidden and self.legacy is not None:
+                _push_on_torch_dispatch_stack(self.legacy)
+
+    def _handle(self, func: Any, args: Args, kwargs: Kwargs, caller: FrameType) -> Any:
+        """Call one of the functions that are `_HANDLED`."""
+        if self._skip_init and (func in DRAWING or is_question_of_initializer(func, caller)):
+            return True if func == IS_META else kwargs.get("tensor", args[0] if args else None)
+        if func == IS_META:
+            note_skipped(args[0], caller)
+        elif func in FACTORIES and kwargs.get("out") is None:
+            self._complete(func, args, kwargs)
+        if func in _FROM_DATA or func is torch.Tensor.new_tensor:
+            return _from_data(func, args, kwargs)
+        if func == _SET_DATA:
+            return set_data(*args)
+        if func is torch.Tensor.share_memory_:
+            return share_memory(args[0])
+        return func(*args, **kwargs)
+
+    def _hide_legacy(self) -> bool:
+        """Take the legacy mode off, if it is on top."""
+        size = _len_torch_dispatch_stack()
+        if not size or _get_dispatch_stack_at(size - 1) is not self.legacy:
+            return False
+        _pop_torch_dispatch_stack(None)
+        return True
 
     def _unclaimed(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The arguments with the block's device where a recorded tensor's own is given."""
-        if any(value is CLAIMED for value in (*args, *kwargs.values())):
-            args = tuple(self.device if value is CLAIMED else value for value in args)
-            kwargs = {name: self.device if value is CLAIMED else value for name, value in kwargs.items()}
-        return args, kwargs
+        args = tuple(self.device if value is CLAIMED else value for value in args)
+        return args, {name: self.device if value is CLAIMED else value for name, value in kwargs.items()}
 
     def _is_promoted(self, func: Any, args: Args, kwargs: Kwargs, result: Any) -> bool:
         """Whether torch gave integers the default dtype, as in ``torch.arange(4) * 0.5``: that is the block's."""
         if not isinstance(result, torch.Tensor) or result.dtype is not self._outer_dtype or func in _CONVERSIONS:
             return False
-        if kwargs.get("dtype") is not None or func in FACTORIES or self.dtype_for(result.dtype) is not self.dtype:
+        if kwargs.get("dtype") is not None or self.dtype_for(result.dtype) is not self.dtype:
             return False
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         return bool(given) and not any(tensor.is_floating_point() or tensor.is_complex() for tensor in given)
@@ -239,6 +304,8 @@ class FactoryMode(TorchFunctionMode):
 
     def owns_device(self) -> bool:
         """Whether no ``torch.device`` block was opened inside ours: that one is as explicit as an argument."""
+        if self._outer_device is None and _len_torch_function_stack() == self._below:
+            return True
         return _default_device() is self._outer_device
 
     def _complete(self, func: Any, args: Args, kwargs: Kwargs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from ds_ondevice._factories import FactoryMode
 
@@ -27,6 +27,7 @@ class LegacyMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, factory: FactoryMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._factory = factory
+        factory.legacy = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,3 +48,8 @@ class LegacyMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_cpu(device: torch.device | None) -> bool:
     return device is None or device.type == "cpu"
+
+
+def is_in_legacy_mode() -> bool:
+    """Whether this thread is inside a block that redirects legacy constructors."""
+    return any(isinstance(mode, LegacyMode) for mode in _get_current_dispatch_mode_stack())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ds_ondevice._recording import address_of, is_plain, mark_of, view_of
+from ds_ondevice._modules import GuardedParameter, GuardedTensor, plain_type
+from ds_ondevice._ops import View, address_of, is_plain, is_recorded, mark_of, view_of
 from ds_ondevice._replay import History, as_tensor, fill, replay
-from ds_ondevice._slots import Slot
+from ds_ondevice._slots import Slot, own_slots
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -41,52 +42,113 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions, by the id of the tensor; the history that restores; whether parameters get values."""
+    """What shall become of every tensor of a module.
+
+    Attributes:
+        decisions: by the id of the tensor.
+        history: what restores.
+        locals: the local parts of sharded tensors that are recorded elsewhere, by the id of the sharded one.
+        draws: whether every recorded random number is drawn.
+        dtype: what floating-point tensors shall be; None leaves them.
+    """
 
     decisions: dict[int, Decision]
     history: History
-    init: bool
+    locals: dict[int, torch.Tensor]
+    draws: bool
+    dtype: torch.dtype | None
 
     def reasons(self, slots: Iterable[Slot], fate: Fate) -> dict[str, str]:
         """Why, by name, for each slot that holds a tensor of this fate."""
-        found = ((slot.name, self.decisions[id(tensor)]) for slot in slots for tensor in slot.tensors())
+        found = ((slot.name, self.decisions[id(tensor)]) for slot in slots for tensor in slot.held)
         return {name: decision.reason for name, decision in found if decision.fate is fate}
 
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The recorded tensor that holds this rank's part of a tensor."""
+        found = self.locals.get(id(tensor)) if self.locals else None
+        return local_of(tensor) if found is None else found
 
-def make_plan(slots: list[Slot], device: torch.device, *, init: bool) -> Plan:
-    """Decide about every tensor that ``slots`` hold; changes nothing.
+    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype that a tensor shall have."""
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def make_plan(
+    root: torch.nn.Module,
+    slots: list[Slot],
+    device: torch.device,
+    *,
+    blank: Callable[[Slot], bool],
+    draws: bool,
+    dtype: torch.dtype | None,
+) -> Plan:
+    """Decide about every tensor that ``slots`` hold, and about those that no module holds; changes nothing.
 
     Args:
-        slots: all the slots of a module.
+        root: a module.
+        slots: all of its slots.
         device: where the module shall go, with its index.
-        init: whether parameters shall be given values.
+        blank: whether what a slot holds shall have memory, but no value.
+        draws: whether every recorded random number is drawn.
+        dtype: what floating-point tensors shall be.
     """
-    tensors = {id(tensor): tensor for slot in slots for tensor in slot.tensors()}
-    parameters = {id(tensor) for slot in slots if slot.kind == "parameter" for tensor in slot.tensors()}
-    marks = [mark_of(local_of(t)) for t in tensors.values() if t.is_meta and not _unsupported(t, device)]
-    history = History.of(recording for mark in marks if mark is not None for recording in mark.recordings)
-    decisions = {}
+    tensors = {id(tensor): tensor for slot in slots for tensor in slot.held}
+    blanks = {id(tensor) for slot in slots if blank(slot) for tensor in slot.held}
+    locals_: dict[int, torch.Tensor] = {}
+    if any(map(is_dtensor, tensors.values())):
+        from ds_ondevice._reshard import resharded  # imports torch.distributed
+
+        locals_ = {id(tensor): local for tensor, local in resharded(root, slots)}
+    plan = Plan({}, History((), (), {}), locals_, draws, dtype)
+    marks = [mark_of(plan.local(t)) for t in tensors.values() if t.is_meta and not _unsupported(t, device)]
+    plan = replace(plan, history=History.of(found for mark in marks if mark is not None for found in mark.recordings))
     for key, tensor in tensors.items():
-        blank = not init and key in parameters
-        decisions[key] = _decide(tensor, device, history, blank=blank)
-    return Plan(decisions, history, init)
+        plan.decisions[key] = _decide(plan, tensor, device, blank=key in blanks)
+    return plan
 
 
-def _decide(tensor: torch.Tensor, device: torch.device, history: History, *, blank: bool) -> Decision:
+def find_strays(plan: Plan, root: torch.nn.Module, slots: list[Slot]) -> list[torch.Tensor]:
+    """Recorded tensors that no module holds, but somebody does: in a cache, an object of its own, a variable.
+
+    Those that share memory with sharded tensors are left to the engine that sharded them, those with an autograd graph
+    to whoever made it. A plan of these tensors is added to ``plan``.
+    """
+    here, seen = set(root.modules()), set[int]()
+    modules = (module() for recording in plan.history.recordings for module in recording.modules)
+    others = (module for module in modules if module is not None and module not in here)
+    elsewhere = (slot for module in others for slot in own_slots(module, "", seen))
+    held = {id(tensor) for slot in (*elsewhere, *slots) for tensor in slot.held}
+    engine = {_key(plan, tensor) for slot in slots for tensor in slot.held if is_dtensor(tensor) and tensor.is_meta}
+    found: dict[int, torch.Tensor] = {}
+    for recording in plan.history.recordings:
+        for made in recording.made:
+            tensor = made()
+            if tensor is None or not is_recorded(tensor) or tensor.grad_fn is not None:
+                continue
+            mark = mark_of(tensor)
+            if mark is None or id(tensor) in held or mark.key in engine or mark.key in plan.history.broken:
+                continue
+            if is_plain(tensor) and mark.explains(0 if tensor.is_inference() else tensor._version):
+                found[id(tensor)] = tensor
+                plan.decisions[id(tensor)] = Decision(tensor, Fate.RESTORED)
+    return list(found.values())
+
+
+def _decide(plan: Plan, tensor: torch.Tensor, device: torch.device, *, blank: bool) -> Decision:
     reason = _unsupported(tensor, device)
     if not tensor.is_meta:
-        settled = tensor.device == device or bool(reason) or is_dtensor(tensor)
-        return Decision(tensor, Fate.KEPT if settled else Fate.MOVED)
+        here = tensor.device == device or bool(reason) or is_dtensor(tensor)
+        return Decision(tensor, Fate.KEPT if here and plan.dtype_of(tensor) is tensor.dtype else Fate.MOVED)
     if reason:
         return Decision(tensor, Fate.UNSUPPORTED, reason)
     if blank:
         return Decision(tensor, Fate.UNINITIALIZED)
-    local = local_of(tensor)
+    local = plan.local(tensor)
     mark = mark_of(local)
     if mark is None:
         return Decision(tensor, Fate.MISSING, _UNRECORDED_SHARD if is_dtensor(tensor) else _UNRECORDED)
-    if mark.key in history.broken:
-        return Decision(tensor, Fate.MISSING, history.broken[mark.key])
+    if mark.key in plan.history.broken:
+        return Decision(tensor, Fate.MISSING, plan.history.broken[mark.key])
     if not local.is_inference() and not mark.explains(local._version):
         return Decision(tensor, Fate.MISSING, "it was changed in place outside `with OnDevice(...)`; do that inside")
     return Decision(tensor, Fate.RESTORED)
@@ -112,26 +174,36 @@ def _unsupported(tensor: torch.Tensor, device: torch.device) -> str:
     return "" if is_plain(tensor) else f"its layout is {tensor.layout}, or it is quantized or conjugated: not supported"
 
 
-def build(plan: Plan, device: torch.device) -> tuple[dict[int, torch.Tensor], dict[int, Fate]]:
+def build(
+    plan: Plan, device: torch.device, report: Callable[[int], None]
+) -> tuple[dict[int, torch.Tensor], dict[int, Fate]]:
     """Make the real tensors; the module is not touched.
+
+    Args:
+        plan: what to make.
+        device: where.
+        report: called with the number of bytes of each storage that has its value.
 
     Returns:
         The replacements, and the fate of every tensor as it turned out; both by the old tensor's id.
     """
     fates = {key: decision.fate for key, decision in plan.decisions.items()}
     chosen = {key: decision.tensor for key, decision in plan.decisions.items() if decision.fate is not Fate.KEPT}
-    keys = {key: _key(tensor) for key, tensor in chosen.items() if fates[key] is Fate.RESTORED}
-    replayed = replay(plan.history, keys.values(), device, draws=plan.init)
-    storages = {address_of(local_of(chosen[key])): replayed.storages[keys[key]] for key in keys}
+    keys = {key: _key(plan, tensor) for key, tensor in chosen.items() if fates[key] is Fate.RESTORED}
+    casts = {keys[key]: plan.dtype_of(chosen[key]) for key in keys if chosen[key].is_floating_point()}
+    replayed = replay(plan.history, keys.values(), device, draws=plan.draws, casts=casts, report=report)
+    storages = {address_of(plan.local(chosen[key])): replayed.storages[keys[key]] for key in keys}
     restored = frozenset(storages)
     replacements = {}
     with torch.no_grad():
         for key, tensor in chosen.items():
-            local = local_of(tensor)
+            local = plan.local(tensor)
             address = address_of(local)
+            dtype = plan.dtype_of(tensor)
             if address not in storages:
-                storages[address] = _new_storage(local, device)
-            view = as_tensor(view_of(local, 0), storages[address])
+                storages[address] = _new_storage(local, dtype, device)
+                report(storages[address].nbytes())
+            view = as_tensor(replace(view_of(local, 0), dtype=dtype), storages[address])
             if address not in restored and fates[key] is not Fate.MOVED:
                 fill(view)
             replacements[key] = _like(tensor, view)
@@ -139,19 +211,19 @@ def build(plan: Plan, device: torch.device) -> tuple[dict[int, torch.Tensor], di
     return replacements, fates
 
 
-def _key(tensor: torch.Tensor) -> int:
-    mark = mark_of(local_of(tensor))
-    assert mark is not None  # _decide saw it
-    return mark.key
+def _key(plan: Plan, tensor: torch.Tensor) -> int:
+    mark = mark_of(plan.local(tensor))
+    return -1 if mark is None else mark.key
 
 
-def _new_storage(tensor: torch.Tensor, device: torch.device) -> torch.UntypedStorage:
-    """As large as the tensor's on ``device``, and holding the same bytes if that has any."""
+def _new_storage(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.UntypedStorage:
+    """As many elements as the tensor's storage has on ``device``, and the same values if that has any."""
     old = tensor.untyped_storage()
-    storage = torch.UntypedStorage(old.nbytes(), device=device)  # type: ignore[no-untyped-call]
-    if not tensor.is_meta:
-        storage.copy_(old)
-    return storage
+    numel = old.nbytes() // tensor.element_size()
+    if tensor.is_meta:
+        return torch.UntypedStorage(numel * dtype.itemsize, device=device)  # type: ignore[no-untyped-call]
+    whole = as_tensor(View(0, tensor.dtype, (numel,), (1,), 0), old)
+    return whole.to(device, dtype, copy=True).untyped_storage()
 
 
 def _like(old: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -164,14 +236,19 @@ def _like(old: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
         )
         new = torch.nn.Parameter(new, requires_grad) if isinstance(old, torch.nn.Parameter) else new
     else:
-        new = torch.Tensor._make_subclass(type(old), view, requires_grad)
+        new = torch.Tensor._make_subclass(plain_type(old), view, requires_grad)
     for name, value in vars(old).items():
         vars(new).setdefault(name, value)
     return new
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, GuardedTensor, GuardedParameter})
+
+
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, without importing that module: a DTensor exists only if somebody did."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_ondevice._recording import Given, Op, Recording, View, mark_of, view_of
+from ds_ondevice._ops import Given, Op, Recording, View, leaves, mapped, mark_of, view_of
+from ds_ondevice._random import Positions
 from ds_ondevice.errors import MetaValueError, ReplayError
 
 
@@ -20,9 +20,11 @@ class History:
     """The operators of some recordings, in the order they came.
 
     Attributes:
+        recordings: those recordings, and all that they build on.
         broken: storages whose values cannot be computed again, and why.
     """
 
+    recordings: tuple[Recording, ...]
     ops: tuple[Op, ...]  # without those that cannot be replayed
     broken: dict[int, str]
 
@@ -36,18 +38,18 @@ class History:
             if id(recording) not in found:
                 found[id(recording)] = recording
                 pending.extend(recording.parents)
-        ops = tuple(sorted((op for recording in found.values() for op in recording.ops), key=lambda op: op.order))
+        ops = sorted((op for recording in found.values() for op in recording.ops), key=lambda op: op.order)
         sound, broken = _sift(ops)
-        return cls(sound, broken)
+        return cls(tuple(found.values()), sound, broken)
 
     def needed(self, keys: Iterable[int], *, draws: bool) -> list[Op]:
         """The operators that make storages ``keys``; with ``draws`` every one that draws random numbers as well."""
         wanted = set(keys)
         ops = []
         for op in reversed(self.ops):
-            if (draws and op.random) or not wanted.isdisjoint((*op.creates, *op.writes)):
+            if (draws and op.draws) or not (wanted.isdisjoint(op.creates) and wanted.isdisjoint(op.writes)):
                 ops.append(op)
-                wanted |= op.reads
+                wanted.update(op.reads)
         return ops[::-1]
 
 
@@ -57,13 +59,15 @@ def _sift(ops: Iterable[Op]) -> tuple[tuple[Op, ...], dict[int, str]]:
     known: set[int] = set()
     broken: dict[int, str] = {}
     for op in ops:
-        for key in op.reads - known:
-            broken[key] = "it, or what it is computed from, was made outside `with OnDevice(...)`"
-        known |= op.creates | op.reads
-        reason = next((broken[key] for key in op.reads if key in broken), None)
+        for key in op.reads:
+            if key not in known:
+                broken[key] = "it, or what it is computed from, was made outside `with OnDevice(...)`"
+        known.update(op.creates)
+        known.update(op.reads)
+        reason = next((broken[key] for key in op.reads if key in broken), None) if broken else None
         if reason is None and op.obstacle:
             reason = f"{op.name} {op.obstacle}"
-        elif reason is None and op.stale():
+        elif reason is None and op.givens and any(given.changed() for given in op.givens):
             reason = f"{op.name} was given a real tensor that has been changed in place since"
         if reason is None:
             sound.append(op)
@@ -85,7 +89,15 @@ class Replayed:
     unwritten: frozenset[int]
 
 
-def replay(history: History, keys: Iterable[int], device: torch.device, *, draws: bool) -> Replayed:
+def replay(
+    history: History,
+    keys: Iterable[int],
+    device: torch.device,
+    *,
+    draws: bool,
+    casts: Mapping[int, torch.dtype] | None = None,
+    report: Callable[[int], None] = lambda nbytes: None,
+) -> Replayed:
     """Compute storages ``keys`` on ``device``, holding what else is needed no longer than needed.
 
     Args:
@@ -94,82 +106,169 @@ def replay(history: History, keys: Iterable[int], device: torch.device, *, draws
         device: a real device.
         draws: run every operator that draws random numbers, in its order, whether or not its result is wanted:
             the generator then gives each tensor the numbers that it would have got without meta.
+        casts: dtypes for some of ``keys``, given to each when its value is there.
+        report: called with the number of bytes of each of ``keys`` whose value is there.
 
     Raises:
         ReplayError: an operator failed.
     """
     wanted = set(keys)
     ops = history.needed(wanted, draws=draws)
-    schedule = _schedule(op for op in ops if not op.is_source)
     sources = {key: op for op in ops if op.is_source for key in op.creates}
-    last_use = {key: index for index, op in enumerate(schedule) for key in (*op.reads, *op.creates)}
+    steps = _schedule([op for op in ops if not op.is_source], sources)
+    positions = Positions(device, [op.draws for op in ops if op.draws])
+    run = _Run(sources, positions, device)
     storages: dict[int, torch.UntypedStorage] = {}
-    with _plain_torch():
-        for index, op in enumerate(schedule):
-            for key in op.reads - storages.keys():
-                _run(sources[key], storages, device)
-            _run(op, storages, device)
-            for key in op.reads | op.creates:
-                if last_use[key] == index and key not in wanted:
-                    del storages[key]
+    casts = casts or {}
+    with plain_torch():
+        for step in steps:
+            run.op(step.op, anew=step.anew)
+            for key in step.last:
+                if key not in wanted or key in step.overwritten:
+                    del run.made[key]
+                else:
+                    storages[key] = _finished(run.made.pop(key), casts.get(key), report)
         for key in wanted - storages.keys():
-            _run(sources[key], storages, device)
+            run.base(key)
+            storages[key] = _finished(run.made.pop(key), casts.get(key), report)
     written = {key for op in ops for key in op.writes}
     unwritten = {key for op in ops if op.unwritten for key in op.creates}
     return Replayed(storages, frozenset((unwritten - written) & wanted))
 
 
-def _schedule(ops: Iterable[Op]) -> list[Op]:
+def _finished(
+    made: tuple[View, torch.Tensor], dtype: torch.dtype | None, report: Callable[[int], None]
+) -> torch.UntypedStorage:
+    """The storage of a tensor that has its value, cast to ``dtype``."""
+    view, tensor = made
+    if dtype is not None and dtype is not tensor.dtype:
+        tensor = _laid_out(replace(view, dtype=dtype), tensor.to(dtype))
+    storage = tensor.untyped_storage()
+    report(storage.nbytes())
+    return storage
+
+
+@dataclass(eq=False, slots=True)
+class _Step:
+    """An operator, and what becomes of storages around it.
+
+    Attributes:
+        op: the operator.
+        time: when it runs.
+        anew: it fills a whole storage, whatever that held.
+        last: the storages that are not used after it, or not before they are filled anew.
+        overwritten: those that are filled anew.
+    """
+
+    op: Op
+    time: int
+    anew: bool
+    last: list[int] = field(default_factory=list)
+    overwritten: set[int] = field(default_factory=set)
+
+
+def _schedule(ops: list[Op], sources: dict[int, Op]) -> list[_Step]:
     """Put every operator right behind the last one that it has to wait for; those that draw keep their order.
 
     So what is computed from a tensor comes before the next tensor is begun. Of a model that was sharded after it was
-    built, one whole parameter at a time is in memory, not all of them.
+    built, one whole parameter at a time is in memory, not all of them. A storage that is filled as a whole begins
+    anew there: what it held is given back when it was used last, not kept until then.
     """
     written: dict[int, int] = {}  # when each storage was written to last, in the new order
     read: dict[int, int] = {}
-    timed: list[tuple[int, int, Op]] = []
+    steps: list[_Step] = []
     for op in ops:
         waits = [written.get(key, 0) for key in op.reads] + [read.get(key, 0) for key in op.writes]
-        time = op.order if op.random else max(waits, default=0)
-        written.update(dict.fromkeys((*op.creates, *op.writes), time))
-        read.update({key: max(time, read.get(key, 0)) for key in op.reads})
-        timed.append((time, op.order, op))
-    return [op for _, _, op in sorted(timed, key=lambda item: item[:2])]
+        time = op.order if op.draws else max(waits, default=0)
+        for key in (*op.creates, *op.writes):
+            written[key] = time
+        for key in op.reads:
+            read[key] = max(time, read.get(key, 0))
+        steps.append(_Step(op, time, _begins_anew(op, sources)))
+    steps.sort(key=lambda step: (step.time, step.op.order))
+    users: dict[int, _Step] = {}  # by storage, the step that used it last so far
+    for step in steps:
+        op = step.op
+        for key in dict.fromkeys((*op.reads, *op.creates)):
+            before = users.get(key)
+            if before is not None and step.anew and key in op.writes:
+                before.last.append(key)
+                before.overwritten.add(key)
+            users[key] = step
+    for key, step in users.items():
+        step.last.append(key)
+    return steps
 
 
-def _run(op: Op, storages: dict[int, torch.UntypedStorage], device: torch.device) -> None:
-    def real(leaf: Any) -> Any:
+def _begins_anew(op: Op, sources: dict[int, Op]) -> bool:
+    """Whether an operator fills a whole storage, whatever that held."""
+    if not op.fills or len(op.writes) != 1 or op.writes[0] not in sources:
+        return False
+    key = op.writes[0]
+    views = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, View) and leaf.key == key]
+    return len(views) == 1 and views[0] in sources[key].outputs
+
+
+class _Run:
+    """The tensors that a replay holds, by storage: each as it was made, over the whole of its memory."""
+
+    def __init__(self, sources: dict[int, Op], positions: Positions, device: torch.device) -> None:
+        self._sources, self._positions, self._device = sources, positions, device
+        self.made: dict[int, tuple[View, torch.Tensor]] = {}
+
+    def base(self, key: int) -> torch.Tensor:
+        """The tensor that a storage was made with; a storage that depends on nothing is made when asked for."""
+        if key not in self.made:
+            self.op(self._sources[key])
+        return self.made[key][1]
+
+    def op(self, op: Op, *, anew: bool = False, blank: bool = False) -> None:
+        """Run one operator.
+
+        Args:
+            op: the operator.
+            anew: it fills what it writes to.
+            blank: what it makes will be filled at once.
+        """
+        try:
+            if anew and op.writes[0] not in self.made:
+                self.op(self._sources[op.writes[0]], blank=True)
+            generator = self._positions.move(op.order, op.draws) if op.draws else None
+            args, kwargs = mapped(self._real, op.args), mapped(self._real, op.kwargs)
+            if generator is not None:
+                kwargs["generator"] = generator
+            result = op.func(*args, **kwargs)
+        except Exception as error:
+            raise ReplayError(
+                f"{op.name} was recorded on meta and failed on {self._device}: {type(error).__name__}: {error}. "
+                "Nothing was changed."
+            ) from error
+        if not op.creates:
+            return
+        for view, made in zip(op.outputs, leaves(result), strict=True):
+            if view is not None and view.key in op.creates:
+                if op.unwritten and not blank:
+                    fill(made)
+                self.made[view.key] = (view, _laid_out(view, made))
+
+    def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, View):
-            return as_tensor(leaf, storages[leaf.key])
+            base = self.base(leaf.key)
+            whole = self.made[leaf.key][0]
+            return base if leaf == whole else as_tensor(leaf, base.untyped_storage())
         if isinstance(leaf, Given):
             return leaf.tensor
-        return device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
-
-    try:
-        result = op.func(*tree_map(real, op.args), **tree_map(real, op.kwargs))
-    except Exception as error:
-        raise ReplayError(
-            f"{op.name} was recorded on meta and failed on {device}: {type(error).__name__}: {error}. "
-            "Nothing was changed."
-        ) from error
-    if not op.creates:
-        return
-    for view, made in zip(op.outputs, tree_leaves(result), strict=True):
-        if view is not None and view.key not in storages:
-            if op.unwritten:
-                fill(made)
-            storages[view.key] = _storage_like(view, made)
+        return self._device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
 
-def _storage_like(view: View, made: torch.Tensor) -> torch.UntypedStorage:
-    """The storage of ``made``, laid out as ``view`` says: kernels on a device may choose other strides than meta."""
-    if view_of(made, view.key) == view:
-        return made.untyped_storage()
+def _laid_out(view: View, made: torch.Tensor) -> torch.Tensor:
+    """``made``, laid out as ``view`` says: kernels on a device may choose other strides than meta."""
+    if made.stride() == view.stride and made.storage_offset() == view.offset:
+        return made
     extent = view.offset + 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
     nbytes = max(extent, 0) * made.element_size()
     storage = torch.UntypedStorage(nbytes, device=made.device)  # type: ignore[no-untyped-call]
-    as_tensor(view, storage).copy_(made)
-    return storage
+    return as_tensor(view, storage).copy_(made)
 
 
 def as_tensor(view: View, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -187,7 +286,7 @@ def fill(tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _plain_torch() -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
     """No gradients, and no mode of an enclosing block."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
@@ -206,7 +305,7 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor:
     history = History.of(mark.recordings)
     if mark.key in history.broken:
         raise MetaValueError(_no_value(tensor, history.broken[mark.key]))
-    random = [op for op in history.needed([mark.key], draws=False) if op.random]
+    random = [op for op in history.needed([mark.key], draws=False) if op.draws]
     if random:
         raise MetaValueError(_no_value(tensor, f"{random[0].name} draws its random numbers in `materialize` only"))
     storage = replay(history, [mark.key], torch.device("cpu"), draws=False).storages[mark.key]

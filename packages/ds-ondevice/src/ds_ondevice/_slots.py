@@ -1,67 +1,132 @@
-"""Where a module holds tensors: parameters, buffers, and plain attributes (alone or inside lists, tuples, dicts)."""
+"""Where a module holds tensors: parameters, buffers, and plain attributes (alone, in containers, or in objects)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
+_SIMPLE = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size})
+_CONTAINERS = (list, tuple, dict, set)
+_DEPTH = 4  # objects in objects
+_FOREIGN = frozenset(
+    {"torch", "builtins", "functools", "types", "typing", "logging", "threading", "collections", "enum"}
+)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One place that holds one tensor, or a container of tensors.
+    """One place that holds one tensor, or a container or an object that holds some.
 
-    ``kind`` is "parameter", "buffer" or "attribute"; ``name`` is the dotted name from the root module.
+    ``kind`` is "parameter", "buffer" or "attribute"; ``name`` is the dotted name from the root module. ``held`` are the
+    tensors found there; of an attribute only those on meta, since no one moves the others.
     """
 
     owner: torch.nn.Module
     attribute: str
     name: str
     kind: str
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors held here; of an attribute only those on meta, since no one moves the others."""
-        if self.kind == "attribute":
-            return [leaf for leaf in tree_leaves(vars(self.owner)[self.attribute]) if _on_meta(leaf)]
-        registry = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
-        tensor = registry[self.attribute]
-        return [] if tensor is None else [tensor]
+    held: tuple[torch.Tensor, ...]
 
     def put(self, replacements: Mapping[int, torch.Tensor]) -> None:
         """Put the replacement of every tensor here in its place; ``replacements`` go by the old tensor's id."""
-
-        def new(leaf: Any) -> Any:
-            return replacements.get(id(leaf), leaf)
-
-        tensors = self.tensors()
-        if not any(id(tensor) in replacements for tensor in tensors):
+        if not any(id(tensor) in replacements for tensor in self.held):
             return
         if self.kind == "attribute":
             attributes = vars(self.owner)
-            attributes[self.attribute] = tree_map(new, attributes[self.attribute])
+            attributes[self.attribute] = _replaced(
+                attributes[self.attribute], lambda leaf: replacements.get(id(leaf), leaf), _DEPTH
+            )
         else:
-            setattr(self.owner, self.attribute, new(tensors[0]))
+            setattr(self.owner, self.attribute, replacements[id(self.held[0])])
 
 
 def find_slots(root: torch.nn.Module) -> Iterator[Slot]:
     """Every slot of ``root`` and its submodules: parameters and buffers of a module before its attributes."""
+    seen: set[int] = set()
     for prefix, module in root.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Slot(module, name, dot + name, "parameter")
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield Slot(module, name, dot + name, "buffer")
-        for name, value in vars(module).items():
-            if name not in _REGISTRIES and any(_on_meta(leaf) for leaf in tree_leaves(value)):
-                yield Slot(module, name, dot + name, "attribute")
+        yield from own_slots(module, f"{prefix}." if prefix else "", seen)
 
 
-def _on_meta(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_meta
+def own_slots(module: torch.nn.Module, prefix: str, seen: set[int]) -> Iterator[Slot]:
+    """The slots of a module itself.
+
+    Args:
+        module: the module.
+        prefix: begins their names.
+        seen: the ids of objects that were looked into already; those looked into now are added.
+    """
+    for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
+        for name, tensor in registry.items():
+            if tensor is not None:
+                yield Slot(module, name, prefix + name, kind, (tensor,))
+    for name, value in _attributes(module):
+        held = tuple(leaf for leaf in _leaves(value, seen, _DEPTH) if isinstance(leaf, torch.Tensor) and leaf.is_meta)
+        if held:
+            yield Slot(module, name, prefix + name, "attribute", held)
+
+
+def put_device(module: torch.nn.Module, is_stale: Callable[[torch.device], bool], device: torch.device) -> None:
+    """Put ``device`` where attributes of ``module`` hold a device that ``is_stale``, alone or in containers."""
+
+    def new(leaf: Any) -> Any:
+        return device if isinstance(leaf, torch.device) and is_stale(leaf) else leaf
+
+    for name, value in list(_attributes(module)):
+        if isinstance(value, (torch.device, *_CONTAINERS)) and any(
+            new(leaf) is not leaf for leaf in tree_leaves(value)
+        ):
+            vars(module)[name] = tree_map(new, value)
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes that may hold something: no numbers, names or modules, and no empty containers."""
+    for name, value in vars(module).items():
+        if type(value) in _SIMPLE or name in _REGISTRIES or isinstance(value, torch.nn.Module):
+            continue
+        if not (isinstance(value, _CONTAINERS) and not value):
+            yield name, value
+
+
+def _leaves(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
+    """What containers hold, and the attributes of objects that are neither modules nor torch's or Python's own."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, _CONTAINERS):
+        for leaf in value if isinstance(value, set) else tree_leaves(value):
+            if not isinstance(leaf, _CONTAINERS):
+                yield from _leaves(leaf, seen, depth)
+    elif depth and id(value) not in seen and (fields := _fields(value)):
+        seen.add(id(value))
+        for field in fields.values():
+            yield from _leaves(field, seen, depth - 1)
+
+
+def _replaced(value: Any, new: Callable[[Any], Any], depth: int) -> Any:
+    """The value with every tensor replaced; objects are changed."""
+    if isinstance(value, torch.Tensor):
+        return new(value)
+    if isinstance(value, _CONTAINERS) and not isinstance(value, set):
+        return tree_map(lambda leaf: leaf if isinstance(leaf, _CONTAINERS) else _replaced(leaf, new, depth), value)
+    if depth:
+        for name, field in _fields(value).items():
+            changed = _replaced(field, new, depth - 1)
+            if changed is not field:
+                object.__setattr__(value, name, changed)
+    return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The attributes of an object that may hold tensors."""
+    kind = type(value)
+    if kind in _SIMPLE or isinstance(value, (type, torch.nn.Module)) or kind.__module__.partition(".")[0] in _FOREIGN:
+        return {}
+    if dataclasses.is_dataclass(value):
+        return {each.name: getattr(value, each.name, None) for each in dataclasses.fields(value)}
+    attributes = getattr(value, "__dict__", None)
+    return dict(attributes) if isinstance(attributes, dict) else {}

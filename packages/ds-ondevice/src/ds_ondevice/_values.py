@@ -8,7 +8,7 @@ import torch
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_ondevice._recording import is_recorded
+from ds_ondevice._ops import is_recorded
 from ds_ondevice.errors import MetaValueError
 
 

@@ -16,7 +16,8 @@ import torch
 
 from ds_ondevice._claims import Body
 from ds_ondevice._factories import FactoryMode
-from ds_ondevice._legacy import LegacyMode
+from ds_ondevice._legacy import LegacyMode, is_in_legacy_mode
+from ds_ondevice._modules import Construction
 from ds_ondevice._recording import Recorder, active_recorder
 
 __all__ = ["OnDevice"]
@@ -42,6 +43,9 @@ class OnDevice:
         dtype: a floating-point dtype, or its name, such as ``"bfloat16"``; None is torch's default dtype.
         device: any device: "meta", "cpu", "cuda:1", ...
         enabled: False makes it do nothing.
+        include_buffers: False leaves the buffers of modules real, on the CPU, when ``device`` is meta.
+        skip_init: what fills a tensor with random numbers does nothing, as before a checkpoint is loaded. On meta such
+            a parameter then has no value for `materialize` to compute.
 
     Raises:
         TypeError: ``dtype`` is not a floating-point dtype, or something that cannot be decorated is.
@@ -61,6 +65,9 @@ class OnDevice:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | int = "meta",
         enabled: bool = True,
+        *,
+        include_buffers: bool = True,
+        skip_init: bool = False,
     ) -> None:
         found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -75,6 +82,8 @@ class OnDevice:
             ) from None
         self.dtype: torch.dtype | None = found
         self.enabled = enabled
+        self.include_buffers = include_buffers
+        self.skip_init = skip_init
         self._open = threading.local()  # .stacks: the blocks that this thread has open on this object
 
     def __enter__(self) -> OnDevice:
@@ -84,9 +93,12 @@ class OnDevice:
         with contextlib.ExitStack() as stack:
             if self.enabled:
                 if self.device.type == "meta" and active_recorder() is None:
-                    stack.enter_context(Recorder())
-                factory = FactoryMode(self.dtype or torch.get_default_dtype(), self.device, body)
-                stack.enter_context(LegacyMode(factory))
+                    recorder = stack.enter_context(Recorder())
+                    stack.enter_context(Construction(recorder.recording, include_buffers=self.include_buffers))
+                dtype = self.dtype or torch.get_default_dtype()
+                factory = FactoryMode(dtype, self.device, body, skip_init=self.skip_init)
+                if not factory.is_as_usual or is_in_legacy_mode():
+                    stack.enter_context(LegacyMode(factory))
                 stack.enter_context(factory)
             self._stacks().append(stack.pop_all())
         return self

@@ -112,7 +112,7 @@ _NAMES = {
     # What the seven offer besides.
     "ds_logging": ("CommsLogger", "RankFilter", "configure", "warning_once"),
     "ds_groups": ("BoundTopology", "GroupsError", "ParallelTopology"),
-    "ds_ondevice": ("MaterializeError", "MaterializeReport", "materialize"),
+    "ds_ondevice": ("MaterializeError", "MaterializeReport", "is_deferred", "load_into", "materialize"),
     "ds_fragment": (
         "FlatPartition",
         "FragmentError",
