@@ -67,7 +67,7 @@ class Distribution:
 PARTS = (
     Distribution("ds-logging", torch=False, extras=("nvtx", "rich")),
     Distribution("ds-groups"),
-    Distribution("ds-ondevice"),
+    Distribution("ds-ondevice", extras=("rich", "safetensors")),
     Distribution("ds-fragment", extras=("safetensors",)),
     Distribution("ds-z3leaf"),
     Distribution("ds-loader", extras=("torchdata",)),

@@ -19,7 +19,7 @@ for contract in CONTRACTS:
         NAMES.setdefault(module, set()).update(name for name in names if f"{module}.{name}" not in LEFT_OUT)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tour.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tour.md", "docs/from-meta.md"])
 def test_python_blocks_run(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from ds_ondevice import OnDevice, materialize
+from ds_ondevice import OnDevice, load_into, materialize
 from torch import nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -70,3 +70,102 @@ def test_legacy_constructors():
         assert torch.Tensor([1.0]).device.type == "cuda"
         assert torch.Tensor(3).dtype is torch.float16
         assert torch.from_numpy(array).device.type == "cpu"
+
+
+def reseed(module):
+    torch.manual_seed(5)
+    module.one = nn.Linear(3, 3)
+
+
+def fork(module):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        module.one = nn.Linear(3, 3)
+    module.two = nn.Linear(3, 3)
+
+
+def track(module):
+    """As Megatron's trackers do with the states of the GPU's generator."""
+    states = {}
+    for name, seed in (("model", 11), ("data", 12)):
+        outer = torch.cuda.get_rng_state()
+        torch.cuda.manual_seed(seed)
+        states[name] = torch.cuda.get_rng_state()
+        torch.cuda.set_rng_state(outer)
+    for index, name in enumerate(("model", "data", "model", "data")):
+        outer = torch.cuda.get_rng_state()
+        torch.cuda.set_rng_state(states[name])
+        setattr(module, f"layer{index}", nn.Linear(3, 3))
+        states[name] = torch.cuda.get_rng_state()
+        torch.cuda.set_rng_state(outer)
+
+
+def save_and_restore(module):
+    state = torch.cuda.get_rng_state()
+    module.one = nn.Linear(3, 3)
+    torch.cuda.set_rng_state(state)
+    module.two = nn.Linear(3, 3)
+
+
+class Moving(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.before = nn.Linear(3, 3)
+        how(self)
+        self.after = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("how", [reseed, fork, track, save_and_restore], ids=lambda how: how.__name__)
+def test_generators_that_are_moved_are_followed_on_cuda(how):
+    torch.cuda.init()
+    torch.manual_seed(1)
+    with torch.device("cuda"):
+        eager = Moving(how)
+    torch.manual_seed(2)
+    before = torch.cuda.get_rng_state()
+    with OnDevice(torch.float32, device="meta"):
+        model = Moving(how)
+    if how is not reseed:
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.manual_seed(1)
+    materialize(model, "cuda")
+    for name, expected in eager.state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), name
+
+
+def test_tensors_stay_the_objects_that_they_are_on_cuda():
+    with OnDevice(torch.float32, device="meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+        model.device = torch.device("cpu")
+        model.claimed = Asking().device
+    weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    materialize(model, "cuda")
+    assert model[0].weight is weight
+    assert weight.is_cuda
+    assert model.claimed.type == "cuda"
+    assert model.device.type == "cpu"  # somebody said so
+    before = weight.detach().clone()
+    model(torch.randn(2, 3, 4, device="cuda"))[0].square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.device = self.linear.weight.device
+
+
+def test_load_into_cuda(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    eager = nn.Sequential(nn.Linear(300, 200), nn.BatchNorm1d(200))
+    save_file(eager.state_dict(), tmp_path / "model.safetensors")
+    with OnDevice(torch.bfloat16, device="meta"):
+        model = nn.Sequential(nn.Linear(300, 200), nn.BatchNorm1d(200))
+    load_into(model, tmp_path, "cuda")
+    for name, expected in eager.state_dict().items():
+        actual = model.state_dict()[name]
+        assert actual.is_cuda
+        assert torch.equal(actual.cpu(), expected.to(actual.dtype)), name

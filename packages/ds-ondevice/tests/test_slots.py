@@ -1,5 +1,5 @@
 import torch
-from ds_ondevice._slots import find_slots
+from ds_ondevice._slots import find_parts, find_slots
 from torch import nn
 
 
@@ -17,7 +17,7 @@ def module_with_tensors_everywhere():
 
 
 def test_find_slots():
-    slots = list(find_slots(module_with_tensors_everywhere()))
+    slots = list(find_slots(find_parts(module_with_tensors_everywhere())))
     assert [(slot.name, slot.kind) for slot in slots] == [
         ("kept", "buffer"),
         ("dropped", "buffer"),
@@ -30,7 +30,7 @@ def test_find_slots():
 
 def test_put_replaces_by_identity_and_leaves_the_rest():
     module = module_with_tensors_everywhere()
-    slots = list(find_slots(module))
+    slots = list(find_slots(find_parts(module)))
     real, nested, numbers = module.real, module.nested, module.numbers
     new = {id(t): torch.ones(t.shape) for slot in slots for t in slot.held if t.is_meta and slot.kind != "parameter"}
     for slot in slots:

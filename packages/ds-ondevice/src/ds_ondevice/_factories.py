@@ -29,8 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_ondevice._claims import ANSWERS, CLAIMED, Body, answer
 from ds_ondevice._initializers import DRAWING, IS_META, is_question_of_initializer, note_skipped
+from ds_ondevice._ops import is_recorded
 from ds_ondevice._recording import set_data, share_memory
-from ds_ondevice._values import computed
+from ds_ondevice._values import computed, printed
+from ds_ondevice.errors import MetaValueError
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -159,8 +161,20 @@ _CONVERSIONS: frozenset[Any] = frozenset(
 
 FACTORIES: frozenset[Any] = _ALWAYS_FLOAT | _FLOAT | _DEVICE_ONLY | frozenset(_SOMETIMES_FLOAT)
 
+# With booleans these choose, and make no number of them.
+_CHOOSING: frozenset[Any] = frozenset({torch.where, torch.Tensor.where})
+
+_INDEXING: frozenset[Any] = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
+_PRINTING: frozenset[Any] = frozenset({torch.Tensor.__repr__, torch.Tensor.__format__})
+_MOVING: frozenset[Any] = frozenset({torch.Tensor.cpu, torch.Tensor.to})
+
 _HANDLED: frozenset[Any] = (
-    FACTORIES | _FROM_DATA | {IS_META, _SET_DATA, torch.Tensor.new_tensor, torch.Tensor.share_memory_}
+    FACTORIES
+    | _FROM_DATA
+    | _INDEXING
+    | _PRINTING
+    | _MOVING
+    | {IS_META, _SET_DATA, torch.Tensor.new_tensor, torch.Tensor.share_memory_}
 )
 
 
@@ -248,6 +262,8 @@ class FactoryMode(TorchFunctionMode):
                 return self._handle(func, args, dict(kwargs), sys._getframe(1))
             result = func(*args, **kwargs)
             if self._promotes and self._is_promoted(func, args, kwargs, result):
+                if func in _CHOOSING:
+                    return result.to(self.dtype)
                 result = func(*tree_map(self._as_default, args), **tree_map(self._as_default, kwargs))
             return result
         except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
@@ -271,7 +287,25 @@ class FactoryMode(TorchFunctionMode):
             return set_data(*args)
         if func is torch.Tensor.share_memory_:
             return share_memory(args[0])
-        return func(*args, **kwargs)
+        if func in _INDEXING:
+            args = (args[0], self._recordable(args[1]), *args[2:])
+        below = self._body is not None and not self._body.runs(caller)
+        if func in _PRINTING and below and is_recorded(args[0]):
+            return printed(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except MetaValueError:  # below the block the tensor is on the CPU already
+            if func not in _MOVING or not below:
+                raise
+            return args[0].to(dtype=next((value for value in args if isinstance(value, torch.dtype)), None))
+
+    def _recordable(self, index: Any) -> Any:
+        """An index of a tensor, with lists as tensors that are recorded: torch makes those unseen."""
+        if isinstance(index, tuple):
+            return tuple(self._recordable(item) for item in index)
+        if isinstance(index, (list, range)) and len(index) and not any(isinstance(i, slice) for i in index):
+            return _from_data(torch.tensor, (list(index),), {"device": self.device})
+        return index
 
     def _hide_legacy(self) -> bool:
         """Take the legacy mode off, if it is on top."""

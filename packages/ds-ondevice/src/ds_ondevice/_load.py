@@ -22,7 +22,7 @@ from ds_ondevice._plan import Fate, Plan, build, find_strays, is_dtensor, local_
 from ds_ondevice._progress import Progress, reporter
 from ds_ondevice._replay import plain_torch
 from ds_ondevice._safetensors import Files, Region, files_of
-from ds_ondevice._slots import Slot, find_slots
+from ds_ondevice._slots import Slot, find_parts, find_slots
 from ds_ondevice._swap import Exchange
 from ds_ondevice.errors import UnrestorableError, listed
 
@@ -135,14 +135,15 @@ def load_into(
         raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
     target = check_target(device, dtype)
     with Files(files_of(path_or_paths)) as files:
-        state, slots = state_of(module), list(find_slots(module))
+        parts = find_parts(module)
+        state, slots = state_of(module), list(find_slots(parts))
         fit = check_fit(state, slots, files.tensors, dtype, strict=strict)
-        plan = _make_plan(module, slots, fit, target, dtype, strict=strict)
-        strays = find_strays(plan, module, slots)
+        plan = _make_plan(parts, slots, fit, target, dtype, strict=strict)
+        strays = find_strays(plan, parts, slots)
         replacements, fates = build(plan, target, lambda nbytes: None)
         targets = {name: local_of(replacements.get(id(state[name]), state[name])) for name in fit.reads}
         nbytes = _read(files, fit.reads, targets, progress)
-    exchange = Exchange(module, slots, plan.history.recordings)
+    exchange = Exchange(parts, slots, plan.history.recordings)
     replaced = exchange.put(replacements, target)
     exchange.close()
     lost = [tensor for tensor in strays if id(tensor) in replaced]
@@ -180,7 +181,7 @@ def _read(files: Files, reads: Mapping[str, Region], targets: Mapping[str, torch
 
 
 def _make_plan(
-    module: torch.nn.Module,
+    parts: Mapping[torch.nn.Module, str],
     slots: list[Slot],
     fit: Fit,
     device: torch.device,
@@ -194,7 +195,7 @@ def _make_plan(
         UnrestorableError: a tensor cannot be made, or has no known value.
         RankMismatchError: as in `materialize`, where sharded tensors are computed.
     """
-    plan = make_plan(module, slots, device, blank=lambda slot: slot.name in fit.provided, draws=fit.draws, dtype=dtype)
+    plan = make_plan(parts, slots, device, blank=lambda slot: slot.name in fit.provided, draws=fit.draws, dtype=dtype)
     impossible = plan.reasons(slots, Fate.UNSUPPORTED)
     if impossible:
         raise UnrestorableError(impossible)

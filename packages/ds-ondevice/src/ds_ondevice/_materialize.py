@@ -12,7 +12,7 @@ import torch
 
 from ds_ondevice._plan import Fate, Plan, build, find_strays, is_dtensor, make_plan
 from ds_ondevice._progress import Progress, reporter
-from ds_ondevice._slots import Slot, find_slots
+from ds_ondevice._slots import Slot, find_parts, find_slots
 from ds_ondevice._swap import Exchange
 from ds_ondevice.errors import MaterializeError, UnrestorableError, listed
 
@@ -134,14 +134,15 @@ def materialize(
         raise TypeError(f"fallback must be a function of one module, or None, not {fallback!r}")
     target = check_target(device, dtype)
     root = module if isinstance(module, torch.nn.Module) else _holder(module)
-    slots = list(find_slots(root))
-    resets = [part for part in root.modules() if init == "reset" and callable(getattr(part, "reset_parameters", None))]
+    parts = find_parts(root)
+    slots = list(find_slots(parts))
+    resets = [part for part in parts if init == "reset" and callable(getattr(part, "reset_parameters", None))]
     owners = set(map(id, resets))
 
     def blank(slot: Slot) -> bool:
         return slot.kind == "parameter" and (init == "empty" or id(slot.owner) in owners)
 
-    plan = make_plan(root, slots, target, blank=blank, draws=init == "replay", dtype=dtype)
+    plan = make_plan(parts, slots, target, blank=blank, draws=init == "replay", dtype=dtype)
     impossible = plan.reasons(slots, Fate.UNSUPPORTED)
     if impossible:
         raise UnrestorableError(impossible)
@@ -152,10 +153,10 @@ def materialize(
         from ds_ondevice._agree import check_ranks
 
         check_ranks(slots, plan, target)
-    strays = find_strays(plan, root, slots)
+    strays = find_strays(plan, parts, slots)
     with reporter(progress, "materialize") as tell:
         replacements, fates = build(plan, target, _Counter(plan, tell))
-    exchange = Exchange(root, slots, plan.history.recordings)
+    exchange = Exchange(parts, slots, plan.history.recordings)
     try:
         replaced = exchange.put(replacements, target)
         for part in resets:
@@ -200,7 +201,7 @@ def is_deferred(module: torch.nn.Module | torch.Tensor) -> bool:
         return module.is_meta
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or a tensor, not {type(module).__name__}")
-    return any(tensor.is_meta for slot in find_slots(module) for tensor in slot.held)
+    return any(tensor.is_meta for slot in find_slots(find_parts(module)) for tensor in slot.held)
 
 
 class _Counter:

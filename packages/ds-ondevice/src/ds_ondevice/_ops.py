@@ -52,6 +52,14 @@ class Given:
 
 
 @dataclass(eq=False, slots=True)
+class Blank:
+    """A real tensor of which only dtype and shape matter."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
 class Op:
     """One recorded call.
 
@@ -69,6 +77,8 @@ class Op:
         obstacle: why the call cannot be repeated, if it cannot.
         unwritten: whether its result has no value until something writes to it.
         fills: whether it writes to all of what it writes to, whatever was there.
+        drawn_on: "cpu" or another type of device, if it really drew numbers there. On such a device it draws them once
+            more, and they are thrown away: what is drawn after them depends on that.
     """
 
     order: int
@@ -84,6 +94,7 @@ class Op:
     obstacle: str = ""
     unwritten: bool = False
     fills: bool = False
+    drawn_on: str = ""
 
     @property
     def name(self) -> str:

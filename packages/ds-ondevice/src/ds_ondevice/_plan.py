@@ -74,7 +74,7 @@ class Plan:
 
 
 def make_plan(
-    root: torch.nn.Module,
+    parts: Iterable[torch.nn.Module],
     slots: list[Slot],
     device: torch.device,
     *,
@@ -85,8 +85,8 @@ def make_plan(
     """Decide about every tensor that ``slots`` hold, and about those that no module holds; changes nothing.
 
     Args:
-        root: a module.
-        slots: all of its slots.
+        parts: a module and all that belong to it.
+        slots: all of their slots.
         device: where the module shall go, with its index.
         blank: whether what a slot holds shall have memory, but no value.
         draws: whether every recorded random number is drawn.
@@ -98,7 +98,7 @@ def make_plan(
     if any(map(is_dtensor, tensors.values())):
         from ds_ondevice._reshard import resharded  # imports torch.distributed
 
-        locals_ = {id(tensor): local for tensor, local in resharded(root, slots)}
+        locals_ = {id(tensor): local for tensor, local in resharded(parts, slots)}
     plan = Plan({}, History((), (), {}), locals_, draws, dtype)
     marks = [mark_of(plan.local(t)) for t in tensors.values() if t.is_meta and not _unsupported(t, device)]
     plan = replace(plan, history=History.of(found for mark in marks if mark is not None for found in mark.recordings))
@@ -107,13 +107,13 @@ def make_plan(
     return plan
 
 
-def find_strays(plan: Plan, root: torch.nn.Module, slots: list[Slot]) -> list[torch.Tensor]:
+def find_strays(plan: Plan, parts: Iterable[torch.nn.Module], slots: list[Slot]) -> list[torch.Tensor]:
     """Recorded tensors that no module holds, but somebody does: in a cache, an object of its own, a variable.
 
     Those that share memory with sharded tensors are left to the engine that sharded them, those with an autograd graph
     to whoever made it. A plan of these tensors is added to ``plan``.
     """
-    here, seen = set(root.modules()), set[int]()
+    here, seen = set(parts), set[int]()
     modules = (module() for recording in plan.history.recordings for module in recording.modules)
     others = (module for module in modules if module is not None and module not in here)
     elsewhere = (slot for module in others for slot in own_slots(module, "", seen))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import (
 )
 
 from ds_ondevice._ops import (
+    Blank,
     Given,
     Mark,
     Op,
@@ -29,7 +30,7 @@ from ds_ondevice._ops import (
     version_of,
     view_of,
 )
-from ds_ondevice._random import Streams
+from ds_ondevice._random import Draw, Streams
 from ds_ondevice._schemas import Overload, Schema, schema_of
 
 _aten = torch.ops.aten
@@ -105,12 +106,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         if schema.needs_values and _needs_values(func, args, kwargs):
             args = _with_values(func, args)
+        order = next(_ORDER)
+        draws = self._streams.draws(order, _generator(kwargs)) if schema.random else ()
         try:
             result = func(*args, **kwargs)
         except NotImplementedError:
             result = _shaped(func, args, kwargs)
-        self._record(func, schema, args, kwargs, result)
+        if draws and not any(on_meta(leaf) for leaf in leaves((args, kwargs, result))):
+            self._record_real_draw(func, args, kwargs, result, order, draws)
+        else:
+            self._record(func, schema, args, kwargs, result, order, draws)
         return result
+
+    def _record_real_draw(
+        self, func: Overload, args: Any, kwargs: Any, result: Any, order: int, draws: tuple[Draw, ...]
+    ) -> None:
+        """Record that an operator drew random numbers on a real device."""
+        drawn_on = next((leaf.device.type for leaf in leaves(result) if isinstance(leaf, torch.Tensor)), "")
+        op = Op(order, func, mapped(_blank, args), mapped(_blank, kwargs), draws=draws, drawn_on=drawn_on)
+        self.recording.ops.append(op)
 
     def _record_fill(self, func: Overload, schema: Schema, args: Any, kwargs: Any) -> None:
         """Record an operator that fills one tensor on meta and uses no other."""
@@ -125,7 +139,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.obstacle = _NOT_PLAIN
         self.recording.ops.append(op)
 
-    def _record(self, func: Overload, schema: Schema, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(
+        self,
+        func: Overload,
+        schema: Schema,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        order: int,
+        draws: tuple[Draw, ...],
+    ) -> None:
         if schema.exchanges:
             self._refuse(func, filter(on_meta, leaves((args, kwargs, result))), schema.obstacle)
             return
@@ -139,7 +162,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         plain = all(map(is_plain, results))
         described = _Description(self)
-        op = Op(0, func, described.of(args), described.of(kwargs) if kwargs else kwargs)
+        op = Op(order, func, described.of(args), described.of(kwargs) if kwargs else kwargs)
         op.reads, op.givens = tuple(described.reads), tuple(described.givens)
         if None in marks:
             op.creates = tuple(self._key(leaf) for leaf, mark in zip(results, marks, strict=True) if mark is None)
@@ -155,9 +178,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not (plain and described.plain):
             op.obstacle = op.obstacle or _NOT_PLAIN
         op.unwritten, op.fills = schema.unwritten, schema.fills
-        op.order = next(_ORDER)
-        if schema.random:
-            op.draws = self._streams.draws(op.order, _generator(kwargs))
+        op.draws = draws
         self.recording.ops.append(op)
 
     def _outputs(self, result: Any) -> tuple[View | None, ...]:
@@ -257,6 +278,10 @@ class _Description:
         given = Given(tensor, version_of(tensor))
         self.givens.append(given)
         return given
+
+
+def _blank(leaf: Any) -> Any:
+    return Blank(leaf.dtype, leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _generator(kwargs: dict[str, Any]) -> torch.Generator | None:

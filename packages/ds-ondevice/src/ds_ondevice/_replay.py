@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ds_ondevice._ops import Given, Op, Recording, View, leaves, mapped, mark_of, view_of
+from ds_ondevice._ops import Blank, Given, Op, Recording, View, leaves, mapped, mark_of, view_of
 from ds_ondevice._random import Positions
 from ds_ondevice.errors import MetaValueError, ReplayError
 
@@ -122,7 +122,10 @@ def replay(
     casts = casts or {}
     with plain_torch():
         for step in steps:
-            run.op(step.op, anew=step.anew)
+            if step.op.drawn_on in ("", device.type):
+                run.op(step.op, anew=step.anew)
+            else:
+                positions.move(step.op.order, step.op.draws)
             for key in step.last:
                 if key not in wanted or key in step.overwritten:
                     del run.made[key]
@@ -131,9 +134,19 @@ def replay(
         for key in wanted - storages.keys():
             run.base(key)
             storages[key] = _finished(run.made.pop(key), casts.get(key), report)
-    written = {key for op in ops for key in op.writes}
-    unwritten = {key for op in ops if op.unwritten for key in op.creates}
-    return Replayed(storages, frozenset((unwritten - written) & wanted))
+    return Replayed(storages, frozenset(_unwritten(ops) & wanted))
+
+
+def _unwritten(ops: Iterable[Op]) -> set[int]:
+    """The storages that hold no value, or one that was computed of such."""
+    found: set[int] = set()
+    for op in ops:
+        made = {*op.creates, *op.writes}
+        if op.unwritten or not found.isdisjoint(key for key in op.reads if key not in op.writes):
+            found |= made
+        else:
+            found -= made
+    return found
 
 
 def _finished(
@@ -258,6 +271,8 @@ class _Run:
             return base if leaf == whole else as_tensor(leaf, base.untyped_storage())
         if isinstance(leaf, Given):
             return leaf.tensor
+        if isinstance(leaf, Blank):
+            return torch.ones(leaf.size, dtype=leaf.dtype, device=self._device)
         return self._device if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
 
@@ -305,11 +320,25 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor:
     history = History.of(mark.recordings)
     if mark.key in history.broken:
         raise MetaValueError(_no_value(tensor, history.broken[mark.key]))
-    random = [op for op in history.needed([mark.key], draws=False) if op.draws]
+    seeded = _seeded(history, mark.key)
+    random = [op for op in history.needed([mark.key], draws=False) if op.draws and op not in seeded]
     if random:
         raise MetaValueError(_no_value(tensor, f"{random[0].name} draws its random numbers in `materialize` only"))
-    storage = replay(history, [mark.key], torch.device("cpu"), draws=False).storages[mark.key]
+    known = History(history.recordings, tuple(op for op in history.ops if not op.draws or op in seeded), {})
+    storage = replay(known, [mark.key], torch.device("cpu"), draws=bool(seeded)).storages[mark.key]
     return as_tensor(view_of(tensor, mark.key), storage)
+
+
+def _seeded(history: History, key: int) -> set[Op]:
+    """The operators that draw from generators that constructors brought, if storage ``key`` needs such numbers.
+
+    Their states are known, and so are their numbers.
+    """
+    needed = history.needed([key], draws=False)
+    brought = {id(draw.generator) for op in needed for draw in op.draws if draw.generator is not None}
+    if not brought:
+        return set()
+    return {op for op in history.ops if any(id(draw.generator) in brought for draw in op.draws)}
 
 
 def _no_value(tensor: torch.Tensor, reason: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -14,14 +14,14 @@ from ds_ondevice._recording import Recorder
 from ds_ondevice._slots import Slot
 
 
-def resharded(root: torch.nn.Module, slots: list[Slot]) -> Iterator[tuple[DTensor, torch.Tensor]]:
+def resharded(parts: Iterable[torch.nn.Module], slots: list[Slot]) -> Iterator[tuple[DTensor, torch.Tensor]]:
     """The DTensors that FSDP2 put into the place of recorded parameters, and the local part of each, recorded on meta.
 
     FSDP2 makes a DTensor of the same shape and values, and so the local part is cut out of the parameter that stood
     there when its block ended. DTensors of other origin are passed over.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in root.modules()):
+    if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in parts):
         return
     for slot in slots:
         origin = ORIGINS.get(slot.owner, {}).get(slot.attribute)

@@ -27,6 +27,9 @@ _FILLING = frozenset(
     )
 )
 
+# What a normalisation writes to in training; its schema does not say so.
+_RUNNING = frozenset({"running_mean", "running_var"})
+
 _RESIZING = frozenset({"aten::resize_", "aten::resize_as_"})
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional"})
 
@@ -67,7 +70,7 @@ def schema_of(func: Overload) -> Schema:
     written = tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _RUNNING
     )
     returned = schema.returns
     fills = schema.name in _FILLING

@@ -14,9 +14,7 @@ _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 _SIMPLE = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size})
 _CONTAINERS = (list, tuple, dict, set)
 _DEPTH = 4  # objects in objects
-_FOREIGN = frozenset(
-    {"torch", "builtins", "functools", "types", "typing", "logging", "threading", "collections", "enum"}
-)
+_FOREIGN = frozenset({"torch", "builtins", "functools", "typing", "logging", "threading", "collections", "enum"})
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,32 @@ class Slot:
             setattr(self.owner, self.attribute, replacements[id(self.held[0])])
 
 
-def find_slots(root: torch.nn.Module) -> Iterator[Slot]:
-    """Every slot of ``root`` and its submodules: parameters and buffers of a module before its attributes."""
+def find_parts(root: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """``root`` and its submodules, by dotted name; and those that are only in lists, dicts or objects of these."""
+    parts = {module: name for name, module in root.named_modules()}
     seen: set[int] = set()
-    for prefix, module in root.named_modules():
+    pending = list(parts.items())
+    while pending:
+        module, prefix = pending.pop()
+        dot = f"{prefix}." if prefix else ""
+        for name, value in _attributes(module):
+            for leaf in _leaves(value, seen, _DEPTH):
+                if isinstance(leaf, torch.nn.Module) and leaf not in parts:
+                    found = {part: f"{dot}{name}.{inner}".rstrip(".") for inner, part in leaf.named_modules()}
+                    found = {part: inner for part, inner in found.items() if part not in parts}
+                    parts.update(found)
+                    pending.extend(found.items())
+    return parts
+
+
+def find_slots(parts: Mapping[torch.nn.Module, str]) -> Iterator[Slot]:
+    """Every slot of some modules: parameters and buffers of a module before its attributes.
+
+    Args:
+        parts: the modules and the prefixes of their names, as `find_parts` gives them.
+    """
+    seen: set[int] = set()
+    for module, prefix in parts.items():
         yield from own_slots(module, f"{prefix}." if prefix else "", seen)
 
 
@@ -95,7 +115,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _leaves(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
     """What containers hold, and the attributes of objects that are neither modules nor torch's or Python's own."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, torch.nn.Module)):
         yield value
     elif isinstance(value, _CONTAINERS):
         for leaf in value if isinstance(value, set) else tree_leaves(value):

@@ -53,11 +53,11 @@ def _swap(old: torch.Tensor, new: torch.Tensor) -> bool:
 class Exchange:
     """Puts the new tensors where the old ones are; takes that back."""
 
-    def __init__(self, root: torch.nn.Module, slots: list[Slot], recordings: Iterable[Recording]) -> None:
-        self._root, self._slots, self._recordings = root, slots, tuple(recordings)
+    def __init__(self, parts: Iterable[torch.nn.Module], slots: list[Slot], recordings: Iterable[Recording]) -> None:
+        self._parts, self._slots, self._recordings = tuple(parts), slots, tuple(recordings)
         self._swaps = Swaps()
-        self._vars = [dict(vars(part)) for part in root.modules()]
-        self._registries = [(dict(part._parameters.items()), dict(part._buffers.items())) for part in root.modules()]
+        self._vars = [dict(vars(part)) for part in self._parts]
+        self._registries = [(dict(part._parameters.items()), dict(part._buffers.items())) for part in self._parts]
         # A tensor with weak references to it cannot be swapped: hold on to what was made, and let go of ours.
         self._made = [[tensor for ref in each.made if (tensor := ref()) is not None] for each in self._recordings]
         for each in self._recordings:
@@ -78,7 +78,7 @@ class Exchange:
                 others[key] = new
         for slot in self._slots if others else ():
             slot.put(others)
-        for part in self._root.modules():
+        for part in self._parts:
             ORIGINS.pop(part, None)
             put_device(part, lambda found: found is CLAIMED or found.type == "meta", device)
             if isinstance(part, torch.nn.RNNBase):
@@ -88,9 +88,7 @@ class Exchange:
     def undo(self) -> None:
         """The module as it was."""
         self._swaps.undo()
-        for part, attributes, (parameters, buffers) in zip(
-            self._root.modules(), self._vars, self._registries, strict=True
-        ):
+        for part, attributes, (parameters, buffers) in zip(self._parts, self._vars, self._registries, strict=True):
             vars(part).update(attributes)
             part._parameters.update(parameters)
             part._buffers.update(buffers)

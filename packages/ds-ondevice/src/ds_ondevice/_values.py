@@ -48,5 +48,21 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Ex
     return tree_map(lambda leaf: leaf.to("meta") if _can_go(leaf) else leaf, made)
 
 
+def printed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``repr`` or ``format`` of a recorded tensor gives; where its value is not known, that of a tensor on meta.
+
+    Raises:
+        MetaValueError: a format for numbers was given, and the value is not known.
+    """
+    from ds_ondevice._replay import value_of
+
+    try:
+        return func(value_of(args[0]), *args[1:], **kwargs)
+    except MetaValueError:
+        if func is torch.Tensor.__format__ and args[1:] and args[1]:
+            raise
+        return func(*args, **kwargs)
+
+
 def _can_go(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_quantized

@@ -92,6 +92,8 @@ from ds_numa.numactl import get_numactl_cmd as get_numactl_cmd
 from ds_ondevice import (
     MaterializeError as MaterializeError,
     MaterializeReport as MaterializeReport,
+    is_deferred as is_deferred,
+    load_into as load_into,
     materialize as materialize,
 )
 from ds_ondevice.init_on_device import OnDevice as OnDevice
