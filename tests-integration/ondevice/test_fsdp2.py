@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 TOKENS = torch.arange(16).reshape(2, 8) % 100
 ON_META = torch.empty(2, 8, device="meta")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def llama(kind: str = "Llama", **options: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**SIZES, num_key_value_heads=2, **options)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, num_key_value_heads=2, vocab_size=128, **options)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 

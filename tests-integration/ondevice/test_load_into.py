@@ -17,8 +17,7 @@ with warnings.catch_warnings():
     accelerate: Any = pytest.importorskip("accelerate")
 
 import torch
-from ds_ondevice import OnDevice, UnrestorableError
-from ds_ondevice import LoadError, load_into
+from ds_ondevice import LoadError, OnDevice, UnrestorableError, load_into
 from ranks import run_ranks
 from torch import nn
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ds_ondevice import OnDevice, RankMismatchError, UnrestorableError, materialize
+from ds_ondevice import OnDevice, RecordingMismatchError, UnrestorableError, materialize
 from ranks import run_ranks
 from torch import nn
 
@@ -187,7 +187,7 @@ def differing(rank, what):
             nn.init.normal_(model.layers[1][0].weight)
         shard(model)
     before = torch.get_rng_state()
-    with pytest.raises(RankMismatchError) as error:
+    with pytest.raises(RecordingMismatchError) as error:
         materialize(model, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.is_meta for parameter in model.parameters())

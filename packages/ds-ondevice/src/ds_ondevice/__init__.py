@@ -13,7 +13,7 @@ from ds_ondevice.errors import (
     LoadError,
     MaterializeError,
     MetaValueError,
-    RankMismatchError,
+    RecordingMismatchError,
     ReplayError,
     UnrestorableError,
 )
@@ -26,7 +26,7 @@ __all__ = [
     "MaterializeReport",
     "MetaValueError",
     "OnDevice",
-    "RankMismatchError",
+    "RecordingMismatchError",
     "ReplayError",
     "UnrestorableError",
     "__version__",

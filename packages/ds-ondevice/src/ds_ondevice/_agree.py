@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ds_ondevice._ops import Given, Op, View, mapped
 from ds_ondevice._plan import Plan, is_dtensor
 from ds_ondevice._slots import Slot
-from ds_ondevice.errors import RankMismatchError
+from ds_ondevice.errors import RecordingMismatchError
 
 
 def check_ranks(slots: list[Slot], plan: Plan, device: torch.device) -> None:
@@ -22,7 +22,7 @@ def check_ranks(slots: list[Slot], plan: Plan, device: torch.device) -> None:
     draw, with their arguments, and the state of the generator that they begin with.
 
     Raises:
-        RankMismatchError: on all ranks, if some differ.
+        RecordingMismatchError: on all ranks, if some differ.
     """
     meshes: dict[DeviceMesh, None] = {}
     for slot in slots:
@@ -53,11 +53,12 @@ def _compare(mesh: DeviceMesh, mine: dict[str, str]) -> None:
         known = {rank: digests for each in found for rank, digests in each.items()}
     first, expected = min(known.items())
     others = {
-        rank: [what for what in expected if digests.get(what) != expected[what]] for rank, digests in known.items()
+        rank: [what for what in expected if digests.get(what) != expected[what]]
+        for rank, digests in sorted(known.items())
+        if digests != expected
     }
-    others = {rank: whats for rank, whats in sorted(others.items()) if whats}
     if others:
-        raise RankMismatchError(first, others)
+        raise RecordingMismatchError(first, others)
 
 
 def _drawn(op: Op) -> object:

@@ -111,7 +111,7 @@ def load_into(
     Raises:
         LoadError: names, shapes, dtypes or placements do not fit; all of them in one error.
         UnrestorableError: no file holds a tensor on meta, and its value is not known.
-        RankMismatchError, ReplayError: what no file holds could not be computed.
+        RecordingMismatchError, ReplayError: what no file holds could not be computed.
         OSError: a file is not there, incomplete, not safetensors, or changed while it was read.
         TypeError, ValueError: an argument is wrong, or two files hold the same name.
         ImportError: safetensors is not installed. After any error, one of ``progress`` or an interrupt as well, what
@@ -193,7 +193,7 @@ def _make_plan(
 
     Raises:
         UnrestorableError: a tensor cannot be made, or has no known value.
-        RankMismatchError: as in `materialize`, where sharded tensors are computed.
+        RecordingMismatchError: as in `materialize`, where sharded tensors are computed.
     """
     plan = make_plan(parts, slots, device, blank=lambda slot: slot.name in fit.provided, draws=fit.draws, dtype=dtype)
     impossible = plan.reasons(slots, Fate.UNSUPPORTED)

@@ -111,7 +111,7 @@ def materialize(
 
     Raises:
         UnrestorableError: see ``strict``; names every such tensor and the reason.
-        RankMismatchError: the ranks of a mesh did not record the same model, or have other seeds.
+        RecordingMismatchError: the ranks of a mesh did not record the same model, or have other seeds.
         ReplayError: an operator failed on ``device``.
         TypeError, ValueError: an argument is wrong. The module is unchanged after any of these errors, and after one
             of ``fallback``.

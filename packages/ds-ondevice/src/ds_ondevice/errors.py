@@ -40,7 +40,7 @@ class UnrestorableError(MaterializeError):
         return type(self), (self.reasons, self._advice)  # a launcher may send it to another process
 
 
-class RankMismatchError(MaterializeError):
+class RecordingMismatchError(MaterializeError):
     """The ranks that share a sharded module did not record the same model, or have other seeds.
 
     Attributes:
