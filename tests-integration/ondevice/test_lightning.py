@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,11 +40,11 @@ class Net(nn.Module):
         return self.head(hidden * self.inv_freq.sum())
 
 
-def eager(*blocks: Any) -> Net:
+def eager(*blocks: Callable[[], Any]) -> Net:
     torch.manual_seed(3)
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(block)
+        for block in blocks:  # made one after the other: Fabric enters its own where it makes it
+            stack.enter_context(block())
         return Net()
 
 
@@ -87,18 +88,19 @@ def steps(model: Any, optimizer: Any, backward: Callable[..., None] = torch.Tens
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_init_module_around_and_inside_a_block(device: str, precision: Any) -> None:
-    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    around = eager(fabric.init_module(empty_init=False), OnDevice(torch.float32, device))
+    ours = partial(OnDevice, torch.float32, device)
+    theirs = partial(Fabric(accelerator="cpu", devices=1, precision=precision).init_module, empty_init=False)
+    around, inside = eager(theirs, ours), eager(ours, theirs)
     assert is_deferred(around) == (device == "meta")
     assert_same(restored(around), eager())  # the block wins, which is the inner one
-    inside = eager(OnDevice(torch.float32, device), fabric.init_module(empty_init=False))
     assert not is_deferred(inside)  # Fabric's device is as explicit as an argument
-    assert_same(inside, eager(fabric.init_module(empty_init=False)))
+    assert_same(inside, eager(theirs))
 
 
 def test_parameters_that_fabric_left_empty_are_named() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
-    model = eager(fabric.init_module(empty_init=True), OnDevice(torch.float32, device="meta"))
+    with fabric.init_module(empty_init=True):
+        model = on_meta()
     report = materialize(model, "cpu")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert list(report.uninitialized) == names

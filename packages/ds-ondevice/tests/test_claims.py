@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from ds_ondevice import MetaValueError, OnDevice, materialize
+from ds_ondevice import MetaValueError, OnDevice, UnrestorableError, materialize
 from torch import nn
 
 
@@ -273,3 +273,37 @@ def test_a_fallback_that_fails_leaves_the_module_as_it_was():
         materialize(module, "cpu", fallback=fail)
     assert {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()} == before
     assert all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers(), *module.table))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that wraps another, as those of quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        made = func(*plain, **(kwargs or {}))
+        return cls(made) if func is torch.ops.aten.detach.default else made
+
+
+class Wrapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(Wrapper(torch.ones(2)), requires_grad=False)
+
+
+def test_a_tensor_that_wraps_others_is_where_they_are_and_is_refused_by_name():
+    with OnDevice(torch.float32):
+        model = Wrapping()
+    assert model.weight.is_meta
+    with pytest.raises(UnrestorableError, match="weight: Wrapper tensors are not supported"):
+        materialize(model, "cpu")

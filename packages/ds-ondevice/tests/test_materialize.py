@@ -581,3 +581,23 @@ def test_a_scripted_module_is_materialized():
     materialize(model, "cpu")
     torch.manual_seed(0)
     assert torch.equal(model.weight, nn.Linear(2, 2).weight)
+
+
+class Reinterpreted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bits", torch.arange(4, dtype=torch.int32).view(torch.float32))
+        self.register_buffer("parts", torch.view_as_real(torch.ones(2, dtype=torch.cfloat)))
+        self.register_buffer("whole", torch.ones(4))
+        self.register_buffer("integers", self.whole.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_memory_that_is_seen_as_another_dtype(dtype):
+    with OnDevice(torch.float32, device="meta"):
+        model = Reinterpreted()
+    materialize(model, "cpu", dtype=dtype)
+    eager = Reinterpreted() if dtype is None else Reinterpreted().to(dtype)
+    for name, expected in eager.state_dict().items():
+        if dtype is None or name != "integers":
+            assert torch.equal(model.state_dict()[name], expected), name

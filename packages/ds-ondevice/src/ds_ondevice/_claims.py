@@ -5,8 +5,9 @@ initialisation, or makes a table elsewhere. What is recorded should be the path 
 block on meta, recorded tensors claim to be on the CPU: ``tensor.device``, ``is_meta``, ``is_cpu`` and ``get_device()``
 answer so to whoever runs below the block.
 
-Two askers get the truth. The body of the block itself (or of the decorated function), which opened it and knows. And
-torch, whose own code must treat a tensor on meta as one: `Module.to`, FSDP2, the initialisers.
+Three askers get the truth. The body of the block itself (or of the decorated function), which opened it and knows. And
+torch, whose own code must treat a tensor on meta as one: `Module.to`, FSDP2, the initialisers. And a class of tensors
+that wraps others, in its ``__new__``, since it has to be where they are.
 
 The device that is claimed is one object, `CLAIMED`. Given to a function of torch as its device, by position or by name,
 it means the block's device again: ``torch.arange(n, device=self.weight.device)`` is recorded like ``torch.arange(n)``.
@@ -74,4 +75,12 @@ def answer(func: Any, args: tuple[Any, ...], body: Body, asker: FrameType) -> ob
         return None
     if body.runs(asker) or str(asker.f_globals.get("__name__")).partition(".")[0] in ("torch", "ds_ondevice"):
         return None
+    if asker.f_code.co_name == "__new__" and _makes_tensor(asker):
+        return None
     return ANSWERS[func]()
+
+
+def _makes_tensor(frame: FrameType) -> bool:
+    """Whether it is ``__new__`` of a class of tensors that wraps others: it must be where these are."""
+    first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
+    return isinstance(first, type) and issubclass(first, torch.Tensor)

@@ -9,7 +9,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_ondevice._modules import GuardedParameter, GuardedTensor, plain_type
 from ds_ondevice._ops import View, address_of, is_plain, is_recorded, mark_of, view_of
@@ -169,7 +168,7 @@ def _unsupported(tensor: torch.Tensor, device: torch.device) -> str:
         if kind != device.type:
             return f"its device mesh is of {kind} devices, not {device.type}"
         return _unsupported(local_of(tensor), device)
-    if is_traceable_wrapper_subclass(tensor):
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return f"{type(tensor).__name__} tensors are not supported"
     return "" if is_plain(tensor) else f"its layout is {tensor.layout}, or it is quantized or conjugated: not supported"
 
@@ -190,7 +189,14 @@ def build(
     fates = {key: decision.fate for key, decision in plan.decisions.items()}
     chosen = {key: decision.tensor for key, decision in plan.decisions.items() if decision.fate is not Fate.KEPT}
     keys = {key: _key(plan, tensor) for key, tensor in chosen.items() if fates[key] is Fate.RESTORED}
-    casts = {keys[key]: plan.dtype_of(chosen[key]) for key in keys if chosen[key].is_floating_point()}
+    casts: dict[int, tuple[torch.dtype, torch.dtype]] = {}
+    if plan.dtype is not None:
+        dtypes: dict[int, set[torch.dtype]] = {}
+        for key, storage in keys.items():
+            dtypes.setdefault(storage, set()).add(chosen[key].dtype)
+        for storage, (only, *others) in dtypes.items():
+            if only.is_floating_point and not others:
+                casts[storage] = only, plan.dtype
     replayed = replay(plan.history, keys.values(), device, draws=plan.draws, casts=casts, report=report)
     storages = {address_of(plan.local(chosen[key])): replayed.storages[keys[key]] for key in keys}
     restored = frozenset(storages)
@@ -203,7 +209,10 @@ def build(
             if address not in storages:
                 storages[address] = _new_storage(local, dtype, device)
                 report(storages[address].nbytes())
-            view = as_tensor(replace(view_of(local, 0), dtype=dtype), storages[address])
+            described = view_of(local, 0)
+            if fates[key] is not Fate.RESTORED or keys[key] in replayed.cast:
+                described = replace(described, dtype=dtype)
+            view = as_tensor(described, storages[address]).to(dtype)  # memory that has two dtypes is cast here
             if address not in restored and fates[key] is not Fate.MOVED:
                 fill(view)
             replacements[key] = _like(tensor, view)

@@ -7,8 +7,10 @@ notice. At the beginning of a block and after every recorded draw, a `Stream` wr
 generator's state. A state that comes back with a known marker was saved after that draw; a state with another one was
 set by somebody.
 
-In a CPU generator the marker is the upper half of the seed, of which drawing uses the lower half only: numbers that are
-really drawn inside the block are what they would be. The end of the block takes the marker out again.
+In a CPU generator, a Mersenne twister, the marker lies in the lower 31 bits of its first word. Between two draws that
+word is used up, and what follows does not depend on these bits (Matsumoto and Nishimura 1998: the state has 19937 bits,
+31 fewer than its words). So numbers that are really drawn inside the block are what they would be. The end of the
+block takes the marker out again.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from dataclasses import dataclass
 
 import torch
 
-_MARKERS = itertools.count(0x5D5D00)  # no number that is in use for a seed
+_MARKERS = itertools.count(0x5D5D00)
 _WATCHING = threading.Lock()  # one recorder at a time watches: the default generators are the process's
 
-# A state begins with numbers of 8 bytes: the seed on the CPU, the seed and the offset on CUDA. By kind: which of them
-# has the marker, and in which bits, upwards from here.
-_PLACES = {"cpu": (0, 32), "cuda": (1, 40)}
+# A state consists of numbers of 8 bytes: on the CPU the seed, two counters, the position and the words; on CUDA the seed
+# and the offset. By kind: which of them has the marker, from which bit on, and in how many bits.
+_PLACES = {"cpu": (3, 0, 31), "cuda": (1, 40, 24)}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,9 +62,11 @@ class Stream:
         self.generator = generator
         self._given = None if default else generator
         self._kind = generator.device.type
-        self._index, self._shift = _PLACES[self._kind]
-        self._known: dict[int, tuple[int, int]] = {}  # by the marked number: after which operator, and what was there
-        self._last = 0
+        self._index, self._shift, bits = _PLACES[self._kind]
+        self._mask = ((1 << bits) - 1) << self._shift
+        # By seed and marker: after which operator the state was marked so, and the number before it was marked.
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self._last = (0, 0)
         self._on = Draw(self._given, self._kind)  # most operators just go on
         if default:
             state = generator.get_state()
@@ -72,42 +76,42 @@ class Stream:
         """Note that operator ``order`` draws."""
         state = self.generator.get_state()
         number = self._number(state).value
-        draw = self._on
-        if not self._is_known(number):
+        key = self._key(state, number)
+        known = self._known.get(key)
+        if known is None:
             fresh = self.generator.get_state()
-            draw = Draw(self._given, self._kind, state=fresh, seed=_seed_of(self.generator, fresh))
             self._mark(state, order, number)
-            return draw
-        after, unmarked = self._known[self._key(number)]
-        if self._key(number) != self._last:
-            draw = Draw(self._given, self._kind, after=after)
+            return Draw(self._given, self._kind, state=fresh, seed=_seed_of(self.generator, fresh))
+        after, unmarked = known
+        draw = self._on if key == self._last else Draw(self._given, self._kind, after=after)
         self._mark(state, order, unmarked)
         return draw
+
+    def drawn(self, order: int) -> None:
+        """Note that operator ``order``, which was announced by `draw`, has really drawn."""
+        state = self.generator.get_state()
+        number = self._number(state).value
+        known = self._known.get(self._key(state, number))  # None where a CPU generator has made new words
+        self._mark(state, order, number if known is None else known[1])
 
     def close(self) -> None:
         """Take the marker out of the state."""
         state = self.generator.get_state()
         number = self._number(state)
-        if self._is_known(number.value):
-            number.value = self._with(number.value, self._known[self._key(number.value)][1] >> self._shift)
+        known = self._known.get(self._key(state, number.value))
+        if known is not None:
+            number.value = (number.value & ~self._mask) | (known[1] & self._mask)
             self.generator.set_state(state)
 
     def _mark(self, state: torch.Tensor, order: int, unmarked: int) -> None:
         number = self._number(state)
-        number.value = self._with(number.value, next(_MARKERS))
+        number.value = (number.value & ~self._mask) | (next(_MARKERS) << self._shift & self._mask)
         self.generator.set_state(state)
-        self._last = self._key(number.value)
+        self._last = self._key(state, number.value)
         self._known[self._last] = (order, unmarked)
 
-    def _is_known(self, number: int) -> bool:
-        return self._key(number) in self._known
-
-    def _key(self, number: int) -> int:
-        """What tells a state: on the CPU the whole seed, on CUDA the marker, as drawing raises the offset."""
-        return number if self._kind == "cpu" else number >> self._shift
-
-    def _with(self, number: int, marker: int) -> int:
-        return (number & ((1 << self._shift) - 1)) | (marker << self._shift)
+    def _key(self, state: torch.Tensor, number: int) -> tuple[int, int]:
+        return ctypes.c_uint64.from_address(state.data_ptr()).value, number & self._mask
 
     def _number(self, state: torch.Tensor) -> ctypes.c_uint64:
         return ctypes.c_uint64.from_address(state.data_ptr() + 8 * self._index)
@@ -150,6 +154,12 @@ class Streams:
                 return (Draw(generator),)
             return (self._stream(generator, order).draw(order),)
         return tuple([stream.draw(order) for stream in self._defaults]) or (Draw(),)
+
+    def drawn(self, order: int, generator: torch.Generator | None) -> None:
+        """Note that operator ``order`` has really drawn."""
+        if self._watching and (generator is None or generator.device.type in _PLACES):
+            for stream in self._defaults if generator is None else [self._stream(generator, order)]:
+                stream.drawn(order)
 
     def _stream(self, generator: torch.Generator, order: int) -> Stream:
         key = _key(generator)

@@ -123,6 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Record that an operator drew random numbers on a real device."""
         drawn_on = next((leaf.device.type for leaf in leaves(result) if isinstance(leaf, torch.Tensor)), "")
+        self._streams.drawn(order, _generator(kwargs))
         op = Op(order, func, mapped(_blank, args), mapped(_blank, kwargs), draws=draws, drawn_on=drawn_on)
         self.recording.ops.append(op)
 

@@ -82,10 +82,12 @@ class Replayed:
 
     Attributes:
         storages: the real storages, by key.
+        cast: those among them that have the dtype that was asked for, not the one they were made in.
         unwritten: those among them that no operator gave a value; they are filled.
     """
 
     storages: dict[int, torch.UntypedStorage]
+    cast: frozenset[int]
     unwritten: frozenset[int]
 
 
@@ -95,7 +97,7 @@ def replay(
     device: torch.device,
     *,
     draws: bool,
-    casts: Mapping[int, torch.dtype] | None = None,
+    casts: Mapping[int, tuple[torch.dtype, torch.dtype]] | None = None,
     report: Callable[[int], None] = lambda nbytes: None,
 ) -> Replayed:
     """Compute storages ``keys`` on ``device``, holding what else is needed no longer than needed.
@@ -106,7 +108,7 @@ def replay(
         device: a real device.
         draws: run every operator that draws random numbers, in its order, whether or not its result is wanted:
             the generator then gives each tensor the numbers that it would have got without meta.
-        casts: dtypes for some of ``keys``, given to each when its value is there.
+        casts: for some of ``keys`` a dtype and the one to cast it to, once its value is there.
         report: called with the number of bytes of each of ``keys`` whose value is there.
 
     Raises:
@@ -119,7 +121,17 @@ def replay(
     positions = Positions(device, [op.draws for op in ops if op.draws])
     run = _Run(sources, positions, device)
     storages: dict[int, torch.UntypedStorage] = {}
-    casts = casts or {}
+    cast: set[int] = set()
+
+    def finish(key: int) -> None:
+        view, tensor = run.made.pop(key)
+        before, dtype = (casts or {}).get(key, (None, None))
+        if dtype is not None and tensor.dtype is before:
+            tensor = _laid_out(replace(view, dtype=dtype), tensor.to(dtype))
+            cast.add(key)
+        storages[key] = tensor.untyped_storage()
+        report(storages[key].nbytes())
+
     with plain_torch():
         for step in steps:
             if step.op.drawn_on in ("", device.type):
@@ -130,11 +142,11 @@ def replay(
                 if key not in wanted or key in step.overwritten:
                     del run.made[key]
                 else:
-                    storages[key] = _finished(run.made.pop(key), casts.get(key), report)
+                    finish(key)
         for key in wanted - storages.keys():
             run.base(key)
-            storages[key] = _finished(run.made.pop(key), casts.get(key), report)
-    return Replayed(storages, frozenset(_unwritten(ops) & wanted))
+            finish(key)
+    return Replayed(storages, frozenset(cast), frozenset(_unwritten(ops) & wanted))
 
 
 def _unwritten(ops: Iterable[Op]) -> set[int]:
@@ -147,18 +159,6 @@ def _unwritten(ops: Iterable[Op]) -> set[int]:
         else:
             found -= made
     return found
-
-
-def _finished(
-    made: tuple[View, torch.Tensor], dtype: torch.dtype | None, report: Callable[[int], None]
-) -> torch.UntypedStorage:
-    """The storage of a tensor that has its value, cast to ``dtype``."""
-    view, tensor = made
-    if dtype is not None and dtype is not tensor.dtype:
-        tensor = _laid_out(replace(view, dtype=dtype), tensor.to(dtype))
-    storage = tensor.untyped_storage()
-    report(storage.nbytes())
-    return storage
 
 
 @dataclass(eq=False, slots=True)
