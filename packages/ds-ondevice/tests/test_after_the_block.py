@@ -249,3 +249,38 @@ def test_origins_die_with_their_modules():
     del model
     gc.collect()
     assert len(ORIGINS) == before
+
+
+def test_a_recorded_module_can_be_copied_and_its_tensors_made_parameters():
+    with OnDevice(torch.float32):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].running_mean.note = "kept"
+    again = copy.deepcopy(model)
+    assert type(again[0].weight) is nn.Parameter
+    assert type(again[1].running_mean) is torch.Tensor
+    assert again[1].running_mean.note == "kept"
+    assert not isinstance(model[0].weight.detach(), nn.Parameter)
+    model.one = nn.Parameter(model[0].weight)
+    model.two = nn.Parameter(model[0].weight.data)
+    model.three = nn.Parameter(model[1].running_var, requires_grad=False)
+    torch.manual_seed(0)
+    materialize(model, "cpu")
+    torch.manual_seed(0)
+    expected = nn.Linear(2, 2).weight
+    for made in (model.one, model.two):
+        assert type(made) is nn.Parameter
+        assert torch.equal(made, expected)
+    assert type(model.three) is nn.Parameter
+    assert model.three.tolist() == [1, 1]
+
+
+def test_without_a_recording_tensors_are_those_of_torch_device():
+    with OnDevice(torch.bfloat16, record=False):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert type(model[0].weight) is nn.Parameter
+    assert type(model[1].running_mean) is torch.Tensor
+    assert (model[0].weight.dtype, model[0].weight.device.type) == (torch.bfloat16, "meta")
+    with pytest.raises(UnrestorableError, match="it was not made inside"):
+        materialize(model, "cpu")
+    with pytest.raises(ValueError, match="include_buffers=False computes buffers"):
+        OnDevice(record=False, include_buffers=False)

@@ -159,3 +159,36 @@ def test_a_random_number_cannot_be_formatted():
     with OnDevice(torch.float32):
         model = Built(lambda m: setattr(m, "text", f"{torch.rand(3)}"))
     assert "meta" in model.text
+
+
+def test_a_number_drawn_for_real_after_recorded_ones_is_warned_of(caplog):
+    with OnDevice(torch.float32):
+        torch.rand(2, device="cpu")
+        nn.Linear(2, 2)
+    assert caplog.text == ""
+    with OnDevice(torch.float32):
+        nn.Linear(2, 2)
+        torch.rand(2, device="cpu")
+        torch.rand(2, device="cpu")
+    assert caplog.text.count("were drawn on a real device inside") == 1
+
+
+def test_a_parametrization_with_an_inverse():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+        def right_inverse(self, x):
+            return x / 2
+
+    def build(m):
+        m.linear = nn.Linear(2, 2)
+        nn.utils.parametrize.register_parametrization(m.linear, "weight", Doubled())
+
+    torch.manual_seed(0)
+    eager = Built(build)
+    with OnDevice(torch.float32):
+        model = Built(build)
+    torch.manual_seed(0)
+    materialize(model, "cpu")
+    assert torch.equal(model.linear.weight, eager.linear.weight)

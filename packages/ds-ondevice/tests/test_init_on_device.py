@@ -29,6 +29,7 @@ def test_the_module_holds_the_one_name():
         "enabled",
         "include_buffers",
         "skip_init",
+        "record",
     ]
     assert list(inspect.signature(OnDevice.fp_tensor_constructor).parameters) == ["self", "fn", "target_fp_dtype"]
     assert list(inspect.signature(OnDevice.get_new_tensor_fn_for_dtype).parameters) == ["self", "dtype"]

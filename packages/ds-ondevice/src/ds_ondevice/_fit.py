@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ds_ondevice._modules import plain_type
 from ds_ondevice._ops import address_of, is_plain
 from ds_ondevice._plan import is_dtensor, local_of
 from ds_ondevice._safetensors import Region, Span, Stored
@@ -93,7 +94,7 @@ def _unsupported(tensor: torch.Tensor, dtype: torch.dtype | None) -> str:
         if not tensor.is_meta and tensor.is_floating_point() and dtype not in (None, tensor.dtype):
             return f"it is sharded and real already, so that its engine relies on {tensor.dtype}; pass no other dtype"
         return unsupported_placement(tensor) or _unsupported(tensor._local_tensor, None)
-    if is_traceable_wrapper_subclass(tensor) or _is_custom(type(tensor)):
+    if is_traceable_wrapper_subclass(tensor) or _is_custom(plain_type(tensor)):
         return f"{type(tensor).__name__} tensors are not supported"
     return "" if is_plain(tensor) else f"its layout is {tensor.layout}, or it is quantized or conjugated: not supported"
 

@@ -11,6 +11,8 @@ were.
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -23,13 +25,14 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ds_ondevice._ops import Mark, Recording, View, is_recorded, mark_of, view_of
+from ds_ondevice._ops import Mark, Recording, View, is_recorded, mapped, mark_of, view_of
 from ds_ondevice._recording import active_recorder
 from ds_ondevice._replay import value_of
 
-_no_torch_function: Any = torch._C._disabled_torch_function_impl
 _DATA: Any = torch.Tensor.data
+_NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 
 
 class _Alias(torch.Tensor):
@@ -60,7 +63,16 @@ def _as_aliases(made: Any, given: list[Any]) -> Any:
 class _Guard:
     """The ``data`` of a recorded tensor after the block."""
 
-    __torch_function__ = _no_torch_function
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; for dispatch modes of others, which know no class but torch's, on plain tensors."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            foreign = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack()
+            if foreign and active_recorder() is None:
+                with _disable_current_modes():
+                    args, kwargs = mapped(_plain_leaf, args), mapped(_plain_leaf, kwargs)
+            return func(*args, **kwargs)
 
     @property
     def data(self) -> torch.Tensor:
@@ -73,6 +85,21 @@ class _Guard:
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         _DATA.__set__(self, value)
+
+    def detach(self) -> torch.Tensor:
+        """``Tensor.detach``. `torch.nn.Parameter` makes itself of this, and wants the class to stay."""
+        tensor: Any = self
+        made = torch.Tensor.detach(tensor)
+        if sys._getframe(1).f_code is _NEW_PARAMETER:
+            made.__class__ = type(tensor)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        tensor: Any = self
+        if id(tensor) not in memo:
+            memo[id(tensor)] = plain(tensor).__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))
+        return memo[id(tensor)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         tensor: Any = self
@@ -98,6 +125,10 @@ class GuardedTensor(_Guard, torch.Tensor):
     """A recorded buffer after its block."""
 
 
+def _plain_leaf(leaf: Any) -> Any:
+    return plain(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, as what it was without a guard."""
     if isinstance(tensor, GuardedParameter):
@@ -107,12 +138,9 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def plain_type(tensor: torch.Tensor) -> type[torch.Tensor]:
     """The class of a tensor, without a guard."""
-    guarded: dict[Any, type[torch.Tensor]] = {
-        GuardedParameter: torch.nn.Parameter,
-        GuardedTensor: torch.Tensor,
-        _Alias: torch.Tensor,
-    }
-    return guarded.get(type(tensor), type(tensor))
+    if type(tensor) not in (GuardedParameter, GuardedTensor, _Alias):
+        return type(tensor)
+    return torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
 
 
 @dataclass(frozen=True)

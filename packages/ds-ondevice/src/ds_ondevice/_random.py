@@ -25,7 +25,7 @@ import torch
 _MARKERS = itertools.count(0x5D5D00)
 _WATCHING = threading.Lock()  # one recorder at a time watches: the default generators are the process's
 
-# A state consists of numbers of 8 bytes: on the CPU the seed, two counters, the position and the words; on CUDA the seed
+# A state consists of numbers of 8 bytes: on the CPU the seed, two counters, the position, the words; on CUDA the seed
 # and the offset. By kind: which of them has the marker, from which bit on, and in how many bits.
 _PLACES = {"cpu": (3, 0, 31), "cuda": (1, 40, 24)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -36,6 +37,7 @@ from ds_ondevice._schemas import Overload, Schema, schema_of
 _aten = torch.ops.aten
 _ORDER = itertools.count()  # numbers storages and operators, over all recordings, in the order they came
 
+_LOG = logging.getLogger("ds.ondevice")
 _NOT_PLAIN = "uses a sparse, quantized or conjugated tensor"
 
 
@@ -78,6 +80,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self._watch = watch
         self._streams = Streams()
+        self._drew = False  # whether a draw was recorded
+        self._drew_late = False  # whether numbers were really drawn after recorded ones
 
     def __enter__(self) -> Recorder:
         if self._watch:
@@ -88,6 +92,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._streams.close()
+        if self._drew_late:
+            _LOG.warning(
+                "random numbers were drawn on a real device inside OnDevice(device='meta') after others were recorded: "
+                "they are not the ones that construction without meta would draw"
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,6 +121,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         except NotImplementedError:
             result = _shaped(func, args, kwargs)
+        asked = kwargs.get("dtype")
+        if asked is not None and on_meta(result) and result.dtype is not asked:
+            # Kernels for meta are built on torch.empty, which deepspeed.zero.Init replaces.
+            result = _aten.empty_strided.default(result.shape, result.stride(), dtype=asked, device=result.device)
         if draws and not any(on_meta(leaf) for leaf in leaves((args, kwargs, result))):
             self._record_real_draw(func, args, kwargs, result, order, draws)
         else:
@@ -124,6 +137,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record that an operator drew random numbers on a real device."""
         drawn_on = next((leaf.device.type for leaf in leaves(result) if isinstance(leaf, torch.Tensor)), "")
         self._streams.drawn(order, _generator(kwargs))
+        self._drew_late = self._drew_late or self._drew
         op = Op(order, func, mapped(_blank, args), mapped(_blank, kwargs), draws=draws, drawn_on=drawn_on)
         self.recording.ops.append(op)
 
@@ -136,6 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op = Op(order, func, (view_of(tensor, key), *args[1:]), kwargs, (), (), keys, keys, fills=True)
         if schema.random:
             op.draws = self._streams.draws(order, _generator(kwargs))
+            self._drew = True
         if not is_plain(tensor):
             op.obstacle = _NOT_PLAIN
         self.recording.ops.append(op)
@@ -161,6 +176,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording.made.extend(map(weakref.ref, results))
         if schema.views and None not in marks:
             return
+        if schema.sets and on_meta(args[0]):  # like a view: the tensor has another storage, and its version goes on
+            mark = self._mark(args[0])
+            mark.ahead = max(mark.ahead, version_of(args[0]) + 1 - mark.writes)
+            return
         plain = all(map(is_plain, results))
         described = _Description(self)
         op = Op(order, func, described.of(args), described.of(kwargs) if kwargs else kwargs)
@@ -173,13 +192,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.outputs = self._outputs(result)
         if written:
             op.writes = tuple(map(self._write, written))
-        if schema.sets:  # like a view: the tensor has another storage from now on
-            return
         op.obstacle = schema.obstacle
         if not (plain and described.plain):
             op.obstacle = op.obstacle or _NOT_PLAIN
         op.unwritten, op.fills = schema.unwritten, schema.fills
         op.draws = draws
+        self._drew = self._drew or bool(draws)
         self.recording.ops.append(op)
 
     def _outputs(self, result: Any) -> tuple[View | None, ...]:
@@ -202,6 +220,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op.reads, op.givens = tuple(described.reads), tuple(described.givens)
         if random:
             op.draws = self._streams.draws(order, _generator(kwargs))
+            self._drew = True
         self.recording.ops.append(op)
 
     def _refuse(self, func: Any, tensors: Iterable[torch.Tensor], obstacle: str) -> None:

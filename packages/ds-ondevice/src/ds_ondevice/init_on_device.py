@@ -46,6 +46,9 @@ class OnDevice:
         include_buffers: False leaves the buffers of modules real, on the CPU, when ``device`` is meta.
         skip_init: what fills a tensor with random numbers does nothing, as before a checkpoint is loaded. On meta such
             a parameter then has no value for `materialize` to compute.
+        record: False makes a block on meta do what ``torch.device("meta")`` does and no more: for those who want shapes
+            only. Recorded parameters are of a class of their own until they are materialized, and ``torch.compile`` on
+            meta does not take it.
 
     Raises:
         TypeError: ``dtype`` is not a floating-point dtype, or something that cannot be decorated is.
@@ -68,6 +71,7 @@ class OnDevice:
         *,
         include_buffers: bool = True,
         skip_init: bool = False,
+        record: bool = True,
     ) -> None:
         found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
         if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -84,6 +88,9 @@ class OnDevice:
         self.enabled = enabled
         self.include_buffers = include_buffers
         self.skip_init = skip_init
+        self.record = record
+        if not (record or include_buffers):
+            raise ValueError("include_buffers=False computes buffers from a recording: pass record=True")
         self._open = threading.local()  # .stacks: the blocks that this thread has open on this object
 
     def __enter__(self) -> OnDevice:
@@ -92,7 +99,7 @@ class OnDevice:
     def _enter(self, body: Body) -> OnDevice:
         with contextlib.ExitStack() as stack:
             if self.enabled:
-                if self.device.type == "meta" and active_recorder() is None:
+                if self.record and self.device.type == "meta" and active_recorder() is None:
                     recorder = stack.enter_context(Recorder())
                     stack.enter_context(Construction(recorder.recording, include_buffers=self.include_buffers))
                 dtype = self.dtype or torch.get_default_dtype()
