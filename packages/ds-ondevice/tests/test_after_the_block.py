@@ -35,6 +35,7 @@ WRITES = {
     "out": lambda m: torch.add(m.bias.data, 1, out=m.weight.data[0]),
     "chunk": lambda m: m.weight.data.chunk(3)[1].zero_(),
     "copy": lambda m: m.weight.data.copy_(torch.ones(3, 3, device="meta")),
+    "many": lambda m: torch._foreach_zero_([m.bias.data, m.weight.data]),
     "init": lambda m: nn.init.normal_(m.weight.data),
     "detach": lambda m: m.weight.detach().zero_(),
     "no grad": lambda m: nn.init.zeros_(m.weight),
@@ -48,6 +49,8 @@ def test_a_write_after_the_block_is_refused(how):
     with pytest.raises(UnrestorableError, match="weight: it was changed in place outside"):
         materialize(model, "cpu")
     assert model.weight.is_meta
+    with pytest.raises(UnrestorableError):  # and again
+        materialize(model, "cpu")
 
 
 def test_a_write_to_a_buffer_after_the_block_is_refused():

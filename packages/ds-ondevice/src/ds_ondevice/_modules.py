@@ -27,7 +27,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ds_ondevice._ops import Mark, Recording, View, is_recorded, mapped, mark_of, view_of
+from ds_ondevice._ops import Mark, Recording, View, is_recorded, leaves, mapped, mark_of, view_of
 from ds_ondevice._recording import active_recorder
 from ds_ondevice._replay import value_of
 
@@ -41,20 +41,20 @@ class _Alias(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            given = [leaf for leaf in (*args, *(kwargs or {}).values()) if isinstance(leaf, cls)]
+            given = [leaf for leaf in leaves((args, kwargs or {})) if isinstance(leaf, cls)]
             versions = [alias._version for alias in given]
             made = func(*args, **(kwargs or {}))
             for alias, version in zip(given, versions, strict=True):
                 mark = mark_of(alias) if alias.is_meta else None
                 if mark is not None and alias._version > version:
                     mark.written_outside = True
-            return _as_aliases(made, given)
+            return _as_aliases(made)
 
 
-def _as_aliases(made: Any, given: list[Any]) -> Any:
+def _as_aliases(made: Any) -> Any:
     """A result, with the views among its tensors as aliases, too."""
     if isinstance(made, (list, tuple)):
-        return type(made)(_as_aliases(item, given) for item in made)
+        return type(made)(map(_as_aliases, made))
     if type(made) is not torch.Tensor or not made.is_meta or not is_recorded(made):
         return made
     return made.as_subclass(_Alias)

@@ -34,10 +34,6 @@ class View:
     stride: tuple[int, ...]
     offset: int
 
-    def numel(self) -> int:
-        """The number of elements."""
-        return torch.Size(self.size).numel()
-
 
 @dataclass(eq=False, slots=True)
 class Given:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from ds_ondevice._claims import CLAIMED
-from ds_ondevice._modules import ORIGINS
+from ds_ondevice._modules import ORIGINS, Origin
 from ds_ondevice._ops import Recording
 from ds_ondevice._slots import Slot, put_device
 
@@ -56,6 +56,7 @@ class Exchange:
     def __init__(self, parts: Iterable[torch.nn.Module], slots: list[Slot], recordings: Iterable[Recording]) -> None:
         self._parts, self._slots, self._recordings = tuple(parts), slots, tuple(recordings)
         self._swaps = Swaps()
+        self._origins: dict[torch.nn.Module, dict[str, Origin]] = {}
         self._vars = [dict(vars(part)) for part in self._parts]
         self._registries = [(dict(part._parameters.items()), dict(part._buffers.items())) for part in self._parts]
         # A tensor with weak references to it cannot be swapped: hold on to what was made, and let go of ours.
@@ -79,7 +80,8 @@ class Exchange:
         for slot in self._slots if others else ():
             slot.put(others)
         for part in self._parts:
-            ORIGINS.pop(part, None)
+            if part in ORIGINS:
+                self._origins[part] = ORIGINS.pop(part)
             put_device(part, lambda found: found is CLAIMED or found.type == "meta", device)
             if isinstance(part, torch.nn.RNNBase):
                 part.flatten_parameters()  # one chunk of memory, as its constructor makes it where cuDNN is used
@@ -88,6 +90,7 @@ class Exchange:
     def undo(self) -> None:
         """The module as it was."""
         self._swaps.undo()
+        ORIGINS.update(self._origins)
         for part, attributes, (parameters, buffers) in zip(self._parts, self._vars, self._registries, strict=True):
             vars(part).update(attributes)
             part._parameters.update(parameters)
