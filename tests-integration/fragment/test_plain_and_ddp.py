@@ -109,3 +109,39 @@ def test_a_low_precision_value_is_an_upcast_and_an_attached_master_is_the_value(
     master.grad = torch.ones_like(master)
     optimizer.step()
     assert torch.equal(safe_get_full_optimizer_state(param, "exp_avg"), optimizer.state[master]["exp_avg"])
+
+
+def _differing_writes(rank: int, kind: str) -> None:
+    import ds_fragment
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(_model())
+    params = list(model.parameters())
+    optimizer = (
+        ZeroRedundancyOptimizer(params, optimizer_class=torch.optim.AdamW, lr=0.1)
+        if kind == "zero redundancy"
+        else torch.optim.AdamW(params)
+    )
+    ds_fragment.attach(model, optimizer)
+    model(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    first, last = params[0], params[-1]
+    for what in ("value", "exp_avg"):
+        before = {what: value.clone() for what, value in ds_fragment.iter_full(model, what)}
+        other = torch.full(first.shape, float(rank))
+        with pytest.raises(ds_fragment.RankMismatchError):
+            ds_fragment.set_many([(last, torch.zeros(last.shape)), (first, other)], what)
+        with pytest.raises(ds_fragment.FragmentError):
+            ds_fragment.set_many([(first, torch.zeros(first.shape if rank else (2, 2)))], what)
+        with pytest.raises(ds_fragment.RankMismatchError):
+            ds_fragment.update_many(model, lambda name, tensor: tensor + rank, what)
+        for name, value in ds_fragment.iter_full(model, what):
+            assert torch.equal(value, before[name]), (what, name)
+        ds_fragment.set_many([(first, torch.full(first.shape, 2.0))], what)
+        assert all(value.unique().tolist() == [2.0] for _, value in ds_fragment.iter_full([("p", first)], what))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])
+def test_values_that_differ_on_replicas_are_the_same_error_everywhere(kind: str) -> None:
+    run_ranks(_differing_writes, 2, kind)

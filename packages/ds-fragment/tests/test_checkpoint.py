@@ -250,3 +250,33 @@ def test_a_write_that_fails_on_rank_0_is_everybodys_error(tmp_path: Path) -> Non
     assert len(set(told)) == 1
     assert "No space left on device" in told[0]
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def _tensor_parallel(rank: int, folder: str) -> None:
+    from torch.distributed.tensor import distribute_module
+
+    def build() -> nn.Module:
+        plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).bfloat16()
+        return distribute_module(plain, init_device_mesh("cpu", (2,)))  # makes DTensors of the buffers, too
+
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        model[1].running_mean.fill_(0.3)
+        model[1].num_batches_tracked.fill_(7)
+    path = f"{folder}/model.safetensors"
+    save_full(model, path)
+    stored = load_file(path)
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor()
+        kept = whole.float() if name in dict(model.named_parameters()) else whole
+        assert stored[name].dtype is kept.dtype, name
+        assert torch.equal(stored[name], kept), name
+    fresh = build()
+    load_full(fresh, path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name].full_tensor(), tensor.full_tensor()), name
+
+
+def test_buffers_that_are_dtensors_there_and_back(tmp_path: Path) -> None:
+    run_ranks(_tensor_parallel, 2, str(tmp_path))

@@ -23,6 +23,7 @@ from torch import nn
 
 from ds_fragment import _safetensors
 from ds_fragment._exchange import Pieces, agree
+from ds_fragment._loaded import is_dtensor
 from ds_fragment._quantity import Quantity
 from ds_fragment._read import sharded
 from ds_fragment._registry import clean_name
@@ -173,13 +174,17 @@ def _entries(model: nn.Module, dtype: torch.dtype | None, call: str) -> tuple[li
         first[id(param)] = clean_name(name)
         names.append(clean_name(name))
         params.append(param)
+    buffers, parameters = list(_persistent_buffers(model)), len(params)
+    for name, buffer in buffers:
+        if is_dtensor(buffer):  # `distribute_module` makes them; they travel as parameters do, in their own dtype
+            names.append(name)
+            params.append(buffer)
     quantity = Quantity(params, "value", call)
-    entries = [
-        _Entry(name, place.shape, dtype if dtype and place.dtype.is_floating_point else place.dtype, item, None)
-        for item, (name, place) in enumerate(zip(names, quantity.places, strict=True))
-    ]
-    for name, buffer in _persistent_buffers(model):
-        entries.append(_Entry(name, buffer.shape, buffer.dtype, None, buffer))
+    entries = []
+    for item, (name, place) in enumerate(zip(names, quantity.places, strict=True)):
+        stored = dtype if dtype and place.dtype.is_floating_point and item < parameters else place.dtype
+        entries.append(_Entry(name, place.shape, stored, item, None))
+    entries += [_Entry(name, each.shape, each.dtype, None, each) for name, each in buffers if not is_dtensor(each)]
     return entries, tied, quantity
 
 

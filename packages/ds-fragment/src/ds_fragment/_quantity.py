@@ -251,8 +251,9 @@ class Quantity:
 
     def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
         """For each parameter, the groups whose ranks write it together."""
-        pairs = zip(self.homes, self.places, strict=True)
-        return [tuple(dict.fromkeys((*home.groups, *place.groups))) for home, place in pairs]
+        writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
+        each = zip(self.homes, self.places, writers, strict=True)
+        return [tuple(dict.fromkeys((*home.groups, *place.groups, *groups))) for home, place, groups in each]
 
     def device(self) -> torch.device:
         """Where collectives about these parameters run."""

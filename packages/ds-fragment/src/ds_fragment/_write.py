@@ -155,7 +155,10 @@ def update_many(
         return pieces
 
     # Replicas read for themselves, and may differ by how their engine rounds: fn's results are theirs.
-    readers = [() if place.group is None else (place.group,) for place in quantity.places]
+    readers = [
+        adapter.writers(param) if place.group is None else (place.group,)
+        for adapter, param, place in zip(quantity.adapters, quantity.params, quantity.places, strict=True)
+    ]
     targets, pieces = _agreed(quantity, prepare, sums, readers)
     _hand_over(quantity, targets, pieces)
     if what == "value" and refresh_lp:

@@ -76,6 +76,10 @@ class Adapter(ABC):
         """What `local` says of each."""
         return [self.local(param, what) for param in params]
 
+    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """Groups whose ranks each hold the whole parameter, and so have to write the same."""
+        return ()
+
     def learn(self, model: nn.Module) -> None:
         """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
         return

@@ -11,6 +11,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters._deepspeed import UNREDUCED, loss_scale, no_gradient
@@ -82,6 +83,12 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         if not _is_fused(engine.optimizer) or found.shape != self._owned(param).shape:
             return found
         return found[slot.start : slot.start + param.numel()].view(param.shape)
+
+    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The engine's data-parallel ranks."""
+        engine, _ = self._kept(param)
+        group = getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "data_parallel_group", None)
+        return () if group is None else (group,)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,6 +53,15 @@ class PlainAdapter(Adapter):
             places[key] = Place(*key, whole(found.shape), None)
         return places[key]
 
+    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The ranks of the DistributedDataParallel that was attached."""
+        wrapper = self._wrapper(param)
+        return () if wrapper is None else (wrapper.process_group,)
+
+    def _wrapper(self, param: torch.Tensor) -> DistributedDataParallel | None:
+        reference = self._ddp.get(param)
+        return None if reference is None else reference()
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
         if what == "value":
@@ -60,8 +70,7 @@ class PlainAdapter(Adapter):
                 _warn_of_masters(param)
             return self._part(param, owned.detach())
         if what == "grad":
-            ddp = self._ddp.get(param) if param.requires_grad else None
-            wrapper = None if ddp is None else ddp()
+            wrapper = self._wrapper(param) if param.requires_grad else None
             if wrapper is not None and not wrapper.require_forward_param_sync:
                 raise GradientUnavailableError(
                     f"{registry.name_of(param)} has a gradient of this rank alone: the last backward pass ran under "

@@ -38,6 +38,10 @@ class ZeroRedundancyAdapter(Adapter):
         """What DistributedDataParallel says of the gradients."""
         self._plain.learn(model)
 
+    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The ranks that the optimizer's state is spread over."""
+        return (_optimizer(param).process_group,)
+
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the attached optimizer is one."""
         return is_a(registry.optimizer_of(param), "torch.distributed.optim", "ZeroRedundancyOptimizer")
