@@ -28,11 +28,13 @@ class Verdict:
         result: one of these words.
         detail: the error's class where it is ``error``, else what happened.
         digest: of the bits that were read, which all ranks must have alike.
+        text: what the error says.
     """
 
     result: str
     detail: str = ""
     digest: str = ""
+    text: str = ""
 
 
 def judge(engine: Engine, cell: Cell) -> Verdict:
@@ -47,7 +49,7 @@ def judge(engine: Engine, cell: Cell) -> Verdict:
             try:
                 found = _operate(side, cell)
             except FragmentError as error:
-                found, verdict = {}, Verdict("error", type(error).__name__)
+                found, verdict = {}, Verdict("error", type(error).__name__, text=str(error))
             else:
                 verdict = _verdict(side, cell, found)
         if verdict.result in ("equal", "error"):

@@ -34,7 +34,7 @@ def conduct(
     name: str,
     cells: Iterable[Cell] = CELLS,
     *,
-    timeout: float = 15.0,
+    timeout: float = 30.0,
     report: Callable[[Record], None] | None = None,
 ) -> Table:
     """Try every cell of an engine in processes that this starts. Call it on one process that is no rank itself.
@@ -58,7 +58,7 @@ def conduct(
             verdicts = ranks.judge(cell, timeout)
             verdict = together(verdicts)
             seconds = round(time.monotonic() - begin, 3)
-            record = Record(engine.name, engine.layout, cell, verdict.result, verdict.detail, seconds)
+            record = Record(engine.name, engine.layout, cell, verdict.result, verdict.detail, verdict.text, seconds)
             table.records.append(record)
             if report is not None:
                 report(record)

@@ -44,5 +44,7 @@ def run_conformance(engine: Engine, cells: Iterable[Cell] = CELLS) -> Table:
             dist.all_gather_object(found, mine, group=group)
         verdict = together([one for one in found if one is not None])
         seconds = round(time.monotonic() - begin, 3)
-        table.records.append(Record(engine.name, engine.layout, cell, verdict.result, verdict.detail, seconds))
+        table.records.append(
+            Record(engine.name, engine.layout, cell, verdict.result, verdict.detail, verdict.text, seconds)
+        )
     return table

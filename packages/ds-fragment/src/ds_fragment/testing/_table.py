@@ -35,6 +35,7 @@ class Record:
         result: ``equal``, ``error``, or a defect: ``different``, ``untyped`` or ``hang``; ``none`` where the engine has
             no such moment.
         detail: the error's class where it is ``error``, else what happened.
+        text: what the error says on the first rank.
         seconds: how long it took.
     """
 
@@ -43,6 +44,7 @@ class Record:
     cell: Cell
     result: str
     detail: str = ""
+    text: str = ""
     seconds: float = 0.0
 
     @property
