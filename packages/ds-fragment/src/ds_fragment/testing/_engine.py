@@ -106,6 +106,7 @@ class Engine:
         layout: how the ranks are arranged, in words.
         compute: what the model computes with, for the oracle to round weights to.
         tolerance: for outputs, gradients and state against the oracle, which is fp64; relative and absolute.
+        idle_steps: optimizer steps with zero gradients that the engine takes when it is made, which Adam counts.
         env: environment variables that each process needs from the start.
         prepare: what takes long the first time, such as an import, once in each process.
     """
@@ -116,5 +117,6 @@ class Engine:
     layout: str = "2 ranks"
     compute: torch.dtype = torch.float32
     tolerance: float = 1e-5
+    idle_steps: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None

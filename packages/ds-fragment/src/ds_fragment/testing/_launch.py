@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -147,6 +148,7 @@ class _Ranks:
 def _serve(pipe: Connection, source: str, name: str, rank: int, folder: str, env: dict[str, str]) -> None:
     """What a rank does: try cells until the parent is gone."""
     stack = open(Path(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (lives as long as the process)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # engines talk much; what goes wrong is in the records
     try:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo", **env})
         engine = _started(source, name, rank, folder)
@@ -170,6 +172,7 @@ def _started(source: str, name: str, rank: int, folder: str) -> Engine:
     from torch._C._distributed_c10d import FileStore
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the engines' own, once for each cell
     engine = engines_of(source)[name]
     os.environ.update({"WORLD_SIZE": str(engine.world_size), "LOCAL_WORLD_SIZE": str(engine.world_size)})
     dist.init_process_group(

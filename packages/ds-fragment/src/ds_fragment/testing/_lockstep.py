@@ -27,7 +27,7 @@ class Lockstep:
     def __init__(self, engine: Engine, seed: int) -> None:
         self.training: Training = engine.build(seed)
         self.training.attach()
-        self.oracle = Oracle(seed, self.training.data_ranks, engine.compute)
+        self.oracle = Oracle(seed, self.training.data_ranks, engine.compute, engine.idle_steps)
         self.differences: list[str] = []
         self._tolerance = engine.tolerance
         self._turn = 0

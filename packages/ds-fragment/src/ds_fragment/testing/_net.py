@@ -62,4 +62,4 @@ def pattern(name: str, shape: torch.Size) -> torch.Tensor:
 
 def local_pattern(piece: torch.Tensor) -> torch.Tensor:
     """What is written into a piece: fp32, exact in bf16, each number once, and none that training would leave there."""
-    return (0.25 + torch.arange(piece.numel()) / 128).view(piece.shape)
+    return (0.0625 + torch.arange(piece.numel()) / 512).view(piece.shape)

@@ -80,7 +80,7 @@ def _write_local(training: Training, quantity: str) -> Found:
     numels = _gathered(numel)
     apart = sum(numels) == _shapes()[ONE].numel() and len(numels) > 1
     writer = next((rank for rank, held in enumerate(numels) if held), 0)
-    mine = local_pattern(piece) if apart else torch.full(piece.shape, 0.25)
+    mine = local_pattern(piece) if apart else torch.full(piece.shape, 0.0625)
     if apart and dist.get_rank() != writer:
         mine = piece.detach().float().clone()
     ds_fragment.set_local(param, mine, what)
@@ -89,7 +89,7 @@ def _write_local(training: Training, quantity: str) -> Found:
     if not torch.equal(ds_fragment.get_local(param, what).float(), mine):
         raise AssertionError("get_local does not give what set_local wrote")
     if not apart:
-        return {ONE: torch.full(_shapes()[ONE], 0.25)}
+        return {ONE: torch.full(_shapes()[ONE], 0.0625)}
     whole = read_one(training, quantity)[ONE].float()
     written = local_pattern(torch.empty(numels[writer]))
     changed = whole[torch.isin(whole, written)].sort().values

@@ -15,6 +15,7 @@ class Oracle:
         seed: the model's.
         parts: how many data-parallel ranks there are.
         compute: what weights and data are rounded to before each forward pass.
+        steps: what the optimizer's count begins at.
 
     Attributes:
         value: the master weights by name, fp64.
@@ -22,14 +23,14 @@ class Oracle:
         state: ``exp_avg`` by name; zeros before the first step.
     """
 
-    def __init__(self, seed: int, parts: int, compute: torch.dtype) -> None:
+    def __init__(self, seed: int, parts: int, compute: torch.dtype, steps: int = 0) -> None:
         self._net = net(seed).double()
         self._parts, self._compute = parts, compute
         self.value = {name: param.detach().clone() for name, param in self._net.named_parameters()}
         self.grad: dict[str, torch.Tensor] = {}
         self.state = {name: torch.zeros_like(value) for name, value in self.value.items()}
         self._squares = {name: torch.zeros_like(value) for name, value in self.value.items()}
-        self._steps = dict.fromkeys(self.value, 0)
+        self._steps = dict.fromkeys(self.value, steps)
         self._leaves: dict[str, torch.Tensor] = {}
         self._loss = torch.zeros(())
 
