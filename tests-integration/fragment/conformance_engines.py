@@ -223,7 +223,7 @@ class _Fsdp1(_Ddp):
 
         for module in FullyShardedDataParallel.fsdp_modules(self.model):
             handle = module._handle
-            if handle is not None and handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
                 _runtime_utils._reshard(module, handle, True)  # what an eval forward left gathered is not optimized
         super().step()
 

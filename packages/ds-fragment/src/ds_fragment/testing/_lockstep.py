@@ -12,7 +12,7 @@ from ds_fragment.testing._oracle import Oracle
 
 
 class Unsupported(Exception):
-    """The engine has no such moment."""
+    """The engine has no such moment, or this environment no such operation."""
 
 
 class Lockstep:

@@ -13,6 +13,7 @@ import ds_fragment
 from ds_fragment import tensor_fragment
 from ds_fragment.errors import FragmentError
 from ds_fragment.testing._engine import Training
+from ds_fragment.testing._lockstep import Unsupported
 from ds_fragment.testing._net import ONE, STATE, USED, Net, local_pattern, pattern
 
 Found = dict[str, torch.Tensor]
@@ -112,7 +113,10 @@ def _update(training: Training, quantity: str) -> Found:
 
 
 def _load(training: Training, quantity: str) -> Found:
-    from safetensors.torch import save_file
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise Unsupported from None
 
     values = {name: pattern(name, shape) for name, shape in _shapes().items()}
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ class Record:
         layout: its ranks, in words.
         cell: which cell.
         result: ``equal``, ``error``, or a defect: ``different``, ``untyped`` or ``hang``; ``none`` where the engine has
-            no such moment.
+            no such moment, or there is no safetensors to load.
         detail: the error's class where it is ``error``, else what happened.
         text: what the error says on the first rank.
         seconds: how long it took.
