@@ -25,15 +25,21 @@ def what_of(quantity: str) -> str:
 
 
 def read_one(training: Training, quantity: str) -> Found:
-    """``safe_get_full_*`` of one parameter."""
-    param = training.parameters()[ONE]
+    """``safe_get_full_*`` of one parameter after the other."""
+    params, found = training.parameters(), {}
+    for name in _names(quantity):
+        whole = _full(params[name], quantity)
+        if whole is not None:
+            found[name] = whole
+    return found
+
+
+def _full(param: torch.Tensor, quantity: str) -> torch.Tensor | None:
     if quantity == "value":
-        return {ONE: tensor_fragment.safe_get_full_fp32_param(param)}
+        return tensor_fragment.safe_get_full_fp32_param(param)
     if quantity == "grad":
-        found = tensor_fragment.safe_get_full_grad(param)
-    else:
-        found = tensor_fragment.safe_get_full_optimizer_state(param, STATE)
-    return {} if found is None else {ONE: found}
+        return tensor_fragment.safe_get_full_grad(param)
+    return tensor_fragment.safe_get_full_optimizer_state(param, STATE)
 
 
 def read_many(training: Training, quantity: str) -> Found:
@@ -91,12 +97,13 @@ def _write_local(training: Training, quantity: str) -> Found:
         raise AssertionError("get_local does not give what set_local wrote")
     if not apart:
         return {ONE: torch.full(_shapes()[ONE], 0.0625)}
-    whole = read_one(training, quantity)[ONE].float()
+    whole = _full(param, quantity)
+    assert whole is not None
     written = local_pattern(torch.empty(numels[writer]))
-    changed = whole[torch.isin(whole, written)].sort().values
+    changed = whole[torch.isin(whole.float(), written)].float().sort().values
     if not torch.equal(changed, written):
         raise AssertionError(f"{changed.numel()} elements of the whole changed where one rank wrote {numels[writer]}")
-    return {ONE: whole}
+    return {ONE: whole.float()}
 
 
 def _update(training: Training, quantity: str) -> Found:
