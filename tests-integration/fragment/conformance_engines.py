@@ -27,6 +27,9 @@ def _add(name: str, build: Callable[..., Training], /, *args: Any, **engine: Any
     ENGINES[name] = Engine(name, functools.partial(build, *args), **engine)
 
 
+_mesh = functools.cache(init_device_mesh)  # once in a process, as its groups stay
+
+
 def _place() -> dict[str, int]:
     """This rank among data-parallel ranks that are all ranks."""
     return {"data_index": dist.get_rank(), "data_ranks": dist.get_world_size()}
@@ -189,7 +192,17 @@ _add("fsdp2 one unit", _fsdp2, (2,), False, False, {}, layout="2 shards")
 _add("fsdp2 bf16", _fsdp2, (2,), True, False, {"mp_policy": _BF16_POLICY}, layout="2 shards", **BF16)
 _add("fsdp2 reshard", _fsdp2, (2,), True, False, {"reshard_after_forward": True}, layout="2 shards")
 _add("fsdp2 no reshard", _fsdp2, (2,), True, False, {"reshard_after_forward": False}, layout="2 shards")
-_add("fsdp2 reshard to 2", _fsdp2, (4,), True, False, {"reshard_after_forward": 2}, layout="4 shards", **_FOUR)
+_add(
+    "fsdp2 reshard to 2",
+    _fsdp2,
+    (4,),
+    True,
+    False,
+    {"reshard_after_forward": 2},
+    layout="4 shards",
+    cells_per_start=19,
+    **_FOUR,
+)
 _add("fsdp2 offload", _fsdp2, (2,), True, False, {"offload_policy": CPUOffloadPolicy(False)}, layout="2 shards")
 _add("fsdp2 ignored", _fsdp2, (2,), True, True, {}, layout="2 shards")
 _add("fsdp2 hybrid", _fsdp2, (2, 2), True, False, {}, layout="2 replicas x 2 shards", **_FOUR)
@@ -205,7 +218,7 @@ def _fsdp1(strategy: str, original: bool, seed: int) -> Training:
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     warnings.simplefilter("ignore", FutureWarning)
-    hybrid = {"device_mesh": init_device_mesh("cpu", (2, 2))} if "HYBRID" in strategy else {}
+    hybrid = {"device_mesh": _mesh("cpu", (2, 2))} if "HYBRID" in strategy else {}
     model = FullyShardedDataParallel(
         net(seed),
         sharding_strategy=ShardingStrategy[strategy],

@@ -107,6 +107,7 @@ class Engine:
         compute: what the model computes with, for the oracle to round weights to.
         tolerance: for outputs, gradients and state against the oracle, which is fp64; relative and absolute.
         idle_steps: optimizer steps with zero gradients that the engine takes when it is made, which Adam counts.
+        cells_per_start: after how many cells `conduct` starts new processes, as the engine leaves groups behind.
         env: environment variables that each process needs from the start.
         prepare: what takes long the first time, such as an import, once in each process.
     """
@@ -118,5 +119,6 @@ class Engine:
     compute: torch.dtype = torch.float32
     tolerance: float = 1e-5
     idle_steps: int = 0
+    cells_per_start: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None

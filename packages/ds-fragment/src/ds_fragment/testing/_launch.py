@@ -52,9 +52,15 @@ def conduct(
     """
     engine, table = engines_of(source)[name], Table()
     ranks: _Ranks | None = None
+    tried = 0  # since the ranks were started
     try:
         for cell in cells:
-            ranks = ranks or _Ranks(source, engine)
+            if ranks is not None and tried == engine.cells_per_start:
+                ranks.kill()
+                ranks = None
+            if ranks is None:
+                ranks, tried = _Ranks(source, engine), 0
+            tried += 1
             begin = time.monotonic()
             verdicts = ranks.judge(cell, timeout)
             verdict = together(verdicts)
