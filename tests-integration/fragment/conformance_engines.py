@@ -158,7 +158,7 @@ class _Fsdp2(_Replicate):
 
 def _fsdp2(axes: tuple[int, ...], nested: bool, ignores: bool, options: dict[str, Any], seed: int) -> Training:
     names = ("replicas", "shards")[-len(axes) :]
-    model, mesh = net(seed), init_device_mesh("cpu", axes, mesh_dim_names=names)
+    model, mesh = net(seed), _mesh("cpu", axes, mesh_dim_names=names)
     ignored = {model.gain} if ignores else None
     for module in (model.up, model.down) if nested else ():
         fully_shard(module, mesh=mesh, **options)
@@ -176,7 +176,7 @@ class _Tensor(Training):
 def _tensor_parallel(around: int, seed: int) -> Training:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    model, mesh = net(seed), init_device_mesh("cpu", (around, 2), mesh_dim_names=("fsdp", "tp"))
+    model, mesh = net(seed), _mesh("cpu", (around, 2), mesh_dim_names=("fsdp", "tp"))
     parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if around == 1:
         return _Tensor(model, adam(model.parameters()))
