@@ -277,6 +277,17 @@ def test_a_recorded_module_can_be_copied_and_its_tensors_made_parameters():
     assert model.three.tolist() == [1, 1]
 
 
+def test_a_copy_of_many_recorded_tensors_mixes_none_up():
+    with OnDevice(torch.float32):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(30)))
+    again = copy.deepcopy(model)
+    for (name, tensor), other in zip(
+        model.state_dict(keep_vars=True).items(), again.state_dict().values(), strict=True
+    ):
+        assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype), name
+    assert len({id(tensor) for tensor in again.state_dict(keep_vars=True).values()}) == len(model.state_dict())
+
+
 def test_without_a_recording_tensors_are_those_of_torch_device():
     with OnDevice(torch.bfloat16, record=False):
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))

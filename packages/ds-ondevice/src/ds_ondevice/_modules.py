@@ -97,7 +97,9 @@ class _Guard:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         tensor: Any = self
         if id(tensor) not in memo:
-            memo[id(tensor)] = plain(tensor).__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            unguarded = plain(tensor)
+            memo.setdefault(id(memo), []).append(unguarded)  # it stays alive: the memo goes by ids
+            memo[id(tensor)] = unguarded.__deepcopy__(memo)  # type: ignore[no-untyped-call]
             vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))
         return memo[id(tensor)]
 
