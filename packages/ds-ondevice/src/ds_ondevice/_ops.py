@@ -34,6 +34,12 @@ class View:
     stride: tuple[int, ...]
     offset: int
 
+    @property
+    def extent(self) -> int:
+        """How many elements the storage needs to have."""
+        last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        return max(self.offset + 1 + last, 0)
+
 
 @dataclass(eq=False, slots=True)
 class Given:

@@ -280,9 +280,7 @@ def _laid_out(view: View, made: torch.Tensor) -> torch.Tensor:
     """``made``, laid out as ``view`` says: kernels on a device may choose other strides than meta."""
     if made.stride() == view.stride and made.storage_offset() == view.offset:
         return made
-    extent = view.offset + 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
-    nbytes = max(extent, 0) * made.element_size()
-    storage = torch.UntypedStorage(nbytes, device=made.device)  # type: ignore[no-untyped-call]
+    storage = torch.UntypedStorage(view.extent * made.element_size(), device=made.device)  # type: ignore[no-untyped-call]
     return as_tensor(view, storage).copy_(made)
 
 

@@ -44,8 +44,7 @@ def _cut(origin: Origin, tensor: DTensor) -> torch.Tensor | None:
         return None
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
     box = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
-    extent = view.offset + 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
-    whole = torch.empty(extent, dtype=view.dtype, device="meta").as_strided(view.size, view.stride, view.offset)
+    whole = torch.empty(view.extent, dtype=view.dtype, device="meta").as_strided(view.size, view.stride, view.offset)
     mark_as(whole, mark)
     with Recorder(watch=False):
         local = whole[box].clone(memory_format=torch.contiguous_format)
