@@ -546,9 +546,7 @@ def test_shared_memory_is_shared():
     assert torch.equal(model.weight, nn.Linear(4, 4).weight)
 
 
-def test_a_tensor_filled_twice_takes_no_memory_twice(monkeypatch):
-    from ds_ondevice import _replay
-
+def test_a_tensor_filled_twice_takes_no_memory_twice(replay_peak):
     with OnDevice(torch.float32, device="meta"):
         layers = [nn.Linear(100, 100, bias=False) for _ in range(20)]
         for layer in layers:
@@ -558,17 +556,9 @@ def test_a_tensor_filled_twice_takes_no_memory_twice(monkeypatch):
     eager = [nn.Linear(100, 100, bias=False) for _ in range(20)]
     for layer in eager:
         nn.init.normal_(layer.weight)
-    peak = 0
-
-    def run_and_look(self, op, run=_replay._Run.op, **options):
-        nonlocal peak
-        run(self, op, **options)
-        peak = max(peak, sum(tensor.nbytes for _, tensor in self.made.values()))
-
-    monkeypatch.setattr(_replay._Run, "op", run_and_look)
     torch.manual_seed(0)
     materialize(shards, "cpu")
-    assert 4 * 100 * 100 <= peak <= 4 * (100 * 100 + 20 * 5 * 100)
+    assert 4 * 100 * 100 <= replay_peak() <= 4 * (100 * 100 + 20 * 5 * 100)
     for actual, expected in zip(shards, eager, strict=True):
         assert torch.equal(actual, expected.weight[:5])
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ds_ondevice import OnDevice, ReplayError, _replay, materialize
+from ds_ondevice import OnDevice, ReplayError, materialize
 from ds_ondevice._ops import View
 from ds_ondevice._replay import as_tensor, fill
 from torch import nn
@@ -103,18 +103,10 @@ def test_random_programs_replay_exactly(seed):
             assert (module[i].untyped_storage().data_ptr() == module[j].untyped_storage().data_ptr()) is shared
 
 
-def test_of_tensors_that_are_cut_after_construction_one_at_a_time_is_in_memory(monkeypatch):
+def test_of_tensors_that_are_cut_after_construction_one_at_a_time_is_in_memory(replay_peak):
     with OnDevice(torch.float32):
         layers = [nn.Linear(100, 100, bias=False) for _ in range(20)]
         shards = nn.ParameterList([layer.weight.data[:5].clone() for layer in layers])
-    peak = 0
-
-    def run_and_look(self, op, run=_replay._Run.op, **options):
-        nonlocal peak
-        run(self, op, **options)
-        peak = max(peak, sum(tensor.nbytes for _, tensor in self.made.values()))
-
-    monkeypatch.setattr(_replay._Run, "op", run_and_look)
     materialize(shards, "cpu")
-    assert 4 * 100 * 100 <= peak <= 4 * (100 * 100 + 20 * 5 * 100)
+    assert 4 * 100 * 100 <= replay_peak() <= 4 * (100 * 100 + 20 * 5 * 100)
     assert all(tuple(shard.shape) == (5, 100) for shard in shards)
