@@ -173,9 +173,9 @@ def test_a_step_is_read_and_written() -> None:
     optimizer = torch.optim.AdamW([param])
     attach(None, optimizer)
     param.grad = torch.ones(2)
+    assert_same(safe_get_full_grad(param), torch.ones(2))
     for _ in range(3):
         optimizer.step()
     assert_same(safe_get_full_optimizer_state(param, "step"), torch.tensor(3.0))
     safe_set_full_optimizer_state(param, torch.tensor(10), "step")
     assert_same(optimizer.state[param]["step"], torch.tensor(10.0))
-    assert_same(safe_get_full_grad(param), torch.ones(2))

@@ -35,7 +35,7 @@ def on_a_mesh() -> nn.ParameterList:
 
 
 class Training:
-    """Sharded parameters, and some of this rank alone, after two steps."""
+    """Sharded parameters, and some of this rank alone, after two steps and another backward pass."""
 
     def __init__(self, engine: str) -> None:
         model: nn.Module = on_a_mesh() if engine == "mesh" else ragged(fsdp2=engine != "flat")
@@ -59,11 +59,15 @@ class Training:
         attach(model, self.optimizer)
         attach(alone, self.optimizer)
         for _ in range(2):
-            for param in self.params:
-                param.grad = torch.ones_like(param)
-            if self.partition is not None:
-                self.partition.reduce_gradients()
+            self._backward()
             self.optimizer.step()
+        self._backward()
+
+    def _backward(self) -> None:
+        for param in self.params:
+            param.grad = torch.ones_like(param)
+        if self.partition is not None:
+            self.partition.reduce_gradients()
 
     def spoil(self, chance: random.Random, here: bool) -> Callable[[], None]:
         """Take something away or change it, on this rank if it is the one; returns what mends it."""

@@ -102,10 +102,10 @@ def test_masters_are_the_value_the_state_and_what_writes_go_to() -> None:
     optimizer = torch.optim.AdamW(masters)
     for master in masters:
         master.grad = torch.randn_like(master)
-    optimizer.step()
     attach(model, optimizer, masters=zip(model.parameters(), masters, strict=True))
-    assert_same(safe_get_full_fp32_param(model.weight), masters[0].detach())
     assert_same(safe_get_full_grad(model.weight), masters[0].grad)
+    optimizer.step()
+    assert_same(safe_get_full_fp32_param(model.weight), masters[0].detach())
     assert_same(safe_get_full_optimizer_state(model.bias, "exp_avg"), optimizer.state[masters[1]]["exp_avg"])
     value = torch.randn(2, 3)
     safe_set_full_fp32_param(model.weight, value)

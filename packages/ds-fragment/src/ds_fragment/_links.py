@@ -1,4 +1,4 @@
-"""What every rank knows of a parameter that lies in a flat partition, kept beside the parameter by identity.
+"""What every rank knows of a parameter that lies in a flat partition, kept in the parameter's record.
 
 `param._hp_mapping`, the attribute that engines read, is None on a rank that holds no part of the parameter. A
 `FlatLink` is there on every rank, and knows the layout on all of them once the ranks have told each other their slices.
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives
-from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, interval, overlap
 from ds_fragment._place import Place, wire_device
+from ds_fragment._registry import forget, note, noted
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, RankMismatchError
 
 
@@ -145,17 +145,14 @@ class FlatLink:
         return self.slices.layout(self.start, self.numel)
 
 
-_links = IdentityMap[FlatLink]()
-
-
 def link_of(param: torch.Tensor) -> FlatLink | None:
     """The parameter's link, or None."""
-    return _links.get(param)
+    return noted(param, FlatLink)
 
 
 def set_link(param: torch.Tensor, link: FlatLink | None) -> None:
     """Link a parameter, or take its link away."""
     if link is None:
-        _links.pop(param)
+        forget(param, FlatLink)
     else:
-        _links[param] = link
+        note(param, link)

@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from ds_fragment._check import meet
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
-from ds_fragment._identity import IdentityMap
-from ds_fragment._registry import registry
+from ds_fragment._registry import record_of, registry
 from ds_fragment._survey import survey_of
-from ds_fragment.errors import FragmentError, StateKeyError
+from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError
 
 K = TypeVar("K")
 
@@ -30,27 +29,25 @@ class _Agreements:
     """
 
     def __init__(self) -> None:
-        # The place, or None where they have to agree anew; and where the parameter was then.
-        self._places = IdentityMap[dict[str, tuple[Place | None, Place]]]()
         self.changes = 0
 
     def get(self, param: torch.Tensor, what: str, home: Place) -> Place | None:
         """Where the state is, if the ranks agreed when the parameter was where it is now."""
-        place, then = (self._places.get(param) or {}).get(what, (None, None))
+        place, then = record_of(param).agreed.get(what, (None, None))
         return place if then is home else None
 
     def ever(self, param: torch.Tensor, what: str) -> bool:
         """Whether they have agreed before."""
-        return what in (self._places.get(param) or {})
+        return what in record_of(param).agreed
 
     def drop(self, param: torch.Tensor, what: str) -> None:
         """As if they never had."""
-        if (self._places.get(param) or {}).pop(what, None) is not None:
+        if record_of(param).agreed.pop(what, None) is not None:
             self.changes += 1
 
     def put(self, param: torch.Tensor, what: str, place: Place | None, home: Place) -> None:
         """Remember it."""
-        self._places[param] = {**(self._places.get(param) or {}), what: (place, home)}
+        record_of(param).agreed[what] = (place, home)
         self.changes += 1
 
 
@@ -76,8 +73,32 @@ class Quantity:
         self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
-        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
+        if what == "grad":
+            self._compare()
+        elif what != "value" and self._survey.agreed_at != _agreements.changes:
             self._agree()
+
+    def _compare(self) -> None:
+        """Have the ranks that each hold a whole gradient compare it: one that differs is not reduced.
+
+        No engine tells for certain whether the last backward pass that came to a parameter reduced its gradient.
+        """
+        scopes = [scope if place.alone else () for scope, place in zip(self.scopes(), self.places, strict=True)]
+        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+        if not groups:
+            return
+        items = [item for item, scope in enumerate(scopes) if scope]
+        error: Exception | None = self.error
+        sums: list[int] = []
+        try:
+            sums = _bit_sums([piece for piece in self.pieces(items) if piece is not None])
+        except Exception as caught:
+            error = caught
+        named, among = lambda i: self.name(items[i]), [scopes[item] for item in items]
+        try:
+            agree(error, groups, self.device(), sums, named, among, _unreduced)
+        except FragmentError as known:
+            self.error = known
 
     def _agree(self) -> None:
         """See [Note: agreement]; what no group holds is nobody else's business."""
@@ -258,3 +279,21 @@ class Quantity:
     def device(self) -> torch.device:
         """Where collectives about these parameters run."""
         return self.places[0].device if self.places else torch.device("cpu")
+
+
+def _unreduced(names: str) -> FragmentError:
+    return GradientUnavailableError(
+        f"the gradients of {names} are not reduced: each rank holds another. Read them after a backward pass that "
+        "reduces, not under no_sync()"
+    )
+
+
+def _bit_sums(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """For each, the sum of its bits as integers, which equal tensors have in common; they wait for the device once."""
+    kinds = {1: torch.uint8, 2: torch.int16}
+    sums = []
+    for tensor in tensors:
+        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+        words = dense.reshape(-1).contiguous().view(kinds.get(tensor.dtype.itemsize, torch.int32))
+        sums.append(words.sum(dtype=torch.int64))
+    return [int(total) for total in torch.stack(sums).tolist()] if sums else []

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._availability import count_over_ranks, is_absent
-from ds_fragment._loaded import is_a
+from ds_fragment._loaded import is_a, reshard
 from ds_fragment._quantity import Quantity
 from ds_fragment._registry import clean_name
 from ds_fragment.errors import InvalidValueError
@@ -42,14 +42,13 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
 def sharded(model: nn.Module) -> nn.Module:
     """The model itself, with its own parameters in place.
 
-    It is taken out of what wraps it and renames its parameters. Between passes FSDP2 may leave gathered low-precision
-    copies where the parameters were; they are given back.
+    It is taken out of what wraps it and renames its parameters. Between passes FSDP may leave gathered copies where the
+    parameters were; they are given back.
     """
     while isinstance(model, DistributedDataParallel) or is_a(model, "deepspeed", "DeepSpeedEngine"):
         model = model.module  # type: ignore[assignment]
     for module in model.modules():
-        if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-            module.reshard()  # type: ignore[operator]
+        reshard(module)
     return model
 
 

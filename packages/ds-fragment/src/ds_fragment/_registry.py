@@ -1,77 +1,207 @@
-"""What is known of parameters beside themselves: their optimizer, fp32 master and name, weakly and by identity."""
+"""What is known of parameters beside themselves: one record for each, kept on the parameter.
+
+[Note: record] A parameter's record is an attribute of the parameter, as DeepSpeed's ``_hp_mapping`` is: it goes when
+the parameter goes. Nothing refers to a parameter weakly, since torch refuses to move one that is referred to so
+(`torch.utils.swap_tensors`, which ``model.to()`` calls for DTensors). Such a move also takes the attributes away; a
+parameter of an attached model whose record is gone gets a new one from what was attached.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from itertools import chain
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
-from ds_fragment._identity import IdentityMap
+from ds_fragment._place import Place
+
+V = TypeVar("V")
 
 # What wrappers put into parameter names.
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+_ATTRIBUTE = "_ds_fragment"
+_record = attrgetter(_ATTRIBUTE)
+
+
+class Record:
+    """What is known of one parameter; see [Note: record].
+
+    Attributes:
+        owner: the id of the parameter, which a copy of it does not have.
+        name: in the attached model, without the prefixes of wrappers.
+        optimizer: that updates it, weakly.
+        master: its fp32 value, weakly, where it was attached with one.
+        lowered: the parameter that this one was attached as the fp32 value of.
+        notes: what adapters know of it, by class.
+        places: where its quantities are, each with what that follows from.
+        agreed: by optimizer state, where the ranks agreed that it is (None where they have to agree anew), and where
+            the parameter was then.
+    """
+
+    __slots__ = ("agreed", "lowered", "master", "name", "notes", "optimizer", "owner", "places")
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+        self.name: str | None = None
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.master: weakref.ref[torch.Tensor] | None = None
+        self.lowered: torch.Tensor | None = None
+        self.notes: dict[type, Any] = {}
+        self.places: dict[Hashable, tuple[object, Place]] = {}
+        self.agreed: dict[str, tuple[Place | None, Place]] = {}
+
+    def place(self, key: Hashable, source: object, make: Callable[[], Place]) -> Place:
+        """The place that was made under the key, as long as ``source``, which it follows from, is the same."""
+        found = self.places.get(key)
+        if found is None or (found[0] is not source and found[0] != source):
+            found = self.places[key] = (source, make())
+        return found[1]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy of a parameter, in memory or in a file, has no record: what is loaded needs no ds-fragment."""
+        return OrderedDict, ()
+
+
+def record_of(param: torch.Tensor) -> Record:
+    """The parameter's record; made if there is none."""
+    record = getattr(param, _ATTRIBUTE, None)
+    if type(record) is Record and record.owner == id(param):
+        return record
+    made = Record(id(param))
+    setattr(param, _ATTRIBUTE, made)
+    registry.restore(param)
+    return made
+
+
+def records_of(params: Sequence[torch.Tensor]) -> list[Record]:
+    """The records of many parameters."""
+    try:
+        found = list(map(_record, params))
+    except AttributeError:
+        return list(map(record_of, params))
+    if set(map(type, found)) <= {Record} and [record.owner for record in found] == list(map(id, params)):
+        return found
+    return list(map(record_of, params))
+
+
+def noted(param: torch.Tensor, kind: type[V]) -> V | None:
+    """What an adapter noted of the parameter in an object of that class; None if nothing."""
+    return record_of(param).notes.get(kind)
+
+
+def note(param: torch.Tensor, what: object) -> None:
+    """Note an object, in the place of an earlier one of its class."""
+    record_of(param).notes[type(what)] = what
+
+
+def forget(param: torch.Tensor, kind: type[V]) -> V | None:
+    """Take a note away and return it; None if there is none."""
+    found: V | None = record_of(param).notes.pop(kind, None)
+    return found
+
+
+class Attachment(Protocol):
+    """One call of `attach`, which can be made again."""
+
+    def model(self) -> nn.Module | None:
+        """The model, while it is there."""
+
+    def learn(self) -> Iterable[torch.Tensor]:
+        """Note what was attached; returns the parameters that were noted, none once everything is gone."""
 
 
 class Registry:
-    """Optimizers, fp32 masters and names by parameter; nothing here keeps any of them alive."""
+    """What was attached, and what is asked of the records."""
 
     def __init__(self) -> None:
-        self._optimizers = IdentityMap[weakref.ref[torch.optim.Optimizer]]()
-        self._masters = IdentityMap[weakref.ref[torch.Tensor]]()
-        self._names = IdentityMap[str]()
-        self._attached: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._attachments: list[Attachment] = []
+        self._ids: set[int] = set()  # of the parameters that were attached
+        self._restoring = False
         self.generation = 0  # what was found out of parameters in an earlier one may be wrong by now
 
     def changed(self) -> None:
         """Have everything that was found out of parameters be found out anew."""
         self.generation += 1
 
+    def attach(self, attachment: Attachment) -> None:
+        """Note what was attached now, and again whenever a parameter has lost its record."""
+        self.changed()
+        self._restoring = True
+        try:
+            self._ids.update(map(id, attachment.learn()))
+        finally:
+            self._restoring = False
+        self._attachments.append(attachment)
+
+    def restore(self, param: torch.Tensor) -> None:
+        """Note what was attached once more, if it was attached with this parameter, which has a new record."""
+        if self._restoring or id(param) not in self._ids:
+            return
+        self._restoring = True
+        try:
+            learned = [(attachment, list(attachment.learn())) for attachment in self._attachments]
+        finally:
+            self._restoring = False
+        self._attachments = [attachment for attachment, params in learned if params]
+        self._ids = {id(param) for _, params in learned for param in params}
+        self.changed()
+
+    def models(self) -> Iterator[nn.Module]:
+        """The attached models that are still there."""
+        return (model for attachment in self._attachments if (model := attachment.model()) is not None)
+
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the optimizer for every tensor in its parameter groups."""
         reference = weakref.ref(optimizer)
-        self._attached = [other for other in self._attached if other() not in (None, optimizer)] + [reference]
         for group in optimizer.param_groups:
             for param in group["params"]:
-                self._optimizers[param] = reference
+                record_of(param).optimizer = reference
 
     def add_names(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Record what the parameters are called, without the prefixes of wrappers."""
         for name, param in named:
-            self._names[param] = clean_name(name)
+            record_of(param).name = clean_name(name)
 
     def add_master(self, param: torch.Tensor, master: torch.Tensor) -> None:
         """Record that ``master`` is the fp32 value of ``param``."""
-        self._masters[param] = weakref.ref(master)
+        record_of(param).master = weakref.ref(master)
+        record_of(master).lowered = param
 
     def optimizer_of(self, param: torch.Tensor) -> torch.optim.Optimizer | None:
         """The optimizer that was attached and is still alive."""
-        reference = self._optimizers.get(param)
+        reference = record_of(param).optimizer
         return None if reference is None else reference()
-
-    def only_optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer that was attached and is still alive, if it is one."""
-        alive = [optimizer for reference in self._attached if (optimizer := reference()) is not None]
-        return alive[0] if len(alive) == 1 else None
 
     def master_of(self, param: torch.Tensor) -> torch.Tensor | None:
         """The fp32 master that was attached and is still alive."""
-        reference = self._masters.get(param)
+        reference = record_of(param).master
         return None if reference is None else reference()
 
+    def lowered(self, master: torch.Tensor) -> torch.Tensor | None:
+        """The parameter that was attached with this master."""
+        record = getattr(master, _ATTRIBUTE, None)  # asked of every parameter at every step: none is made
+        return record.lowered if type(record) is Record and record.owner == id(master) else None
+
     def any_has_gradient(self) -> bool:
-        """Whether a parameter of an attached model, or a master, has a gradient now."""
-        masters = (master for reference in self._masters.values() if (master := reference()) is not None)
-        return any(tensor.grad is not None for tensor in chain(self._names.tensors(), masters))
+        """Whether a parameter of an attached model, or its master, has a gradient now."""
+        for model in self.models():
+            for param in model.parameters():
+                master = self.master_of(param)
+                if param.grad is not None or (master is not None and master.grad is not None):
+                    return True
+        return False
 
     def is_named(self, param: torch.Tensor) -> bool:
         """Whether the parameter is in an attached model."""
-        return param in self._names
+        return record_of(param).name is not None
 
     def name_of(self, param: torch.Tensor) -> str:
         """The parameter's name for messages: its own where known, else its shape."""
-        name = self._names.get(param)
+        name = record_of(param).name
         return (
             f"parameter '{name}'"
             if name is not None

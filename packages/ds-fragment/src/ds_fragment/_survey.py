@@ -9,14 +9,17 @@ import torch.distributed as dist
 
 from ds_fragment._adapters import Adapter, adapter_of
 from ds_fragment._exchange import Place, Plan
-from ds_fragment._identity import Seen
 from ds_fragment._recent import Recent
-from ds_fragment._registry import registry
+from ds_fragment._registry import records_of, registry
 from ds_fragment.errors import FragmentError
 
 
 class Survey:
-    """Where one quantity of some parameters is: found out once, good until one of them is held in another way."""
+    """Where one quantity of some parameters is: found out once, good until one of them is held in another way.
+
+    It is so where a parameter has another record, where something was attached since, or where what its place follows
+    from (the adapter's `stamps`) is not the same.
+    """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str) -> None:
         self.what, self.generation = what, registry.generation
@@ -28,7 +31,7 @@ class Survey:
         self.by_adapter = list(by_adapter.items())
         for adapter, items in self.by_adapter:
             adapter.prepare([params[item] for item in items])
-        self._params = Seen(params)
+        self._records = records_of(params)
         self.homes = [adapter.place(param, "value") for adapter, param in zip(self.adapters, params, strict=True)]
         self.places = self.homes if what == "value" else [self._place(param, i) for i, param in enumerate(params)]
         self.held = [place.layout.held(place.rank) for place in self.places]
@@ -61,7 +64,7 @@ class Survey:
 
     def holds(self, params: Sequence[torch.Tensor]) -> bool:
         """Whether it is still good for these parameters, which have the ids of those that it was made for."""
-        if self.generation != registry.generation or not self._params.alive:
+        if records_of(params) != self._records or self.generation != registry.generation:
             return False
         try:
             return self._stamps_of(params) == self._stamps

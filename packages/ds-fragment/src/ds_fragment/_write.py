@@ -179,6 +179,8 @@ def _agreed(
     targets: list[torch.Tensor | None] = []
     pieces: list[torch.Tensor | None] = []
     try:
+        for adapter, param in zip(quantity.adapters, quantity.params, strict=True):
+            adapter.require_writable(param)
         targets = [quantity.local(item) for item in range(len(quantity.params))]
         pieces = prepare()
         for item, target in enumerate(targets):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from itertools import islice
-from operator import is_, itemgetter
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -84,6 +83,10 @@ class Adapter(ABC):
         """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
         return
 
+    def require_writable(self, param: torch.Tensor) -> None:
+        """Raise a `FragmentError` where what is written now would be lost; the exchange tells every rank."""
+        return
+
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
         """Replace this rank's piece of a quantity; every rank's input is known to be right by then."""
         target = self.local(param, what)
@@ -147,47 +150,13 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     Raises:
         FragmentError: what `state_of` and `state_entry` raise for the first that has none.
     """
-    states = _in_order.of(params)
-    if states is None:
-        pairs = zip(map(registry.optimizer_of, params), params, strict=True)
-        states = [{} if optimizer is None else optimizer.state.get(param, {}) for optimizer, param in pairs]
+    pairs = zip(map(registry.optimizer_of, params), params, strict=True)
+    states = [{} if optimizer is None else optimizer.state.get(param, {}) for optimizer, param in pairs]
     with contextlib.suppress(KeyError):
         found = list(map(itemgetter(key), states))
         if all(issubclass(kind, torch.Tensor) for kind in set(map(type, found))):
             return found
     return [state_entry(state_of(param, param), param, key) for param in params]
-
-
-_MANY = 16  # parameters from which it is worth looking at the order of all
-
-
-class _InOrder:
-    """The states of many parameters, if one optimizer keeps all of them in this order; a look-up each takes longer."""
-
-    def __init__(self) -> None:
-        self._end = 0  # where the last ones ended, and the next ones begin as a rule
-
-    def of(self, params: Sequence[torch.Tensor]) -> list[dict[str, Any]] | None:
-        """What the optimizer keeps for each; None if it is to be looked up."""
-        optimizer = registry.only_optimizer() if len(params) >= _MANY else None
-        if optimizer is None:
-            return None
-        state = optimizer.state
-        begin = self._end
-        if not _in_turn_from(begin, state, params):
-            begin = next((at for at, kept in enumerate(state) if kept is params[0]), 0)
-            if not _in_turn_from(begin, state, params):
-                return None  # another order, or not all of them have been updated
-        self._end = begin + len(params)
-        return list(islice(state.values(), begin, self._end))
-
-
-_in_order = _InOrder()
-
-
-def _in_turn_from(begin: int, kept: Mapping[torch.Tensor, object], params: Sequence[torch.Tensor]) -> bool:
-    """Whether the keys from there on are these."""
-    return begin + len(params) <= len(kept) and all(map(is_, islice(kept, begin, None), params))
 
 
 def missing_gradient(param: torch.Tensor, *, hidden: bool = False) -> GradientUnavailableError:

@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from ds_fragment._adapters._base import Adapter, ready_state, state_entry, value_kind
-from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import Layout, whole
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
+from ds_fragment._registry import forget, note, noted, registry
 from ds_fragment.errors import (
     FragmentError,
     GradientUnavailableError,
@@ -87,12 +86,16 @@ class Slot:
         return self.places[key]
 
 
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A hook on a parameter, and whether its gradient of this window begins on what an earlier step left there."""
+
+    hook: RemovableHandle
+    mixed: bool = False
+
+
 class DeepSpeedAdapter(Adapter):
     """Reads and writes what a ZeRO optimizer keeps; each stage says where that is."""
-
-    def __init__(self) -> None:
-        self._mixed = IdentityMap[bool]()
-        self._watches = IdentityMap[RemovableHandle]()
 
     @abstractmethod
     def _slot(self, param: torch.Tensor) -> Slot:
@@ -269,18 +272,24 @@ class DeepSpeedAdapter(Adapter):
         """
         held_param, held_optimizer = weakref.ref(param), weakref.ref(optimizer)
 
-        def note(_gradient: torch.Tensor) -> None:
+        def see(_gradient: torch.Tensor) -> None:
             param, optimizer = held_param(), held_optimizer()
             remains = None if param is None or optimizer is None else begins_on(param, optimizer)
-            if param is not None and remains is not None:
-                self._mixed[param] = bool(remains.any()) if isinstance(remains, torch.Tensor) else remains
+            if remains is not None:
+                watch.mixed = bool(remains.any()) if isinstance(remains, torch.Tensor) else remains
 
-        earlier = self._watches.pop(param)
+        earlier = forget(param, Watch)
         if earlier is not None:
-            earlier.remove()
-        self._mixed.pop(param)
+            earlier.hook.remove()
         if param.requires_grad:
-            self._watches[param] = param.register_hook(note)  # type: ignore[no-untyped-call]
+            watch = Watch(param.register_hook(see))  # type: ignore[no-untyped-call]
+            note(param, watch)
+
+
+def is_mixed(param: torch.Tensor) -> bool:
+    """Whether the gradient of this window was added to what an earlier step had left; see `Watch`."""
+    watch = noted(param, Watch)
+    return watch is not None and watch.mixed
 
 
 def _cut(slot: Slot, source: torch.Tensor) -> torch.Tensor | None:

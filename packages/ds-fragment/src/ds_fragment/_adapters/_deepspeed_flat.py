@@ -26,16 +26,16 @@ from ds_fragment._adapters._deepspeed import (
     DeepSpeedAdapter,
     Slot,
     at_boundary,
+    is_mixed,
     no_gradient,
     remembered,
     unused_gradient,
 )
-from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import flat_layout, whole
 from ds_fragment._links import link_of
 from ds_fragment._loaded import class_of
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
+from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
 
 
@@ -44,16 +44,12 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
 
     name = "deepspeed zero-1/2"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._slots = IdentityMap[Slot]()
-
     def claims(self, param: torch.Tensor) -> bool:
         """Whether DeepSpeed linked the parameter, by its own `link_hp_params` or by that of this package."""
         link = link_of(param)
         if link is not None and link.owner is not None:
             return False
-        slot = self._slots.get(param)
+        slot = noted(param, Slot)
         if slot is not None and slot.optimizer is not None and slot.optimizer() is not None:
             return True
         if not hasattr(param, "_hp_mapping"):
@@ -63,7 +59,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         if not link.engine_sought:  # once, as it takes a while
             link.engine_sought = True
             self._learn_living()
-        return param in self._slots
+        return noted(param, Slot) is not None
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
@@ -73,9 +69,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         self._learn_optimizer(optimizer)
         for param in model.parameters():
             if not hasattr(param, "_hp_mapping"):
-                self._slots[param] = Slot(
-                    param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED
-                )
+                note(param, Slot(param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED))
 
     def _learn_optimizer(self, optimizer: Any) -> None:
         reference = weakref.ref(optimizer)
@@ -92,7 +86,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                     slot.start = start + fragment.offset[0] - group.rank() * size
                     gaps += slot.start > end_of_last
                     slot.gaps, end_of_last = gaps, slot.start + slot.numel
-                self._slots[param] = slot
+                note(param, slot)
                 if getattr(optimizer, "cpu_offload", False):
                     self._watch(param, optimizer, self._begins_on)
 
@@ -104,14 +98,14 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                 self._learn_optimizer(thing)
 
     def _slot(self, param: torch.Tensor) -> Slot:
-        slot = self._slots.get(param)
+        slot = noted(param, Slot)
         if slot is None or slot.optimizer is None or slot.optimizer() is None:
             optimizer = _discovered(param)
             if optimizer is not None:
                 self._learn_optimizer(optimizer)
             else:
                 self._learn_living()
-            slot = self._slots.get(param)
+            slot = noted(param, Slot)
         if slot is None:
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is held by a DeepSpeed engine that cannot be found, or that is gone: "
@@ -165,7 +159,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         summed, reduced = remembered(optimizer, "_offload_accumulated_param_ids"), optimizer.norm_for_param_grads
         if identity not in reduced and identity not in summed:
             raise _missing(param, optimizer, others=bool(reduced or summed))
-        if self._mixed.get(param):
+        if is_mixed(param):
             raise no_gradient(param, MIXED)
         if identity in reduced:
             flat: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]

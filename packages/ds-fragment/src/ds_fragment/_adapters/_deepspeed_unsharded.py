@@ -16,9 +16,8 @@ from torch import nn
 
 from ds_fragment._adapters._deepspeed import UNREDUCED, loss_scale, no_gradient
 from ds_fragment._adapters._plain import PlainAdapter
-from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
-from ds_fragment._registry import registry
+from ds_fragment._registry import note, noted, registry
 
 # DeepSpeed 0.19.6 divides fp16 gradients by a loss scale that it did not multiply them by; older ones do both.
 _UNTOLD = "with {} and without ZeRO, DeepSpeed does not tell whether the gradient {}: use ZeRO stage 1, which does"
@@ -38,10 +37,6 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
 
     name = "deepspeed"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._slots = IdentityMap[_Slot]()
-
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
         optimizer: Any = getattr(model, "optimizer", None)
@@ -53,18 +48,18 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         for group, params in enumerate(optimizer.fp16_groups):
             start = 0
             for position, param in enumerate(params):
-                self._slots[param] = _Slot(reference, group, position, start)
+                note(param, _Slot(reference, group, position, start))
                 start += param.numel()
         registry.add_optimizer(optimizer.optimizer)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the engine is there, and trains the parameter."""
-        slot = self._slots.get(param)
+        slot = noted(param, _Slot)
         return slot is not None and slot.engine() is not None
 
     def _kept(self, param: torch.Tensor) -> tuple[Any, _Slot]:
         """The engine, and where its optimizer keeps the parameter."""
-        slot = self._slots.get(param)
+        slot = noted(param, _Slot)
         assert slot is not None
         return slot.engine(), slot
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ds_fragment._adapters._base import Adapter, entries_of, missing_gradient, state_entry, state_of, value_kind
-from ds_fragment._identity import IdentityMap
+from ds_fragment._gradient import require_current
 from ds_fragment._layout import Layout, mesh_layout, whole
 from ds_fragment._loaded import are_dtensors, is_dtensor
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
+from ds_fragment._registry import record_of, registry
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ class DTensorAdapter(Adapter):
 
     name = "dtensor"
 
-    def __init__(self) -> None:
-        # By tensor: the spec that the places were made for, and the place for each dtype.
-        self._places = IdentityMap[tuple[object, dict[torch.dtype, Place]]]()
-
     def claims(self, param: torch.Tensor) -> bool:
         """Whether it is a DTensor."""
         return is_dtensor(param)
@@ -47,22 +43,13 @@ class DTensorAdapter(Adapter):
         """Computed from the placements of the parameter; state that is not a DTensor is whole on every rank."""
         assert is_dtensor(param)
         if what in ("value", "grad"):
-            return self._like(param, param.dtype)
+            return _place_like(param, param, ("like", param.dtype))
         entry = state_entry(state_of(param, param), param, what)
         if is_dtensor(entry):
             alike = entry.placements == param.placements and entry.shape == param.shape
-            return self._like(param if alike else entry, entry.dtype)
+            tensor, kind = (param, "like") if alike else (entry, what)
+            return _place_like(param, tensor, (kind, entry.dtype))
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
-
-    def _like(self, tensor: DTensor, dtype: torch.dtype) -> Place:
-        spec, places = self._places.get(tensor) or (None, {})
-        if spec is not tensor._spec:
-            places = {}
-            self._places[tensor] = (tensor._spec, places)
-        if dtype not in places:
-            layout, group, replicas = mesh_place(tensor)
-            places[dtype] = Place(tensor.shape, dtype, tensor.device, layout, group, replicas)
-        return places[dtype]
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """What DTensors say of how they are placed, and who updates them."""
@@ -86,6 +73,8 @@ class DTensorAdapter(Adapter):
                 all(map(is_, map(_spec, grads), map(_spec, params)))  # as FSDP2 has them, and told fast
                 or list(map(_placements, grads)) == list(map(_placements, params))
             ):
+                for param in params:
+                    require_current(param, param)
                 return list(map(_local, grads))
             return [DTensorAdapter.local(self, param, what) for param in params]
         entries = entries_of(params, what)
@@ -107,6 +96,7 @@ class DTensorAdapter(Adapter):
                     f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
                     f"parameter is placed {param.placements}: redistribute it first"
                 )
+            require_current(param, param)
             return grad._local_tensor.detach()
         entry = state_entry(state_of(param, param), param, what)
         return entry._local_tensor.detach() if is_dtensor(entry) else entry
@@ -118,6 +108,16 @@ class DTensorAdapter(Adapter):
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a low-precision parameter."""
         return value_kind(param.dtype)
+
+
+def _place_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Place:
+    """Where a quantity of the parameter is that is placed like ``tensor``; a kind is placed alike, of one dtype."""
+
+    def make() -> Place:
+        layout, group, replicas = mesh_place(tensor)
+        return Place(tensor.shape, kind[1], tensor.device, layout, group, replicas)
+
+    return record_of(param).place(kind, tensor._spec, make)
 
 
 def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None, tuple[dist.ProcessGroup, ...]]:

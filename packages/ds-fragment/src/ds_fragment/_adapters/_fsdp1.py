@@ -2,15 +2,20 @@
 
 FSDP1 concatenates the parameters of a unit with padding between them, pads the end, and cuts evenly: each original
 parameter is an interval of that flat parameter, and a rank may hold none of it. The layout follows from the sizes.
+
+[Note: views] SHARD_GRAD_OP and HYBRID_SHARD_ZERO2 leave a unit gathered between the forward and the backward pass. Its
+modules' parameters are views of the gathered flat parameter then, and are taken for the original parameters here.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters._base import (
@@ -22,17 +27,19 @@ from ds_fragment._adapters._base import (
     state_of,
     value_kind,
 )
-from ds_fragment._identity import IdentityMap
+from ds_fragment._gradient import require_current
 from ds_fragment._layout import flat_layout
+from ds_fragment._loaded import reshard
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
-from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError
+from ds_fragment._registry import note, noted, registry
+from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 
 
 @dataclass(slots=True)
 class _Record:
     """Where one original parameter is in its unit's flat parameter."""
 
+    unit: weakref.ref[Any]  # the FullyShardedDataParallel
     handle: weakref.ref[Any]
     start: int  # in the flat parameter with its padding, in elements
     shape: torch.Size
@@ -43,9 +50,6 @@ class Fsdp1Adapter(Adapter):
     """Claims the original parameters of FSDP1 modules; the model must be attached."""
 
     name = "fsdp1"
-
-    def __init__(self) -> None:
-        self._records = IdentityMap[_Record]()
 
     def learn(self, model: nn.Module) -> None:
         """Where each original parameter is."""
@@ -60,12 +64,12 @@ class Fsdp1Adapter(Adapter):
                     starts.append(position)
                 position += numel
             for param, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
-                if param not in self._records:
-                    self._records[param] = _Record(weakref.ref(handle), start, torch.Size(shape))
+                if noted(param, _Record) is None:
+                    note(param, _Record(weakref.ref(module), weakref.ref(handle), start, torch.Size(shape)))
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether FSDP1 flattened it."""
-        return bool(getattr(param, "_fsdp_flattened", False))
+        return bool(getattr(param, "_fsdp_flattened", False)) or _original(param) is not param
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """An interval of the flattened parameter on each rank of the shard group."""
@@ -73,6 +77,7 @@ class Fsdp1Adapter(Adapter):
         kind = what if what in ("value", "grad") or is_number(what) else "state"
         if kind not in record.places:
             group, flat = handle.process_group, handle.flat_param
+            replicas = _replicas(record.unit(), handle)
             if handle.uses_sharded_strategy:
                 layout = flat_layout(record.start, record.shape.numel(), flat._sharded_size.numel(), group.size())
             else:
@@ -82,11 +87,12 @@ class Fsdp1Adapter(Adapter):
                 holds = [fragment is not None for fragment in layout.fragments]
                 record.places[kind] = scalar_place(what, group, holds, shard.device)
             else:
-                record.places[kind] = Place(record.shape, shard.dtype, shard.device, layout, group)
+                record.places[kind] = Place(record.shape, shard.dtype, shard.device, layout, group, replicas)
         return record.places[kind]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's interval."""
+        param = _original(param)
         record, handle = self._known(param)
         place = self.place(param, "value")
         fragment = place.layout.fragments[place.rank]
@@ -100,6 +106,7 @@ class Fsdp1Adapter(Adapter):
         if what == "grad":
             if param.grad is None:
                 raise missing_gradient(param)
+            require_current(param, param)
             return param.grad.detach().reshape(-1)
         entry = state_entry(state_of(param, param), param, what)
         if entry.numel() != (1 if is_number(what) else fragment.numel):
@@ -118,8 +125,29 @@ class Fsdp1Adapter(Adapter):
                 "kept unreduced on each rank; read it after one that reduces"
             )
 
+    def require_writable(self, param: torch.Tensor) -> None:
+        """Not while a context of FSDP1's holds the whole parameters, which it writes back at its end."""
+        _, handle = self._known(param)
+        if handle._training_state.name == "SUMMON_FULL_PARAMS":
+            raise FragmentError(
+                f"{registry.name_of(param)} is gathered by summon_full_params(), which would write over the new value "
+                "at its end: write after it"
+            )
+
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Free what is gathered of old values: the next forward, or backward, gathers anew."""
+        records = {id(handle): record for record, handle in map(self._known, params)}
+        for record in records.values():
+            reshard(record.unit())
+
     def _known(self, param: torch.Tensor) -> tuple[_Record, Any]:
-        record = self._records.get(param)
+        param = _original(param)
+        if hasattr(param, "_numels_with_padding"):
+            raise UnlinkedParameterError(
+                f"{registry.name_of(param)} is a flat parameter of FSDP1, which is several parameters with padding "
+                "between them: make the FullyShardedDataParallel with use_orig_params=True to read and write each"
+            )
+        record = noted(param, _Record)
         handle = None if record is None else record.handle()
         if record is None or handle is None:
             raise UnlinkedParameterError(
@@ -130,12 +158,30 @@ class Fsdp1Adapter(Adapter):
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state; none on a rank that holds nothing."""
+        param = _original(param)
         place = self.place(param, "value")
         return [] if place.layout.fragments[place.rank] is None else list(state_of(param, param))
 
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a flat parameter of low precision."""
         return value_kind(_shard(self._known(param)[1]).dtype)
+
+
+def _original(param: torch.Tensor) -> torch.Tensor:
+    """The parameter that a view stands for; see [Note: views]."""
+    flat: Any = param._base
+    tensors = getattr(flat, "_tensors", None)
+    if not tensors:
+        return param
+    return next((own for own, view in zip(flat._params, tensors, strict=False) if view is param), param)
+
+
+def _replicas(unit: Any, handle: Any) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose ranks hold the same as this one."""
+    if not handle.uses_sharded_strategy:
+        return (handle.process_group,)
+    group = getattr(unit, "_inter_node_pg", None)  # of HYBRID_SHARD
+    return () if group is None else (group,)
 
 
 def _shard(handle: Any) -> torch.Tensor:

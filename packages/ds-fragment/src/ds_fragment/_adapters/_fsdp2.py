@@ -1,63 +1,58 @@
-"""FSDP2 (`fully_shard`), as far as it is more than DTensors: an attached model tells what its gradients are worth.
+"""FSDP2 (`fully_shard`), as far as it is more than DTensors: it tells what gradients are worth, and gathers copies.
 
-Between a forward and a backward pass the module's parameters are gathered low-precision copies; through `attach`
-they are known for what they are, and the sharded parameter is read in their place.
+Between a forward and a backward pass the module's parameters may be copies of low precision, gathered or sharded over
+fewer ranks; the sharded parameter is read and written in their place. Copies of old values are given back after a
+write. torch keeps a list of all such modules, so that they are known without `attach`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
-from ds_fragment._identity import IdentityMap
-from ds_fragment._loaded import are_dtensors, is_a, is_dtensor
+from ds_fragment._loaded import composable_states, is_a
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
+from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import GradientUnavailableError
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What FSDP2 keeps of a parameter, weakly: of the parameter itself, and of those that are gathered with it."""
+
+    param: weakref.ref[Any]  # an FSDPParam
+    group: weakref.ref[Any]  # an FSDPParamGroup
+
+
+class _NoUnit:
+    """Noted of a plain tensor: it is not FSDP2's gathered copy of a parameter."""
+
+
 class Fsdp2Adapter(DTensorAdapter):
-    """Claims the parameters of attached FSDP2 modules, sharded or gathered."""
+    """Claims the parameters of FSDP2 modules, sharded or gathered."""
 
     name = "fsdp2"
 
-    def __init__(self) -> None:
-        super().__init__()
-        # By the sharded parameter: FSDP2's record of it, and the group that reduces its gradient.
-        self._records = IdentityMap[tuple[weakref.ref[Any], weakref.ref[Any]]]()
-        self._gathered = IdentityMap[weakref.ref[Any]]()
-
     def learn(self, model: nn.Module) -> None:
         """FSDP2's records of the parameters."""
-        for group in _groups(model):
-            for record in group.fsdp_params:
-                self._records[record.sharded_param] = (weakref.ref(record), weakref.ref(group))
+        for module in model.modules():
+            if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
+                _note_units(module._get_fsdp_state())  # type: ignore[operator]
 
     def claims(self, param: torch.Tensor) -> bool:
-        """Whether the parameter, or what it is a gathered copy of, is in an attached module."""
-        if is_dtensor(param):
-            return param in self._records
-        return bool(self._records) and self._record_of_gathered(param) is not None
-
-    def _record_of_gathered(self, param: torch.Tensor) -> Any:
-        if param not in self._gathered:
-            for reference, _ in self._records.values():
-                record = reference()
-                copy = getattr(record, "_unsharded_param", None)  # there from the first gather on
-                if copy is not None:
-                    self._gathered[copy] = reference
-        found = self._gathered.get(param)
-        return None if found is None else found()
+        """Whether the parameter, or what it is a gathered copy of, is in an FSDP2 module."""
+        return _unit_of(param) is not None
 
     def _sharded(self, param: torch.Tensor) -> torch.Tensor:
-        if is_dtensor(param):
-            return param
-        found: torch.Tensor = self._record_of_gathered(param).sharded_param
+        unit = _unit_of(param)
+        record: Any = None if unit is None else unit.param()
+        found: torch.Tensor = param if record is None else record.sharded_param  # its module is gone
         return found
 
     def place(self, param: torch.Tensor, what: str) -> Place:
@@ -76,8 +71,6 @@ class Fsdp2Adapter(DTensorAdapter):
         return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if are_dtensors(params):
-            return params
         return [self._sharded(param) for param in params]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
@@ -89,10 +82,8 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
         for param in params:
-            known = self._records.get(param)
-            if known is None:
-                continue
-            record, group = known[0](), known[1]()
+            unit = _unit_of(param)
+            record, group = (None, None) if unit is None else (unit.param(), unit.group())
             if record is None or group is None:  # the module is gone, and with it what it had not reduced
                 continue
             copy = getattr(record, "_unsharded_param", None)  # there from the first gather on
@@ -115,11 +106,36 @@ class Fsdp2Adapter(DTensorAdapter):
         """``"upcast"`` for a sharded parameter of low precision."""
         return super().master(self._sharded(param))
 
+    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
+        """Give back what is gathered of old values: the next forward, or backward, gathers anew."""
+        units = [_unit_of(param) for param in self._all_sharded(params)]
+        for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
+            if group is not None and not group.is_sharded:
+                group.reshard()
 
-def _groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
-            groups = getattr(state, "_fsdp_param_groups", None)
-            one = getattr(state, "_fsdp_param_group", None) if groups is None else None
-            yield from (group for group in (groups if groups is not None else [one]) if group is not None)
+
+def _unit_of(param: torch.Tensor) -> _Unit | None:
+    """What FSDP2 keeps of the parameter, or of what it is a gathered copy of; None where it is not FSDP2's."""
+    found = noted(param, _Unit)
+    if found is None and noted(param, _NoUnit) is None:
+        for reference in list(composable_states().values()):
+            _note_units(reference())
+        found = noted(param, _Unit)
+        if found is None:
+            note(param, _NoUnit())
+    return found
+
+
+def _note_units(state: Any) -> None:
+    """Note the parameters of an FSDP2 module, given by FSDP2's state of it, and their gathered copies."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # an older torch has one group a module
+        group = getattr(state, "_fsdp_param_group", None)
+        groups = [] if group is None else [group]
+    for group in groups:
+        for record in group.fsdp_params:
+            unit = _Unit(weakref.ref(record), weakref.ref(group))
+            for name in ("sharded_param", "_unsharded_param", "_sharded_post_forward_param"):
+                tensor = getattr(record, name, None)
+                if tensor is not None:
+                    note(tensor, unit)

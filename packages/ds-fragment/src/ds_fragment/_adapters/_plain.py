@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._adapters._base import Adapter, missing_gradient, state_entry, state_of, value_kind
-from ds_fragment._identity import IdentityMap
+from ds_fragment._gradient import require_current
 from ds_fragment._layout import whole
+from ds_fragment._loaded import composable_state, is_a
 from ds_fragment._place import Place
-from ds_fragment._registry import registry
-from ds_fragment.errors import GradientUnavailableError
+from ds_fragment._registry import note, noted, record_of, registry
 
 
 class PlainAdapter(Adapter):
@@ -25,18 +26,13 @@ class PlainAdapter(Adapter):
 
     name = "plain"
 
-    def __init__(self) -> None:
-        self._ddp = IdentityMap[weakref.ref[DistributedDataParallel]]()
-        # By tensor, and by what a quantity of it looks like.
-        self._places = IdentityMap[dict[tuple[torch.Size, torch.dtype, torch.device], Place]]()
-
     def learn(self, model: nn.Module) -> None:
-        """Which parameters a DistributedDataParallel reduces the gradients of."""
+        """Which parameters a DistributedDataParallel, or a DeepSpeedEngine, reduces the gradients of."""
         for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                reference = weakref.ref(module)
+            group = _data_parallel_group(module)
+            if group is not None:
                 for param in module.parameters():
-                    self._ddp[param] = reference
+                    note(param, _Replicas(group))
 
     def claims(self, param: torch.Tensor) -> bool:
         """Every tensor."""
@@ -45,22 +41,13 @@ class PlainAdapter(Adapter):
     def place(self, param: torch.Tensor, what: str) -> Place:
         """All of it is here."""
         found = self.local(param, what)
-        key = (found.shape, found.dtype, found.device)
-        places = self._places.get(param)
-        if places is None:
-            places = self._places[param] = {}
-        if key not in places:
-            places[key] = Place(*key, whole(found.shape), None)
-        return places[key]
+        like = (found.shape, found.dtype, found.device)
+        return record_of(param).place(like, None, lambda: Place(*like, whole(found.shape), None))
 
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """The ranks of the DistributedDataParallel that was attached."""
-        wrapper = self._wrapper(param)
-        return () if wrapper is None else (wrapper.process_group,)
-
-    def _wrapper(self, param: torch.Tensor) -> DistributedDataParallel | None:
-        reference = self._ddp.get(param)
-        return None if reference is None else reference()
+        """The data-parallel ranks of the model that was attached."""
+        replicas = noted(param, _Replicas)
+        return () if replicas is None else (replicas.group,)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
@@ -70,17 +57,12 @@ class PlainAdapter(Adapter):
                 _warn_of_masters(param)
             return self._part(param, owned.detach())
         if what == "grad":
-            wrapper = self._wrapper(param) if param.requires_grad else None
-            if wrapper is not None and not wrapper.require_forward_param_sync:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has a gradient of this rank alone: the last backward pass ran under "
-                    "DistributedDataParallel.no_sync(); read it after one that reduces"
-                )
             master = registry.master_of(param)
-            grad = param.grad if master is None or master.grad is None else master.grad
-            if grad is None:
+            owner = param if master is None or master.grad is None else master
+            if owner.grad is None:
                 raise missing_gradient(param)
-            return grad.detach()
+            require_current(owner, param)
+            return owner.grad.detach()
         return self._part(param, state_entry(state_of(self._owned(param), param), param, what))
 
     def _owned(self, param: torch.Tensor) -> torch.Tensor:
@@ -106,6 +88,36 @@ class PlainAdapter(Adapter):
             owned = self._owned(param)
             if owned is not param:
                 param.data.copy_(self._part(param, owned.data))
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """The ranks that hold a parameter whole and reduce its gradient."""
+
+    group: dist.ProcessGroup
+
+
+def _data_parallel_group(module: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which a module reduces its gradients, if it wraps another to do so."""
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group
+    if is_a(module, "deepspeed", "DeepSpeedEngine"):
+        group: Any = getattr(module, "seq_data_parallel_group", None) or getattr(module, "data_parallel_group", None)
+        return dist.group.WORLD if group is None else group
+    state: Any = composable_state(module)
+    return (
+        _replicate_group(state) if is_a(state, "torch.distributed._composable.replicate", "_ReplicateState") else None
+    )
+
+
+def _replicate_group(state: Any) -> dist.ProcessGroup | None:
+    """The ranks of a `replicate()`, which makes its DistributedDataParallel at the first forward."""
+    wrapper = getattr(state, "_ddp", None)
+    if wrapper is not None:
+        made: dist.ProcessGroup = wrapper.process_group
+        return made
+    mesh, given = (state._init_kwargs.get(name) for name in ("device_mesh", "process_group"))
+    return given or (dist.group.WORLD if mesh is None else mesh.get_group())
 
 
 def _warn_of_masters(param: torch.Tensor) -> None:

@@ -24,13 +24,13 @@ from ds_fragment._adapters._deepspeed import (
     DeepSpeedAdapter,
     Slot,
     at_boundary,
+    is_mixed,
     no_gradient,
     remembered,
     unused_gradient,
 )
-from ds_fragment._identity import IdentityMap
 from ds_fragment._layout import even_layout
-from ds_fragment._registry import registry
+from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import FragmentError
 
 # By ds_id, this rank's part of the reduced gradient, padding included; a private name of the class.
@@ -42,10 +42,6 @@ class Zero3Adapter(DeepSpeedAdapter):
     """Claims partitioned parameters, which know their optimizer."""
 
     name = "deepspeed zero-3"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._slots = IdentityMap[Slot]()
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether ZeRO-3 partitioned the parameter."""
@@ -61,9 +57,10 @@ class Zero3Adapter(DeepSpeedAdapter):
 
     def _slot(self, param: torch.Tensor) -> Slot:
         optimizer = getattr(param, "_z3_optimizer", None)
-        slot = self._slots.get(param)
+        slot = noted(param, Slot)
         if slot is None or (None if slot.optimizer is None else slot.optimizer()) is not optimizer:
-            slot = self._slots[param] = _slot_of(param, optimizer)
+            slot = _slot_of(param, optimizer)
+            note(param, slot)
         return slot
 
     def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
@@ -97,7 +94,7 @@ class Zero3Adapter(DeepSpeedAdapter):
             if param.grad is not None:
                 raise no_gradient(param, UNREDUCED)
             raise unused_gradient(param, UNUSED, others=bool(reduced))
-        if self._mixed.get(param):
+        if is_mixed(param):
             raise no_gradient(param, MIXED)
         if _in_fp32_tensors(optimizer) and not _nvme.is_swapped(optimizer, slot.index):
             return self._stepped(slot, optimizer)

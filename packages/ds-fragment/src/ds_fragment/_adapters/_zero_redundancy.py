@@ -38,6 +38,10 @@ class ZeroRedundancyAdapter(Adapter):
         """What DistributedDataParallel says of the gradients."""
         self._plain.learn(model)
 
+    def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """Of the parameter's dtype: only the owner of a state knows that of the state."""
+        return param.detach().new_empty(0)
+
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The ranks that the optimizer's state is spread over."""
         return (_optimizer(param).process_group,)

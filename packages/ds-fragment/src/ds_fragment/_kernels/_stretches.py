@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
@@ -9,7 +10,6 @@ from typing import cast
 
 import torch
 
-from ds_fragment._identity import Seen
 from ds_fragment._kernels import _cuda
 from ds_fragment._kernels._library import LINE, loaded
 from ds_fragment._kernels._plan import SAME, Pieces, Plan, all_plain, kind_of
@@ -72,7 +72,7 @@ class Tensors:
         head: torch.Tensor | None = None,
     ) -> None:
         self._offsets, self._dtypes, self._pieces, self._numels, self._head = offsets, dtypes, pieces, numels, head
-        self._seen = Seen()  # what was given twice
+        self._seen = _Seen()  # what was given twice
         self._made_of: tuple[list[int], list[torch.dtype], list[int]] = ([], [], [])
         # By direction; the sizes and kinds for as long as the tensors look alike, wherever they are.
         self._sized: dict[bool, tuple[list[int], bytes] | None] = {}
@@ -111,9 +111,9 @@ class Tensors:
             self._made_of = columns
         plain = all_plain(tensors, buffer.device)
         if moved or not plain:
-            self._seen = Seen()  # as gradients are others at every step, only what comes again is worth remembering
+            self._seen = _Seen()  # as gradients are others at every step, only what comes again is worth remembering
         elif not self._seen.are(tensors):
-            self._seen = Seen(tensors)
+            self._seen = _Seen(tensors)
         if not plain:
             return False
         if into_tensors not in self._stretches:
@@ -162,3 +162,24 @@ class Tensors:
 def _columns(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[torch.dtype], list[int]]:
     """Addresses, dtypes and numbers of elements."""
     return list(map(_address, tensors)), list(map(_dtype, tensors)), list(map(torch.Tensor.numel, tensors))
+
+
+class _Seen:
+    """Some tensors, which it does not keep alive, to tell whether others are the same.
+
+    An id means one tensor as long as that lives, so that ids are compared once it is known that none is gone.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self._gone: list[object] = []
+        self._ids = list(map(id, tensors))
+        self._references = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of them are still there."""
+        return not self._gone
+
+    def are(self, tensors: Sequence[object]) -> bool:
+        """Whether these are the same, in the same order."""
+        return list(map(id, tensors)) == self._ids and self.alive
