@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._availability import count_over_ranks, is_absent
 from ds_fragment._loaded import is_a
@@ -18,6 +17,15 @@ from ds_fragment.errors import InvalidValueError
 
 Named = tuple[str, torch.Tensor]
 K = TypeVar("K")
+
+# What wraps a whole model: module and name of the class, and the attribute that has the model.
+_WRAPPERS = (
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),  # torch.compile's
+    ("deepspeed", "DeepSpeedEngine", "module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+)
 
 
 def read_one(param: torch.Tensor, what: str) -> torch.Tensor:
@@ -45,12 +53,32 @@ def sharded(model: nn.Module) -> nn.Module:
     It is taken out of what wraps it and renames its parameters. Between passes FSDP2 may leave gathered low-precision
     copies where the parameters were; they are given back.
     """
-    while isinstance(model, DistributedDataParallel) or is_a(model, "deepspeed", "DeepSpeedEngine"):
-        model = model.module  # type: ignore[assignment]
+    model = unwrapped(model)
     for module in model.modules():
         if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
             module.reshard()  # type: ignore[operator]
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that others wrap as a whole, one around the other in any order.
+
+    >>> net = nn.Sequential()
+    >>> net.add_module("module", nn.Linear(2, 2))  # a part of the model, whatever it is called
+    >>> unwrapped(net) is net
+    True
+    """
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    for module, name, attribute in _WRAPPERS:
+        if is_a(model, module, name):
+            found: nn.Module = getattr(model, attribute)
+            return found
+    return None
 
 
 def _tensors(items: Sequence[Any], kinds: set[type]) -> list[torch.Tensor]:

@@ -10,8 +10,9 @@ import torch
 
 from ds_fragment._identity import IdentityMap
 
-# What wrappers put into parameter names.
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+# What wrappers put into parameter names, wherever they are in a model. What only wraps whole models, and calls them
+# "module" as a user may call a part of a model, is taken off by `_read.unwrapped`.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
 
 
 class Registry:
@@ -83,9 +84,11 @@ registry = Registry()
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what FSDP1, activation checkpointing and torch.compile put into it.
+    """A parameter's name without what FSDP1, activation checkpointing, torch.compile and Fabric put into it.
 
     >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
+    >>> clean_name("_forward_module.layers.module.weight")
+    'layers.module.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
