@@ -11,8 +11,8 @@ from torch import nn
 
 from ds_fragment._adapters import adapters
 from ds_fragment._gradient import watch_scalers
-from ds_fragment._read import sharded
-from ds_fragment._registry import clean_name, registry
+from ds_fragment._model import own_parameters, unwrapping
+from ds_fragment._registry import registry
 from ds_fragment.errors import InvalidValueError
 
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | Mapping[Any, torch.optim.Optimizer]
@@ -81,17 +81,18 @@ class _Attachment:
         found: dict[int, torch.Tensor] = {}
         model = self.model()
         if model is not None:
-            for adapter in adapters():
-                adapter.learn(model)
-            named = dict(sharded(model).named_parameters())
+            for module in unwrapping(model):
+                for adapter in adapters():
+                    adapter.learn(module)
+            named = dict(own_parameters(model))
             registry.add_names(named.items())
             found.update((id(param), param) for param in named.values())
-            names = {id(param): clean_name(name) for name, param in named.items()}
+            names = {id(param): name for name, param in named.items()}
             for param, reference in self._pairs:
                 if id(param) in names:
                     self._masters[names[id(param)]] = reference
             for name, param in named.items():
-                master = self._masters.get(clean_name(name), lambda: None)()
+                master = self._masters.get(name, lambda: None)()
                 if master is not None:
                     registry.add_master(param, master)
         for param, reference in self._pairs:

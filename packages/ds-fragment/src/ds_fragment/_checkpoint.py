@@ -24,8 +24,8 @@ from torch import nn
 from ds_fragment import _safetensors
 from ds_fragment._exchange import Pieces, agree
 from ds_fragment._loaded import is_dtensor
+from ds_fragment._model import own_parameters, unwrapped
 from ds_fragment._quantity import Quantity
-from ds_fragment._read import sharded
 from ds_fragment._registry import clean_name
 from ds_fragment._write import commit, refresh
 from ds_fragment.errors import FragmentError, InvalidValueError
@@ -166,15 +166,14 @@ def _entries(model: nn.Module, dtype: torch.dtype | None, call: str) -> tuple[li
     tied: dict[str, str] = {}
     params: list[torch.Tensor] = []
     names: list[str] = []
-    model = sharded(model)
-    for name, param in model.named_parameters(remove_duplicate=False):
+    for name, param in own_parameters(model, remove_duplicate=False):
         if id(param) in first:
-            tied[clean_name(name)] = first[id(param)]
+            tied[name] = first[id(param)]
             continue
-        first[id(param)] = clean_name(name)
-        names.append(clean_name(name))
+        first[id(param)] = name
+        names.append(name)
         params.append(param)
-    buffers, parameters = list(_persistent_buffers(model)), len(params)
+    buffers, parameters = list(_persistent_buffers(unwrapped(model))), len(params)
     for name, buffer in buffers:
         if is_dtensor(buffer):  # `distribute_module` makes them; they travel as parameters do, in their own dtype
             names.append(name)

@@ -13,9 +13,9 @@ from torch import nn
 
 from ds_fragment._adapters import adapter_of
 from ds_fragment._layout import Fragment
+from ds_fragment._model import own_parameters
 from ds_fragment._place import Place
-from ds_fragment._read import sharded
-from ds_fragment._registry import clean_name, registry
+from ds_fragment._registry import registry
 
 _COLUMNS = ("parameter", "shape", "engine", "dtype", "master", "ranks", "this rank holds")
 
@@ -83,9 +83,7 @@ def describe(target: torch.Tensor | nn.Module) -> Description | ModelDescription
         TypeError: it is neither.
     """
     if isinstance(target, nn.Module):
-        return ModelDescription(
-            tuple(_describe(param, clean_name(n)) for n, param in sharded(target).named_parameters())
-        )
+        return ModelDescription(tuple(_describe(param, name) for name, param in own_parameters(target)))
     return _describe(target, None)
 
 

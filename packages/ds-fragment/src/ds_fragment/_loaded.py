@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -59,19 +59,18 @@ def composable_state(module: object) -> object:
     return None if reference is None else reference()
 
 
-def reshard(module: object) -> None:
-    """Free what an FSDP2 or FSDP1 module has gathered, so that its own sharded parameters are in place.
+def fsdp2_groups(state: Any) -> Sequence[Any]:
+    """The groups of parameters that FSDP2 gathers together, given its state of a module."""
+    groups: Sequence[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # an older torch has one group a module
+        group = getattr(state, "_fsdp_param_group", None)
+        groups = [] if group is None else [group]
+    return groups
 
-    No communication; the next forward or backward gathers anew. A module of FSDP1 that is at work, or whose parameters
-    are summoned, is left as it is, and so is anything else.
-    """
+
+def is_gathered(module: object) -> bool:
+    """Whether an FSDP2 or FSDP1 module has gathered copies in the place of its parameters."""
     if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-        module.reshard()  # type: ignore[attr-defined]
-    elif is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
-        unit: Any = module
-        handle = unit._handle
-        if handle is None or handle._training_state.name != "IDLE":
-            return
-        gathers = hasattr(handle.flat_param, "_full_param_padded")  # from the first forward on
-        if gathers and handle.uses_sharded_strategy and not handle.needs_unshard():
-            sys.modules["torch.distributed.fsdp._runtime_utils"]._reshard(unit, handle, True)
+        return any(not group.is_sharded for group in fsdp2_groups(composable_state(module)))
+    handle: Any = getattr(module, "_handle", None)
+    return any(view is not None for view in getattr(getattr(handle, "flat_param", None), "_tensors", None) or ())

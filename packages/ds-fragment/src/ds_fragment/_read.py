@@ -8,10 +8,9 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ds_fragment._availability import count_over_ranks, is_absent
-from ds_fragment._loaded import is_a, reshard
+from ds_fragment._model import own_parameters
 from ds_fragment._quantity import Quantity
 from ds_fragment._registry import clean_name
 from ds_fragment.errors import InvalidValueError
@@ -31,25 +30,12 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
     Raises:
         TypeError: something is neither a tensor nor a (name, tensor) pair.
     """
-    items: list[Any] = list(sharded(params).named_parameters() if isinstance(params, nn.Module) else params)
+    items: list[Any] = list(own_parameters(params) if isinstance(params, nn.Module) else params)
     kinds = set(map(type, items))
     if kinds == {tuple} and set(map(len, items)) == {2}:
         names, tensors = zip(*items, strict=True)
         return list(map(clean_name, names)), _tensors(tensors, set(map(type, tensors)))
     return None, _tensors(items, kinds)
-
-
-def sharded(model: nn.Module) -> nn.Module:
-    """The model itself, with its own parameters in place.
-
-    It is taken out of what wraps it and renames its parameters. Between passes FSDP may leave gathered copies where the
-    parameters were; they are given back.
-    """
-    while isinstance(model, DistributedDataParallel) or is_a(model, "deepspeed", "DeepSpeedEngine"):
-        model = model.module  # type: ignore[assignment]
-    for module in model.modules():
-        reshard(module)
-    return model
 
 
 def _tensors(items: Sequence[Any], kinds: set[type]) -> list[torch.Tensor]:

@@ -21,8 +21,9 @@ from ds_fragment._place import Place
 
 V = TypeVar("V")
 
-# What wrappers put into parameter names.
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+# What wrappers put into parameter names, wherever they are in a model. What only wraps whole models, and calls them
+# "module" as a user may call a part of a model, is taken off by `_model.unwrapped`.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
 _ATTRIBUTE = "_ds_fragment"
 _record = attrgetter(_ATTRIBUTE)
 
@@ -213,9 +214,11 @@ registry = Registry()
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what FSDP1, activation checkpointing and torch.compile put into it.
+    """A parameter's name without what FSDP1, activation checkpointing, torch.compile and Fabric put into it.
 
     >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
+    >>> clean_name("_forward_module.layers.module.weight")
+    'layers.module.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -79,6 +79,10 @@ class Adapter(ABC):
         """Groups whose ranks each hold the whole parameter, and so have to write the same."""
         return ()
 
+    def own(self, param: torch.Tensor) -> torch.Tensor:
+        """The parameter that ``param``, which this adapter claims, is a gathered copy of; itself where it is none."""
+        return param
+
     def learn(self, model: nn.Module) -> None:
         """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
         return

@@ -9,6 +9,7 @@ modules' parameters are views of the gathered flat parameter then, and are taken
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ from ds_fragment._adapters._base import (
 )
 from ds_fragment._gradient import require_current
 from ds_fragment._layout import flat_layout
-from ds_fragment._loaded import reshard
 from ds_fragment._place import Place
 from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
@@ -70,6 +70,10 @@ class Fsdp1Adapter(Adapter):
     def claims(self, param: torch.Tensor) -> bool:
         """Whether FSDP1 flattened it."""
         return bool(getattr(param, "_fsdp_flattened", False)) or _original(param) is not param
+
+    def own(self, param: torch.Tensor) -> torch.Tensor:
+        """The original parameter."""
+        return _original(param)
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """An interval of the flattened parameter on each rank of the shard group."""
@@ -138,7 +142,7 @@ class Fsdp1Adapter(Adapter):
         """Free what is gathered of old values: the next forward, or backward, gathers anew."""
         records = {id(handle): record for record, handle in map(self._known, params)}
         for record in records.values():
-            reshard(record.unit())
+            _reshard(record.unit())
 
     def _known(self, param: torch.Tensor) -> tuple[_Record, Any]:
         param = _original(param)
@@ -174,6 +178,16 @@ def _original(param: torch.Tensor) -> torch.Tensor:
     if not tensors:
         return param
     return next((own for own, view in zip(flat._params, tensors, strict=False) if view is param), param)
+
+
+def _reshard(unit: Any) -> None:
+    """Free what a unit has gathered; no communication. One that is at work, or summoned, is left as it is."""
+    handle = unit._handle
+    if handle is None or handle._training_state.name != "IDLE":
+        return
+    gathers = hasattr(handle.flat_param, "_full_param_padded")  # from the first forward on
+    if gathers and handle.uses_sharded_strategy and not handle.needs_unshard():
+        sys.modules["torch.distributed.fsdp._runtime_utils"]._reshard(unit, handle, True)
 
 
 def _replicas(unit: Any, handle: Any) -> tuple[dist.ProcessGroup, ...]:

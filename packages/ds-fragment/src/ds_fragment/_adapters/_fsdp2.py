@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
-from ds_fragment._loaded import composable_states, is_a
+from ds_fragment._loaded import composable_state, composable_states, fsdp2_groups, is_a
 from ds_fragment._place import Place
 from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import GradientUnavailableError
@@ -43,13 +43,14 @@ class Fsdp2Adapter(DTensorAdapter):
         """FSDP2's records of the parameters."""
         for module in model.modules():
             if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-                _note_units(module._get_fsdp_state())  # type: ignore[operator]
+                _note_units(composable_state(module))
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter, or what it is a gathered copy of, is in an FSDP2 module."""
         return _unit_of(param) is not None
 
-    def _sharded(self, param: torch.Tensor) -> torch.Tensor:
+    def own(self, param: torch.Tensor) -> torch.Tensor:
+        """The sharded parameter."""
         unit = _unit_of(param)
         record: Any = None if unit is None else unit.param()
         found: torch.Tensor = param if record is None else record.sharded_param  # its module is gone
@@ -57,7 +58,7 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """As for any DTensor."""
-        return super().place(self._sharded(param), what)
+        return super().place(self.own(param), what)
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """As for any DTensor."""
@@ -71,11 +72,11 @@ class Fsdp2Adapter(DTensorAdapter):
         return super().pieces(sharded, what)
 
     def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return [self._sharded(param) for param in params]
+        return [self.own(param) for param in params]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """As for any DTensor, if it is a gradient that is reduced."""
-        param = self._sharded(param)
+        param = self.own(param)
         if what == "grad":
             self._require_reduced([param])
         return super().local(param, what)
@@ -100,11 +101,11 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
-        return super().state_keys(self._sharded(param))
+        return super().state_keys(self.own(param))
 
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a sharded parameter of low precision."""
-        return super().master(self._sharded(param))
+        return super().master(self.own(param))
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Give back what is gathered of old values: the next forward, or backward, gathers anew."""
@@ -128,11 +129,7 @@ def _unit_of(param: torch.Tensor) -> _Unit | None:
 
 def _note_units(state: Any) -> None:
     """Note the parameters of an FSDP2 module, given by FSDP2's state of it, and their gathered copies."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # an older torch has one group a module
-        group = getattr(state, "_fsdp_param_group", None)
-        groups = [] if group is None else [group]
-    for group in groups:
+    for group in fsdp2_groups(state):
         for record in group.fsdp_params:
             unit = _Unit(weakref.ref(record), weakref.ref(group))
             for name in ("sharded_param", "_unsharded_param", "_sharded_post_forward_param"):

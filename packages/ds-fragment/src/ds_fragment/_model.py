@@ -1,0 +1,54 @@
+"""Models as users bring them: taken out of what wraps them, with the parameters that are their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ds_fragment._adapters import adapter_of
+from ds_fragment._loaded import is_a, is_gathered
+from ds_fragment._registry import clean_name
+
+# What wraps a whole model: module and name of the class, and the attribute that has the model.
+_WRAPPERS = (
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),  # torch.compile's
+    ("deepspeed", "DeepSpeedEngine", "module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
+)
+
+
+def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what it wraps as a whole, what that wraps, and so on; the last is the user's own.
+
+    >>> net = nn.Sequential()
+    >>> net.add_module("module", nn.Linear(2, 2))  # a part of the model, whatever it is called
+    >>> [module is net for module in unwrapping(net)]
+    [True]
+    """
+    yield model
+    for module, name, attribute in _WRAPPERS:
+        if is_a(model, module, name):
+            yield from unwrapping(getattr(model, attribute))
+            return
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model."""
+    *_, found = unwrapping(model)
+    return found
+
+
+def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters by their names in the user's own model, as ``named_parameters()`` gives them.
+
+    Where FSDP has left gathered copies in the place of parameters, the parameters: nothing is given back, which all
+    ranks would have to do together.
+    """
+    model = unwrapped(model)
+    gathered = any(map(is_gathered, model.modules()))
+    for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield clean_name(name), adapter_of(param).own(param) if gathered else param
