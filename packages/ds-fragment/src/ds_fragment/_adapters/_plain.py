@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_fragment._adapters._base import Adapter, missing_gradient, state_entry, state_of, value_kind
 from ds_fragment._gradient import require_current
 from ds_fragment._layout import whole
-from ds_fragment._loaded import composable_state, is_a
+from ds_fragment._loaded import is_a
 from ds_fragment._place import Place
 from ds_fragment._registry import note, noted, record_of, registry
 
@@ -104,10 +104,9 @@ def _data_parallel_group(module: nn.Module) -> dist.ProcessGroup | None:
     if is_a(module, "deepspeed", "DeepSpeedEngine"):
         group: Any = getattr(module, "seq_data_parallel_group", None) or getattr(module, "data_parallel_group", None)
         return dist.group.WORLD if group is None else group
-    state: Any = composable_state(module)
-    return (
-        _replicate_group(state) if is_a(state, "torch.distributed._composable.replicate", "_ReplicateState") else None
-    )
+    replicate: Any = sys.modules.get("torch.distributed._composable.replicate")
+    state = None if replicate is None else replicate.replicate.state(module)
+    return None if state is None else _replicate_group(state)
 
 
 def _replicate_group(state: Any) -> dist.ProcessGroup | None:
