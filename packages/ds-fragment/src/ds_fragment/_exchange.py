@@ -321,6 +321,11 @@ def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -
     return wholes
 
 
+def different_values(names: str) -> FragmentError:
+    """The error for what the ranks were given, and not alike."""
+    return RankMismatchError(f"the ranks gave different values for {names}: pass the same on every rank")
+
+
 def agree(
     error: Exception | None,
     groups: Sequence[dist.ProcessGroup],
@@ -328,6 +333,7 @@ def agree(
     sums: Sequence[int] = (),
     name: Callable[[int], str] = str,
     scopes: Sequence[Sequence[dist.ProcessGroup]] | None = None,
+    differ: Callable[[str], FragmentError] = different_values,
 ) -> None:
     """Raise on every rank of the groups if any rank has an error; one small collective for each group.
 
@@ -340,9 +346,10 @@ def agree(
         sums: 64-bit numbers that should be the same on every rank.
         name: what the i-th of them is about.
         scopes: for each of them, in which groups it should be the same; in all of them unless told.
+        differ: makes the error for those that are not the same, from their names.
 
     Raises:
-        FragmentError: the error of the lowest failing rank.
+        FragmentError: the error of the lowest failing rank, or that of ``differ``.
         RankMismatchError: the sums are not the same.
     """
     failing = [] if error is None else [_status.encode(error)]
@@ -357,7 +364,7 @@ def agree(
             failing.extend(found)
             fine.extend(statuses[statuses[:, 0] == 0])
             if not len(found) and not torch.equal(statuses, mine.expand_as(statuses)):
-                failing.append(_status.encode(_mismatch(sums, chosen, statuses, group, device, name)))
+                failing.append(_status.encode(_mismatch(sums, chosen, statuses, group, device, name, differ)))
     if failing:
         _status.check(torch.stack(failing + fine), cause=error)
 
@@ -369,7 +376,8 @@ def _mismatch(
     group: dist.ProcessGroup,
     device: torch.device,
     name: Callable[[int], str],
-) -> RankMismatchError:
+    differ: Callable[[str], FragmentError],
+) -> FragmentError:
     """Which of the sums differ; all ranks of the group call it once they know that some do."""
     counts = _status.counts(statuses)
     if len(set(counts)) > 1:
@@ -380,7 +388,7 @@ def _mismatch(
     rows = _all_gather(torch.tensor([sums[i] for i in chosen], dtype=torch.int64), group, device)
     different = [name(i) for i, equal in zip(chosen, (rows == rows[0]).all(dim=0).tolist(), strict=True) if not equal]
     names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-    return RankMismatchError(f"the ranks gave different values for {names}: pass the same on every rank")
+    return differ(names)
 
 
 def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:

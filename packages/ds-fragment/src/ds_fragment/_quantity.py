@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import TypeVar
 
@@ -16,8 +17,9 @@ from ds_fragment._check import meet
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
 from ds_fragment._identity import IdentityMap
 from ds_fragment._registry import registry
+from ds_fragment._state import checksums, different_state
 from ds_fragment._survey import survey_of
-from ds_fragment.errors import FragmentError, StateKeyError
+from ds_fragment.errors import FragmentError, RankMismatchError, StateKeyError
 
 K = TypeVar("K")
 
@@ -57,6 +59,14 @@ class _Agreements:
 _agreements = _Agreements()
 
 
+def _kept_otherwise(names: str) -> RankMismatchError:
+    """The error for state that is not of one shape and dtype on all ranks."""
+    return RankMismatchError(
+        f"{names} is not kept alike: its shape, dtype or placement differs over the ranks, and nothing says what the "
+        "whole is; read it in optimizer.state on each rank"
+    )
+
+
 class Quantity:
     """One quantity of many parameters: where each is, and this rank's pieces.
 
@@ -76,8 +86,11 @@ class Quantity:
         self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
-        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
-            self._agree()
+        if what not in ("value", "grad"):
+            if self._survey.agreed_at != _agreements.changes:
+                self._agree()
+            if not call.startswith("set_"):  # a write makes it the same
+                self._compare()
 
     def _agree(self) -> None:
         """See [Note: agreement]; what no group holds is nobody else's business."""
@@ -109,6 +122,28 @@ class Quantity:
         if self.error is not None:
             self.places = [home if place is None else place for home, place in zip(self.homes, known, strict=True)]
 
+    def _compare(self) -> None:
+        """Have the ranks compare the state that each of them holds whole; all of them call it. See [Note: same]."""
+        survey = self._survey
+        as_found = self.places is survey.places
+        items, scopes = survey.shared if as_found else survey.to_compare(self.params, self.places)
+        if not items:
+            return
+        error: Exception | None = self.error
+        sums: list[int] = []
+        if error is None:
+            try:
+                sums = checksums(self.pieces(items))
+            except Exception as caught:
+                error = caught
+        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+        name = lambda i: self.name(items[i])  # noqa: E731
+        with self.named_if_broken(items):
+            try:
+                agree(error, groups, self.device(), sums, name, scopes, partial(different_state, self.what))
+            except FragmentError as told:
+                self.error = told
+
     def _known(self, item: int) -> Place | None:
         """Where the state is to be found, as far as that need not be agreed on."""
         home = self.homes[item]
@@ -122,7 +157,7 @@ class Quantity:
         groups = list(dict.fromkeys(group for scope in scopes for group in scope))
         name = lambda i: f"the state asked of {self.name(items[i])}"  # noqa: E731
         try:
-            agree(self.error, groups, self.device(), kinds, name, scopes)
+            agree(self.error, groups, self.device(), kinds, name, scopes, _kept_otherwise)
         except FragmentError as error:
             self.error = error
             return False

@@ -19,6 +19,7 @@ from ds_fragment._adapters._plain import PlainAdapter
 from ds_fragment._identity import IdentityMap
 from ds_fragment._loaded import is_a
 from ds_fragment._registry import registry
+from ds_fragment._state import other_shape
 
 # DeepSpeed 0.19.6 divides fp16 gradients by a loss scale that it did not multiply them by; older ones do both.
 _UNTOLD = "with {} and without ZeRO, DeepSpeed does not tell whether the gradient {}: use ZeRO stage 1, which does"
@@ -78,10 +79,13 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         )
         return found
 
-    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
         engine, slot = self._kept(param)
-        if not _is_fused(engine.optimizer) or found.shape != self._owned(param).shape:
+        flat = self._owned(param).shape
+        if not _is_fused(engine.optimizer) or found.numel() == 1 != flat.numel():
             return found
+        if found.shape != flat:
+            raise other_shape(found, param, what, flat)
         return found[slot.start : slot.start + param.numel()].view(param.shape)
 
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -68,7 +68,7 @@ class PlainAdapter(Adapter):
             owned = self._owned(param)
             if owned is param and param.requires_grad and value_kind(param.dtype) == "upcast":
                 _warn_of_masters(param)
-            return self._part(param, owned.detach())
+            return self._part(param, owned.detach(), what)
         if what == "grad":
             wrapper = self._wrapper(param) if param.requires_grad else None
             if wrapper is not None and not wrapper.require_forward_param_sync:
@@ -81,14 +81,16 @@ class PlainAdapter(Adapter):
             if grad is None:
                 raise missing_gradient(param)
             return grad.detach()
-        return self._part(param, state_entry(state_of(self._owned(param), param), param, what))
+        owned = self._owned(param)
+        entry = state_entry(state_of(owned, param), param, what, quantised=owned is param)
+        return self._part(param, entry, what)
 
     def _owned(self, param: torch.Tensor) -> torch.Tensor:
         """What the optimizer updates: the attached master, or the parameter itself."""
         master = registry.master_of(param)
         return param if master is None else master
 
-    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
         """The parameter's own, of what the optimizer updates or keeps beside that."""
         return found
 
@@ -105,7 +107,7 @@ class PlainAdapter(Adapter):
         for param in params:
             owned = self._owned(param)
             if owned is not param:
-                param.data.copy_(self._part(param, owned.data))
+                param.data.copy_(self._part(param, owned.data, "value"))
 
 
 def _warn_of_masters(param: torch.Tensor) -> None:
