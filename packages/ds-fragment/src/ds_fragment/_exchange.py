@@ -364,7 +364,9 @@ def agree(
             failing.extend(found)
             fine.extend(statuses[statuses[:, 0] == 0])
             if not len(found) and not torch.equal(statuses, mine.expand_as(statuses)):
-                failing.append(_status.encode(_mismatch(sums, chosen, statuses, group, device, name, differ)))
+                failing.append(
+                    _status.encode(_mismatch(sums, chosen, statuses, group, device, name, differ), of_all=True)
+                )
     if failing:
         _status.check(torch.stack(failing + fine), cause=error)
 

@@ -75,7 +75,8 @@ class Quantity:
     ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data, and the
     next call agrees anew. It does so only where all ranks of the group that shares the parameter know of the error, and
     among them, or some would agree while others read. A place that cannot be told becomes an error that this rank sends
-    with the first piece, as does a disagreement.
+    with the first piece, as does a disagreement. State that each of several ranks holds whole is compared before every
+    read, by one small collective for each of their groups: see [Note: same] of the module `_state`.
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:

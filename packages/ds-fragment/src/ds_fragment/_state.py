@@ -46,7 +46,7 @@ def readable(entry: object, param: torch.Tensor, key: str, *, quantised: bool = 
         StateKeyError: it is neither a number nor a tensor that can be read.
     """
     if isinstance(entry, torch.Tensor):
-        return entry if type(entry) in _DENSE or is_dtensor(entry) else dense(entry, param, key, quantised=quantised)
+        return entry if is_dtensor(entry) else dense(entry, param, key, quantised=quantised)
     if not isinstance(entry, int | float):
         raise StateKeyError(
             f"{about(param, key)} is a {type(entry).__name__}, neither a tensor nor a number: read it in "
@@ -54,7 +54,7 @@ def readable(entry: object, param: torch.Tensor, key: str, *, quantised: bool = 
         )
     try:
         return torch.tensor(entry)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise StateKeyError(f"{about(param, key)} is an integer of more than 64 bits") from error
 
 

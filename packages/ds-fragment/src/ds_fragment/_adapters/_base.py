@@ -219,13 +219,10 @@ def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: to
     state: dict[str, Any] = optimizer.state.get(owned, {})
     if not state:
         kind = type(optimizer).__name__
-        others = any(optimizer.state.values())
-        raise StateNotReadyError(
-            f"{registry.name_of(param)} has no optimizer state: {kind} keeps state for other parameters, and for this "
-            "one as soon as it updates it, if it keeps state for each"
-            if others
-            else f"{registry.name_of(param)} has no optimizer state yet: {kind} makes it at its first step"
-        )
+        when = f"{kind} makes it at its first step"
+        if any(optimizer.state.values()):
+            when = f"{kind} keeps some for other parameters, and has not updated this one or keeps none for it"
+        raise StateNotReadyError(f"{registry.name_of(param)} has no optimizer state yet: {when}")
     return state
 
 
