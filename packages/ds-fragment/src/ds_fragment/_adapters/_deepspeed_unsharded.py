@@ -82,11 +82,11 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
     def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
         engine, slot = self._kept(param)
         flat = self._owned(param).shape
-        if not _is_fused(engine.optimizer) or found.numel() == 1 != flat.numel():
-            return found
-        if found.shape != flat:
+        if _is_fused(engine.optimizer) and found.shape == flat:
+            return found[slot.start : slot.start + param.numel()].view(param.shape)
+        if _is_fused(engine.optimizer) and found.numel() != 1:
             raise other_shape(found, param, what, flat)
-        return found[slot.start : slot.start + param.numel()].view(param.shape)
+        return found
 
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The engine's data-parallel ranks."""
