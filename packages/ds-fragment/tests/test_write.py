@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, get_local, iter_full, set_local, set_many, update_many
-from ds_fragment._write import _checksum
+from ds_fragment._checksum import checksum
 from ds_fragment.errors import FragmentError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad
 from fragment_oracle import assert_same, from_every_rank, ragged, set_gradients
@@ -77,28 +77,28 @@ def test_a_checksum_sees_every_change_of_order_sign_and_bit() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
         value = torch.randn(40).to(dtype)
-        same = _checksum(value)
-        assert same == _checksum(value.clone())
+        same = checksum(value)
+        assert same == checksum(value.clone())
         swapped = value.clone()
         swapped[[3, 17]] = swapped[[17, 3]]
         others = [value.flip(0), swapped, -value, value.float().sort().values.to(dtype), value.roll(1)]
-        assert same not in [_checksum(other.contiguous()) for other in others]
+        assert same not in [checksum(other.contiguous()) for other in others]
     zero = torch.zeros(4)
-    assert _checksum(zero) != _checksum(-zero)
+    assert checksum(zero) != checksum(-zero)
     square = torch.randn(6, 6)
-    assert _checksum(square) != _checksum(square.t().contiguous())
-    assert -(2**63) <= _checksum(torch.full((100,), float("nan"))) < 2**63
-    assert _checksum(torch.empty(0)) == _checksum(torch.empty(0))
+    assert checksum(square) != checksum(square.t().contiguous())
+    assert -(2**63) <= checksum(torch.full((100,), float("nan"))) < 2**63
+    assert checksum(torch.empty(0)) == checksum(torch.empty(0))
 
 
 def test_a_checksum_of_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_fragment import _write
+    from ds_fragment import _checksum
 
-    monkeypatch.setattr(_write, "_SUM_AT_ONCE", 8)
+    monkeypatch.setattr(_checksum, "_SUM_AT_ONCE", 8)
     value = torch.arange(50.0)
     moved = torch.cat([value[8:16], value[:8], value[16:]])  # the same parts in another order
-    assert _checksum(value) != _checksum(moved)
-    assert _checksum(value) == _checksum(value.clone())
+    assert checksum(value) != checksum(moved)
+    assert checksum(value) == checksum(value.clone())
 
 
 def test_all_or_nothing_in_one_process() -> None:

@@ -88,7 +88,8 @@ def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> 
     Raises:
         UnlinkedParameterError: no optimizer was attached.
         StateNotReadyError: the optimizer has not stepped yet.
-        StateKeyError: it keeps no such state.
+        StateKeyError: it keeps no such state, or keeps something that is no whole: neither a tensor nor a number, or
+            another on each rank.
     """
     what = check_what(optim_state_key)
     return _or_none(param, lambda: read_one(param, what))

@@ -321,7 +321,8 @@ def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -
     return wholes
 
 
-def _different_values(names: str) -> FragmentError:
+def different_values(names: str) -> FragmentError:
+    """The error for what the ranks were given, and not alike."""
     return RankMismatchError(f"the ranks gave different values for {names}: pass the same on every rank")
 
 
@@ -332,7 +333,7 @@ def agree(
     sums: Sequence[int] = (),
     name: Callable[[int], str] = str,
     scopes: Sequence[Sequence[dist.ProcessGroup]] | None = None,
-    differ: Callable[[str], FragmentError] = _different_values,
+    differ: Callable[[str], FragmentError] = different_values,
 ) -> None:
     """Raise on every rank of the groups if any rank has an error; one small collective for each group.
 
@@ -363,7 +364,8 @@ def agree(
             failing.extend(found)
             fine.extend(statuses[statuses[:, 0] == 0])
             if not len(found) and not torch.equal(statuses, mine.expand_as(statuses)):
-                failing.append(_status.encode(_mismatch(sums, chosen, statuses, group, device, name, differ)))
+                error_of_all = _mismatch(sums, chosen, statuses, group, device, name, differ)
+                failing.append(_status.encode(error_of_all, of_all=True))
     if failing:
         _status.check(torch.stack(failing + fine), cause=error)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import TypeVar
 
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment._check import meet
+from ds_fragment._checksum import checksums
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
 from ds_fragment._registry import record_of, registry
+from ds_fragment._state import different_state
 from ds_fragment._survey import survey_of
-from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError
+from ds_fragment.errors import FragmentError, GradientUnavailableError, RankMismatchError, StateKeyError
 
 K = TypeVar("K")
 
@@ -54,6 +57,14 @@ class _Agreements:
 _agreements = _Agreements()
 
 
+def _kept_otherwise(names: str) -> RankMismatchError:
+    """The error for state that is not of one shape and dtype on all ranks."""
+    return RankMismatchError(
+        f"{names} is not kept alike: its shape, dtype or placement differs over the ranks, and nothing says what the "
+        "whole is; read it in optimizer.state on each rank"
+    )
+
+
 class Quantity:
     """One quantity of many parameters: where each is, and this rank's pieces.
 
@@ -62,7 +73,8 @@ class Quantity:
     ones go by what was agreed: a rank on which that is not so any more sends an error in the place of its data, and the
     next call agrees anew. It does so only where all ranks of the group that shares the parameter know of the error, and
     among them, or some would agree while others read. A place that cannot be told becomes an error that this rank sends
-    with the first piece, as does a disagreement.
+    with the first piece, as does a disagreement. State that each of several ranks holds whole is compared before every
+    read, by one small collective for each of their groups: see [Note: same] of the module `_state`.
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
@@ -73,32 +85,12 @@ class Quantity:
         self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
-        if what == "grad":
-            self._compare()
-        elif what != "value" and self._survey.agreed_at != _agreements.changes:
+        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
             self._agree()
-
-    def _compare(self) -> None:
-        """Have the ranks that each hold a whole gradient compare it: one that differs is not reduced.
-
-        No engine tells for certain whether the last backward pass that came to a parameter reduced its gradient.
-        """
-        scopes = [scope if place.alone else () for scope, place in zip(self.scopes(), self.places, strict=True)]
-        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
-        if not groups:
-            return
-        items = [item for item, scope in enumerate(scopes) if scope]
-        error: Exception | None = self.error
-        sums: list[int] = []
-        try:
-            sums = _bit_sums([piece for piece in self.pieces(items) if piece is not None])
-        except Exception as caught:
-            error = caught
-        named, among = lambda i: self.name(items[i]), [scopes[item] for item in items]
-        try:
-            agree(error, groups, self.device(), sums, named, among, _unreduced)
-        except FragmentError as known:
-            self.error = known
+        if what == "grad":
+            self._compare(_unreduced)
+        elif what != "value" and not call.startswith("set_"):  # a write makes it the same
+            self._compare(partial(different_state, what))
 
     def _agree(self) -> None:
         """See [Note: agreement]; what no group holds is nobody else's business."""
@@ -130,6 +122,32 @@ class Quantity:
         if self.error is not None:
             self.places = [home if place is None else place for home, place in zip(self.homes, known, strict=True)]
 
+    def _compare(self, differ: Callable[[str], FragmentError]) -> None:
+        """Have the ranks compare what each of them holds whole; all of them call it.
+
+        State that differs is each rank's own, see [Note: same] of the module `_state`. A gradient that differs is not
+        reduced: no engine tells for certain whether the last backward pass that came to a parameter reduced it.
+        """
+        survey = self._survey
+        as_found = self.places is survey.places
+        items, scopes = survey.shared if as_found else survey.to_compare(self.params, self.places)
+        if not items:
+            return
+        error: Exception | None = self.error
+        sums: list[int] = []
+        if error is None:
+            try:
+                sums = checksums(self.pieces(items))
+            except Exception as caught:
+                error = caught
+        groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+        name = lambda i: self.name(items[i])  # noqa: E731
+        with self.named_if_broken(items):
+            try:
+                agree(error, groups, self.device(), sums, name, scopes, differ)
+            except FragmentError as told:
+                self.error = told
+
     def _known(self, item: int) -> Place | None:
         """Where the state is to be found, as far as that need not be agreed on."""
         home = self.homes[item]
@@ -143,7 +161,7 @@ class Quantity:
         groups = list(dict.fromkeys(group for scope in scopes for group in scope))
         name = lambda i: f"the state asked of {self.name(items[i])}"  # noqa: E731
         try:
-            agree(self.error, groups, self.device(), kinds, name, scopes)
+            agree(self.error, groups, self.device(), kinds, name, scopes, _kept_otherwise)
         except FragmentError as error:
             self.error = error
             return False
@@ -286,14 +304,3 @@ def _unreduced(names: str) -> FragmentError:
         f"the gradients of {names} are not reduced: each rank holds another. Read them after a backward pass that "
         "reduces, not under no_sync()"
     )
-
-
-def _bit_sums(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """For each, the sum of its bits as integers, which equal tensors have in common; they wait for the device once."""
-    kinds = {1: torch.uint8, 2: torch.int16}
-    sums = []
-    for tensor in tensors:
-        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-        words = dense.reshape(-1).contiguous().view(kinds.get(tensor.dtype.itemsize, torch.int32))
-        sums.append(words.sum(dtype=torch.int64))
-    return [int(total) for total in torch.stack(sums).tolist()] if sums else []

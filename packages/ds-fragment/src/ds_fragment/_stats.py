@@ -87,7 +87,8 @@ def available(
 
 
 def _sum_of_squares(piece: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(piece, dtype=torch.float64)
+    floating = piece if piece.is_floating_point() or piece.is_complex() else piece.double()
+    norm: torch.Tensor = torch.linalg.vector_norm(floating, dtype=torch.float64)
     return norm.square()
 
 

@@ -46,14 +46,17 @@ _UNUSED = 1 + _TYPES.index(errors.UnusedGradientError)
 _UNAVAILABLE = 1 + _TYPES.index(errors.GradientUnavailableError)
 
 
-def encode(error: Exception) -> torch.Tensor:
-    """The status for an error: uint8, (STATUS_BYTES,): a code, the rank, a length, text in UTF-8, as it fits."""
+def encode(error: Exception, *, of_all: bool = False) -> torch.Tensor:
+    """The status for an error: uint8, (STATUS_BYTES,): a code, the rank, a length, text in UTF-8, as it fits.
+
+    ``of_all`` says that the error is about all ranks of a group, which each encode the same.
+    """
     if isinstance(error, errors.FragmentError) and error.status:
         return torch.frombuffer(bytearray(error.status), dtype=torch.uint8)
     kind = next((i for i, t in enumerate(_TYPES) if isinstance(error, t)), len(_TYPES) - 1)
     text = str(error) if isinstance(error, errors.FragmentError) else f"{type(error).__name__}: {error}"
     data = text.encode()[: STATUS_BYTES - _TEXT_AT].decode(errors="ignore").encode()  # no character is cut in two
-    rank = dist.get_rank() if dist.is_initialized() else -1
+    rank = dist.get_rank() if dist.is_initialized() and not of_all else -1
     blob = bytes((kind + 1,)) + rank.to_bytes(4, "little", signed=True) + len(data).to_bytes(2, "little") + data
     return torch.frombuffer(bytearray(blob.ljust(STATUS_BYTES, b"\0")), dtype=torch.uint8)
 
@@ -81,7 +84,7 @@ def counts(statuses: torch.Tensor) -> list[int]:
 
 
 def rank_of(status: torch.Tensor) -> int:
-    """The global rank that encoded an error; -1 without torch.distributed."""
+    """The global rank that encoded an error; -1 without torch.distributed, and for an error of all."""
     return int.from_bytes(bytes(status[1:5].tolist()), "little", signed=True)
 
 

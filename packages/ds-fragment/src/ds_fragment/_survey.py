@@ -37,6 +37,7 @@ class Survey:
         self.held = [place.layout.held(place.rank) for place in self.places]
         self.groups = list(dict.fromkeys(group for place in self.homes for group in place.groups))
         self.settle = self.to_settle(self.places)
+        self.shared = self.to_compare(params, self.places)
         self.agreed_at: int | None = None  # what `_agreements` counted when all was as agreed
         self.plan: tuple[int | None, Plan] | None = None  # the last one, and the bucket_bytes that were asked for
         self._stamps = [] if self.error is not None else self._stamps_of(params)
@@ -56,6 +57,21 @@ class Survey:
                 if place.alone:
                     groups.update(dict.fromkeys(home.replicas if home.group is None else (home.group,)))
         return tuple(groups)
+
+    def to_compare(
+        self, params: Sequence[torch.Tensor], places: Sequence[Place]
+    ) -> tuple[list[int], list[tuple[dist.ProcessGroup, ...]]]:
+        """The parameters whose gradient or state each of several ranks holds whole, and the groups of those ranks."""
+        items, scopes = [], []
+        for item, place in enumerate(places) if self.what != "value" else ():
+            if place.alone:
+                writers = self.adapters[item].writers(params[item])
+                groups = dict.fromkeys((*self.homes[item].groups, *place.groups, *writers))
+                scope = tuple(group for group in groups if group.size() > 1)
+                if scope:
+                    items.append(item)
+                    scopes.append(scope)
+        return items, scopes
 
     def _stamps_of(self, params: Sequence[torch.Tensor]) -> list[Sequence[object]]:
         if len(self.by_adapter) == 1:

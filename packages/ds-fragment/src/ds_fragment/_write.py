@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import Adapter
+from ds_fragment._checksum import checksum
 from ds_fragment._exchange import agree
 from ds_fragment._quantity import Quantity
 from ds_fragment._read import Named, check_what, named
 from ds_fragment._registry import registry
+from ds_fragment._state import kept_as
 from ds_fragment.errors import FragmentError, InvalidValueError
-
-_SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
 
 Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
 
@@ -57,7 +57,7 @@ def set_many(
         for item, (param, value) in enumerate(pairs):
             place = quantity.places[item]
             whole = _checked(param, value, place.shape, "value").to(place.dtype).contiguous()
-            sums.append(_checksum(whole))
+            sums.append(checksum(whole))
             pieces.append(place.cut(whole))
             wholes.append(whole)
         return pieces
@@ -133,7 +133,7 @@ def update_many(
             return None
         place = quantity.places[item]
         whole = _checked(tensors[item], result, place.shape, "result of fn").to(place.dtype).contiguous()
-        sums.append(_checksum(whole))
+        sums.append(checksum(whole))
         cut = place.cut(whole)
         return None if cut is None else cut.clone()
 
@@ -184,8 +184,8 @@ def _agreed(
         targets = [quantity.local(item) for item in range(len(quantity.params))]
         pieces = prepare()
         for item, target in enumerate(targets):
-            if target is not None and target.dim() == 0:
-                _check_view(quantity, item, target)
+            if target is not None and quantity.what not in ("value", "grad"):
+                _check_kept(quantity, item, target)
     except Exception as caught:
         error = caught
     scopes = quantity.scopes()
@@ -199,12 +199,15 @@ def _agreed(
     return targets, pieces
 
 
-def _check_view(quantity: Quantity, item: int, target: torch.Tensor) -> None:
-    """State that is a Python number comes as a fresh tensor each time: what is written to that is lost."""
-    again = None if quantity.what in ("value", "grad") else quantity.local(item)
-    if again is not None and again.data_ptr() != target.data_ptr():
+def _check_kept(quantity: Quantity, item: int, target: torch.Tensor) -> None:
+    """State that is computed from what the optimizer keeps is a fresh tensor each time: what is written is lost."""
+    kind = kept_as(target)
+    if not kind and target.dim() == 0:
+        again = quantity.local(item)
+        kind = "Python number" if again is not None and again.data_ptr() != target.data_ptr() else ""
+    if kind:
         raise InvalidValueError(
-            f"'{quantity.what}' of {quantity.name(item)} is a Python number, which cannot be written: assign it in "
+            f"'{quantity.what}' of {quantity.name(item)} is a {kind}, which cannot be written: assign it in "
             "optimizer.state on each rank"
         )
 
@@ -256,14 +259,3 @@ def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -
             "dense tensor: pass value.full_tensor() or value.to_dense()"
         )
     return value.detach()
-
-
-def _checksum(whole: torch.Tensor) -> int:
-    """A sum over the bits weighted by position, to tell different values apart; equal bits give equal sums."""
-    width = {1: torch.uint8, 2: torch.int16}.get(whole.dtype.itemsize, torch.int32)  # no more: products are 64 bits
-    bits = whole.view(-1).view(width)
-    weights = torch.arange(1, min(len(bits), _SUM_AT_ONCE) + 1, device=whole.device)
-    total = torch.zeros((), dtype=torch.int64, device=whole.device)
-    for part in torch.split(bits, _SUM_AT_ONCE):
-        total = total * 31 + (part * weights[: len(part)]).sum()
-    return int(total)

@@ -15,6 +15,7 @@ from torch import nn
 from ds_fragment._exchange import Locate, Pieces, Place, bucket_bytes_for, gather, plan_of
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._registry import registry
+from ds_fragment._state import readable
 from ds_fragment.errors import (
     GradientUnavailableError,
     StateKeyError,
@@ -160,7 +161,7 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
         found = list(map(itemgetter(key), states))
         if all(issubclass(kind, torch.Tensor) for kind in set(map(type, found))):
             return found
-    return [state_entry(state_of(param, param), param, key) for param in params]
+    return [state_entry(state_of(param, param), param, key, quantised=True) for param in params]
 
 
 def missing_gradient(param: torch.Tensor, *, hidden: bool = False) -> GradientUnavailableError:
@@ -190,30 +191,25 @@ def ready_state(optimizer: torch.optim.Optimizer, owned: torch.Tensor, param: to
     """
     state: dict[str, Any] = optimizer.state.get(owned, {})
     if not state:
-        raise StateNotReadyError(
-            f"{registry.name_of(param)} has no optimizer state yet: {type(optimizer).__name__} makes it at its first "
-            "step"
-        )
+        kind = type(optimizer).__name__
+        when = f"{kind} makes it at its first step"
+        if any(optimizer.state.values()):
+            when = f"{kind} keeps some for other parameters, and has not updated this one or keeps none for it"
+        raise StateNotReadyError(f"{registry.name_of(param)} has no optimizer state yet: {when}")
     return state
 
 
-def state_entry(state: dict[str, Any], param: torch.Tensor, key: str) -> torch.Tensor:
+def state_entry(state: dict[str, Any], param: torch.Tensor, key: str, *, quantised: bool = False) -> torch.Tensor:
     """One optimizer state as a tensor; Python numbers become 0-dimensional ones.
 
     Raises:
-        StateKeyError: the optimizer keeps no such state, or it is neither a tensor nor a number.
+        StateKeyError: the optimizer keeps no such state, or `readable` refuses it.
     """
     if key not in state:
         raise StateKeyError(
             f"optim_state_key '{key}' is not kept for {registry.name_of(param)}; its optimizer keeps {sorted(state)}"
         )
-    entry = state[key]
-    if not isinstance(entry, torch.Tensor | int | float):
-        raise StateKeyError(
-            f"optim_state_key '{key}' of {registry.name_of(param)} is a {type(entry).__name__}, neither a tensor nor a "
-            "number: read it in optimizer.state"
-        )
-    return entry if isinstance(entry, torch.Tensor) else torch.tensor(entry)
+    return readable(state[key], param, key, quantised=quantised)
 
 
 def spread(params: Sequence[torch.Tensor], places: Sequence[Place], locate: Locate) -> None:

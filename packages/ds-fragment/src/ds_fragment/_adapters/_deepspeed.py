@@ -24,10 +24,10 @@ from ds_fragment._adapters._base import Adapter, ready_state, state_entry, value
 from ds_fragment._layout import Layout, whole
 from ds_fragment._place import Place
 from ds_fragment._registry import forget, note, noted, registry
+from ds_fragment._state import other_shape
 from ds_fragment.errors import (
     FragmentError,
     GradientUnavailableError,
-    StateKeyError,
     UnlinkedParameterError,
     UnusedGradientError,
 )
@@ -245,10 +245,7 @@ class DeepSpeedAdapter(Adapter):
         entry, flat = state_entry(self._state(param, slot), param, key), self._master(param, slot)
         entry = self._kept(self._optimizer(param, slot), slot.index, entry)
         if entry.dim() and entry.shape != flat.shape:
-            raise StateKeyError(
-                f"optim_state_key '{key}' of {registry.name_of(param)} has shape {tuple(entry.shape)} for the flat "
-                f"{tuple(flat.shape)} of its parameter group: it is no number of each element, nor one of all"
-            )
+            raise other_shape(entry, param, key, flat.shape)
         return entry
 
     def state_keys(self, param: torch.Tensor) -> list[str]:

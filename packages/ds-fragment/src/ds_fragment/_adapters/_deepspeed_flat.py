@@ -1,5 +1,9 @@
 """DeepSpeed ZeRO-1, ZeRO-2 and BF16_Optimizer: flat fp32 partitions that DeepSpeed itself linked to its parameters.
 
+[Note: Muon] Without offload, ZeRO-1 and 2 compute the update of DeepSpeed's Muon from the whole gradient, as soon as it
+is reduced, and keep the update in its place. The momentum is not cut like the flat partition: each rank that holds a
+part of a parameter keeps the momentum of the whole parameter, for its parameters one after the other.
+
 The optimizer concatenates the trained parameters of each group, pads the end, and cuts evenly over the ranks. Where a
 parameter is follows from the optimizer's own lists. `param._hp_mapping` says it as well, but wrongly under
 ``round_robin_gradients``, and does not know the state of later groups: only its being there is used.
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_fragment._adapters._base import spread
+from ds_fragment._adapters._base import spread, state_entry
 from ds_fragment._adapters._deepspeed import (
     MIXED,
     UNREDUCED,
@@ -31,12 +35,19 @@ from ds_fragment._adapters._deepspeed import (
     remembered,
     unused_gradient,
 )
-from ds_fragment._layout import flat_layout, whole
+from ds_fragment._layout import Fragment, Layout, flat_layout, whole
 from ds_fragment._links import link_of
 from ds_fragment._loaded import class_of
 from ds_fragment._place import Place
 from ds_fragment._registry import note, noted, registry
+from ds_fragment._state import other_shape
 from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
+
+_MOMENTUM = "momentum_buffer"
+_ORTHOGONALISED = (
+    "DeepSpeed's Muon replaced it by its orthogonalised update when it was reduced; ZeRO-3 and offloaded optimizers "
+    "keep it until step()"
+)
 
 
 class DeepSpeedFlatAdapter(DeepSpeedAdapter):
@@ -130,7 +141,41 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                 everything = flat_layout(0, param.numel(), param.numel(), 1)
                 slot.places[what] = Place(slot.shape, torch.float32, param.device, everything, None)
             return slot.places[what]
+        if _is_whole_momentum(param, slot, what):
+            return _momentum_place(slot, self._momentum(param, slot)[0])
         return super().place(param, what)
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As for every stage, but for Muon's momentum."""
+        if what != _MOMENTUM:
+            return super().pieces(params, what)
+        return [self._momentum_piece(param, self._slot(param)) for param in params]
+
+    def _momentum_piece(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
+        if _is_whole_momentum(param, slot, _MOMENTUM):
+            return self._momentum(param, slot)[1]
+        return super().pieces([param], _MOMENTUM)[0]
+
+    def _entry(self, param: torch.Tensor, slot: Slot, key: str) -> torch.Tensor:
+        return (
+            self._momentum(param, slot)[0] if _is_whole_momentum(param, slot, key) else super()._entry(param, slot, key)
+        )
+
+    def _momentum(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Muon's momentum on this rank, and the parameter's part of it: see [Note: Muon].
+
+        Raises:
+            StateKeyError: it is not laid out so.
+        """
+        optimizer = self._optimizer(param, slot)
+        held = optimizer.params_in_partition[slot.index]
+        if not held:
+            return torch.empty(0, dtype=optimizer._gradient_reduction_buffer_dtype(), device=param.device), None
+        buffer = state_entry(self._state(param, slot), param, _MOMENTUM)
+        starts = list(accumulate((other.numel() for other in held), initial=0))
+        if buffer.shape != (starts[-1],):
+            raise other_shape(buffer, param, _MOMENTUM, torch.Size(starts[-1:]))
+        return buffer, buffer.narrow(0, starts[slot.position], param.numel()) if slot.numel else None
 
     def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
         if _is_bf16(optimizer):
@@ -139,6 +184,8 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             return self._gradient_offloaded(param, slot, optimizer)
         offset = _offset(slot)
         reduced = optimizer.averaged_gradients.get(slot.index)
+        if reduced is not None and _is_muon(param, optimizer):
+            raise no_gradient(param, _ORTHOGONALISED)
         if reduced is not None:
             found: torch.Tensor | None = reduced[slot.position + slot.gaps] if slot.numel else None
             return found
@@ -197,6 +244,33 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         spread(
             [param for param, _ in chosen], places, lambda items: self.pieces([chosen[i][0] for i in items], "value")
         )
+
+
+def _is_muon(param: torch.Tensor, optimizer: Any) -> bool:
+    """Whether DeepSpeed's Muon updates the parameter; told as DeepSpeed tells it."""
+    return bool(getattr(param, "use_muon", False)) and "muon" in type(optimizer.optimizer).__name__.lower()
+
+
+def _is_whole_momentum(param: torch.Tensor, slot: Slot, what: str) -> bool:
+    """Whether a quantity is a momentum that is not cut like the flat partition: see [Note: Muon]."""
+    if what != _MOMENTUM or slot.untrained or slot.optimizer is None:
+        return False
+    optimizer: Any = slot.optimizer()
+    if optimizer is None or _is_bf16(optimizer) or optimizer.cpu_offload:
+        return False
+    return _is_muon(param, optimizer)
+
+
+def _momentum_place(slot: Slot, buffer: torch.Tensor) -> Place:
+    """The whole on each rank that holds a part of the parameter; the first of them sends it."""
+    key = (_MOMENTUM, buffer.dtype)
+    if key not in slot.places:
+        everything = Fragment((0,), (slot.shape.numel(),))
+        fragments = tuple(None if fragment is None else everything for fragment in slot.layout.fragments)
+        holders = [rank for rank, fragment in enumerate(fragments) if fragment is not None]
+        layout = Layout(slot.layout.shape, fragments, frozenset(holders[1:]))
+        slot.places[key] = Place(slot.shape, buffer.dtype, buffer.device, layout, slot.group)
+    return slot.places[key]
 
 
 def _is_bf16(optimizer: Any) -> bool:

@@ -18,6 +18,7 @@ from ds_fragment._adapters._deepspeed import UNREDUCED, loss_scale, no_gradient
 from ds_fragment._adapters._plain import PlainAdapter
 from ds_fragment._loaded import is_a
 from ds_fragment._registry import note, noted, registry
+from ds_fragment._state import other_shape
 
 # DeepSpeed 0.19.6 divides fp16 gradients by a loss scale that it did not multiply them by; older ones do both.
 _UNTOLD = "with {} and without ZeRO, DeepSpeed does not tell whether the gradient {}: use ZeRO stage 1, which does"
@@ -73,11 +74,14 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         )
         return found
 
-    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
         engine, slot = self._kept(param)
-        if not _is_fused(engine.optimizer) or found.shape != self._owned(param).shape:
-            return found
-        return found[slot.start : slot.start + param.numel()].view(param.shape)
+        flat = self._owned(param).shape
+        if _is_fused(engine.optimizer) and found.shape == flat:
+            return found[slot.start : slot.start + param.numel()].view(param.shape)
+        if _is_fused(engine.optimizer) and found.numel() != 1:
+            raise other_shape(found, param, what, flat)
+        return found
 
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The engine's data-parallel ranks."""

@@ -20,6 +20,7 @@ from ds_fragment._layout import Layout, mesh_layout, whole
 from ds_fragment._loaded import are_dtensors, is_dtensor
 from ds_fragment._place import Place
 from ds_fragment._registry import record_of, registry
+from ds_fragment._state import about, are_dense, dense, is_piece
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -40,15 +41,22 @@ class DTensorAdapter(Adapter):
         return is_dtensor(param)
 
     def place(self, param: torch.Tensor, what: str) -> Place:
-        """Computed from the placements of the parameter; state that is not a DTensor is whole on every rank."""
+        """Computed from the placements of the parameter, or of state that is placed otherwise: see [Note: kinds]."""
         assert is_dtensor(param)
         if what in ("value", "grad"):
             return _place_like(param, param, ("like", param.dtype))
-        entry = state_entry(state_of(param, param), param, what)
+        entry = state_entry(state_of(param, param), param, what, quantised=True)
+        home = _place_like(param, param, ("like", param.dtype))
         if is_dtensor(entry):
-            alike = entry.placements == param.placements and entry.shape == param.shape
+            mesh = entry.device_mesh == param.device_mesh
+            alike = mesh and entry.placements == param.placements and entry.shape == param.shape
             tensor, kind = (param, "like") if alike else (entry, what)
-            return _place_like(param, tensor, (kind, entry.dtype))
+            try:
+                return _place_like(param, tensor, (kind, entry.dtype))
+            except InvalidValueError as error:
+                raise InvalidValueError(f"{about(param, what)}: {error}") from None
+        if home.group is not None and is_piece(entry, param, what):
+            return _place_like(param, param, ("like", entry.dtype))
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
@@ -59,7 +67,7 @@ class DTensorAdapter(Adapter):
         entries = entries_of(params, what)
         if are_dtensors(entries):
             return [specs, list(map(_spec, entries))]
-        kinds = [entry._spec if is_dtensor(entry) else object() for entry in entries]
+        kinds = [e._spec if is_dtensor(e) else (e.shape, e.dtype, e.device) for e in entries]
         return [specs, kinds]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
@@ -79,8 +87,12 @@ class DTensorAdapter(Adapter):
             return [DTensorAdapter.local(self, param, what) for param in params]
         entries = entries_of(params, what)
         if are_dtensors(entries):
-            return list(map(_local, entries))
-        return [entry._local_tensor if is_dtensor(entry) else entry for entry in entries]
+            locals_ = list(map(_local, entries))
+        else:
+            locals_ = [entry._local_tensor if is_dtensor(entry) else entry for entry in entries]
+        if are_dense(locals_):
+            return locals_
+        return [dense(local, param, what) for local, param in zip(locals_, params, strict=True)]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
@@ -98,8 +110,8 @@ class DTensorAdapter(Adapter):
                 )
             require_current(param, param)
             return grad._local_tensor.detach()
-        entry = state_entry(state_of(param, param), param, what)
-        return entry._local_tensor.detach() if is_dtensor(entry) else entry
+        entry = state_entry(state_of(param, param), param, what, quantised=True)
+        return dense(entry._local_tensor.detach(), param, what) if is_dtensor(entry) else entry
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""

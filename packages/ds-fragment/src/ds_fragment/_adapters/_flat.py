@@ -14,6 +14,7 @@ from ds_fragment._layout import whole
 from ds_fragment._links import FlatLink, link_of
 from ds_fragment._place import Place
 from ds_fragment._registry import registry
+from ds_fragment._state import other_shape
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 
 
@@ -157,7 +158,10 @@ def _attached_entry(flat: torch.Tensor, param: torch.Tensor, key: str) -> torch.
     """The state of the attached optimizer, the same on every rank up to its values; None without an optimizer."""
     if registry.optimizer_of(flat) is None:
         return None
-    return state_entry(state_of(flat, param), param, key)
+    entry = state_entry(state_of(flat, param), param, key)
+    if entry.numel() != 1 and entry.shape != flat.shape:
+        raise other_shape(entry, param, key, flat.shape)
+    return entry
 
 
 def _attached_entries(links: Sequence[FlatLink], params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor | None]:

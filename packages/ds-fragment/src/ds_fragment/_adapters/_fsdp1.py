@@ -113,10 +113,11 @@ class Fsdp1Adapter(Adapter):
             require_current(param, param)
             return param.grad.detach().reshape(-1)
         entry = state_entry(state_of(param, param), param, what)
-        if entry.numel() != (1 if is_number(what) else fragment.numel):
+        if entry.numel() != (1 if is_number(what) else fragment.numel) or (not entry.dim() and not is_number(what)):
             raise InvalidValueError(
-                f"optim_state_key '{what}' of {registry.name_of(param)} has {entry.numel()} numbers for the "
-                f"{fragment.numel} elements here: only state that is one number an element can be read under FSDP1"
+                f"optim_state_key '{what}' of {registry.name_of(param)} has shape {tuple(entry.shape)} for the "
+                f"{fragment.numel} elements here: only state that is one number an element can be read under FSDP1, "
+                "and 'step'; read it in optimizer.state"
             )
         return entry if is_number(what) else entry.reshape(-1)
 

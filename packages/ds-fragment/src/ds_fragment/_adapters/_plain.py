@@ -55,7 +55,7 @@ class PlainAdapter(Adapter):
             owned = self._owned(param)
             if owned is param and param.requires_grad and value_kind(param.dtype) == "upcast":
                 _warn_of_masters(param)
-            return self._part(param, owned.detach())
+            return self._part(param, owned.detach(), what)
         if what == "grad":
             master = registry.master_of(param)
             owner = param if master is None or master.grad is None else master
@@ -63,14 +63,16 @@ class PlainAdapter(Adapter):
                 raise missing_gradient(param)
             require_current(owner, param)
             return owner.grad.detach()
-        return self._part(param, state_entry(state_of(self._owned(param), param), param, what))
+        owned = self._owned(param)
+        entry = state_entry(state_of(owned, param), param, what, quantised=owned is param)
+        return self._part(param, entry, what)
 
     def _owned(self, param: torch.Tensor) -> torch.Tensor:
         """What the optimizer updates: the attached master, or the parameter itself."""
         master = registry.master_of(param)
         return param if master is None else master
 
-    def _part(self, param: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
         """The parameter's own, of what the optimizer updates or keeps beside that."""
         return found
 
@@ -87,7 +89,7 @@ class PlainAdapter(Adapter):
         for param in params:
             owned = self._owned(param)
             if owned is not param:
-                param.data.copy_(self._part(param, owned.data))
+                param.data.copy_(self._part(param, owned.data, "value"))
 
 
 @dataclass(frozen=True)

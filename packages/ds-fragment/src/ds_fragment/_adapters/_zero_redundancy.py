@@ -21,8 +21,8 @@ from ds_fragment._place import Place
 from ds_fragment._registry import registry
 from ds_fragment.errors import StateKeyError, StateNotReadyError
 
-# By parameter index: by state key, shape and dtype.
-_Table = dict[int, dict[str, tuple[torch.Size, torch.dtype]]]
+# By parameter index: by state key, shape and dtype; or why it cannot be read.
+_Table = dict[int, dict[str, tuple[torch.Size, torch.dtype] | str]]
 
 
 class ZeroRedundancyAdapter(Adapter):
@@ -67,8 +67,11 @@ class ZeroRedundancyAdapter(Adapter):
                 f"optim_state_key '{what}' is not kept for {registry.name_of(param)}; its optimizer keeps "
                 f"{sorted(state)}"
             )
+        known = state[what]
+        if isinstance(known, str):
+            raise StateKeyError(known)
         if (index, what) not in places:
-            shape, dtype = state[what]
+            shape, dtype = known
             group = optimizer.process_group
             owner = optimizer._param_to_rank[param]
             everything = Fragment((0,) * len(shape), tuple(shape))
@@ -103,7 +106,7 @@ class ZeroRedundancyAdapter(Adapter):
         optimizer = _optimizer(param)
         if optimizer._param_to_rank[param] != optimizer.process_group.rank():
             return None
-        return state_entry(optimizer.optim.state[param], param, what)
+        return state_entry(optimizer.optim.state[param], param, what, quantised=True)
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the owner's state; collective like the first read of state."""
@@ -119,8 +122,12 @@ class ZeroRedundancyAdapter(Adapter):
         self._plain.refresh_lp(params, values)
 
 
-def _metadata(state: dict[str, Any], param: torch.Tensor, key: str) -> tuple[torch.Size, torch.dtype]:
-    entry = state_entry(state, param, key)
+def _metadata(state: dict[str, Any], param: torch.Tensor, key: str) -> tuple[torch.Size, torch.dtype] | str:
+    """What travels of a state; why not, for the ranks that have to be told."""
+    try:
+        entry = state_entry(state, param, key, quantised=True)
+    except StateKeyError as error:
+        return str(error)
     return entry.shape, entry.dtype
 
 
