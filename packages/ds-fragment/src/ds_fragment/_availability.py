@@ -44,7 +44,8 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
     axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
     for axis in range(max(map(len, axes), default=0)):
         groups = [found[axis] if axis < len(found) else None for found in axes]
-        sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+        with quantity.named_if_broken(range(len(shares))):
+            sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
         shares = [torch.tensor(total) for total in sums]
     return [int(share) for share in shares]
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _kernels, _status
+from ds_fragment._collectives import CollectiveError
 from ds_fragment._flight import Flight
 from ds_fragment._place import Out, Place, box, room_for, wire_device
 from ds_fragment._recent import Recent
@@ -270,7 +271,8 @@ class _Convoy:
         error, self.failure, self._word = self.failure, None, None
         assert error is not None
         try:
-            if isinstance(error, FragmentError) and not error.status:
+            told = isinstance(error, FragmentError) or (self.told and not isinstance(error, CollectiveError))
+            if told and not getattr(error, "status", b""):
                 _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
             raise error
         finally:

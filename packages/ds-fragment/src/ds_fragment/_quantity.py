@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment._check import meet
+from ds_fragment._collectives import CollectiveError
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
 from ds_fragment._identity import IdentityMap
 from ds_fragment._registry import registry
@@ -77,7 +78,8 @@ class Quantity:
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
         if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
-            self._agree()
+            with self.named_if_broken(range(len(params))):
+                self._agree()
 
     def _agree(self) -> None:
         """See [Note: agreement]; what no group holds is nobody else's business."""
@@ -237,17 +239,12 @@ class Quantity:
         """Say which parameters a collective was about that did not come to its end."""
         try:
             yield
-        except FragmentError:
-            self._doubt()
-            raise
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except CollectiveError as error:
             names = ", ".join(self.name(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
-            raise FragmentError(
-                f"the exchange of '{self.what}' of {names} broke off: a rank died, or did not make the same call in "
-                f"the same order ({error})"
-            ) from error
+            raise FragmentError(f"the exchange of '{self.what}' of {names} {error}") from error
+        except Exception:
+            self._doubt()  # as do the others where they have been told
+            raise
 
     def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
         """For each parameter, the groups whose ranks write it together."""

@@ -232,7 +232,8 @@ def refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
         items.setdefault(adapter, []).append(item)
     for adapter, chosen in items.items():
         values = None if wholes is None else [wholes[item] for item in chosen]
-        adapter.refresh_lp([quantity.params[item] for item in chosen], values)
+        with quantity.named_if_broken(chosen):
+            adapter.refresh_lp([quantity.params[item] for item in chosen], values)
 
 
 def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -> torch.Tensor:
