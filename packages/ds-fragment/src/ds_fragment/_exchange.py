@@ -318,9 +318,14 @@ def _whole_pieces(plan: Plan, items: Sequence[int], locate: Locate) -> Pieces:
 def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -> dict[int, torch.Tensor]:
     """The wholes from pieces that are the wholes."""
     wholes = {item: room_for(plan.places[item], item, out) for item in items}
-    pairs = [(wholes[item], piece.detach()) for item, piece in zip(items, pieces, strict=True) if piece is not None]
+    pairs = [(wholes[item], _dense(piece)) for item, piece in zip(items, pieces, strict=True) if piece is not None]
     _kernels.copy([whole for whole, _ in pairs], [piece for _, piece in pairs])
     return wholes
+
+
+def _dense(piece: torch.Tensor) -> torch.Tensor:
+    """The piece itself, unless it is a sparse gradient."""
+    return piece.detach() if piece.layout == torch.strided else piece.detach().to_dense()
 
 
 def agree(

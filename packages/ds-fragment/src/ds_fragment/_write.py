@@ -184,6 +184,11 @@ def _agreed(
         for item, target in enumerate(targets):
             if target is not None and target.dim() == 0:
                 _check_view(quantity, item, target)
+            elif target is not None and target.layout != torch.strided:
+                raise InvalidValueError(
+                    f"'{quantity.what}' of {quantity.name(item)} is of layout {target.layout}, which cannot be "
+                    "written: make it dense first"
+                )
     except Exception as caught:
         error = caught
     scopes = quantity.scopes()
