@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters import adapters
+from ds_fragment._adapters._engine import check_wrappers, known_engine
 from ds_fragment._read import sharded
 from ds_fragment._registry import registry
 from ds_fragment.errors import InvalidValueError
@@ -35,6 +36,7 @@ def attach(
 
     Raises:
         InvalidValueError: a master's shape is not its parameter's; nothing is recorded.
+        EngineChangedError: the installed version of an engine lacks what ds-fragment asks it for.
     """
     pairs = list(masters)
     for param, master in pairs:
@@ -45,8 +47,10 @@ def attach(
             )
     registry.changed()
     if model is not None:
-        for adapter in adapters():
-            adapter.learn(model)
+        with known_engine():
+            check_wrappers(model)
+            for adapter in adapters():
+                adapter.learn(model)
         registry.add_names(sharded(model).named_parameters())
     if optimizer is not None:
         registry.add_optimizer(optimizer)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._exchange import Locate, Place, Plan, gather
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._quantity import Quantity
@@ -36,7 +37,8 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
     shares = []
     for adapter, param in zip(quantity.adapters, quantity.params, strict=True):
         try:
-            adapter.local(param, what)
+            with known_engine():
+                adapter.local(param, what)
         except FragmentError as error:
             shares.append(torch.tensor(float(count(param, error))))
         else:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._layout import Fragment
 from ds_fragment._place import Place
 from ds_fragment._read import sharded
@@ -89,6 +90,7 @@ def describe(target: torch.Tensor | nn.Module) -> Description | ModelDescription
     return _describe(target, None)
 
 
+@known_engine()
 def _describe(param: torch.Tensor, name: str | None) -> Description:
     adapter = adapter_of(param)
     place = adapter.place(param, "value")

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._check import meet
 from ds_fragment._collectives import CollectiveError
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
@@ -164,10 +165,14 @@ class Quantity:
         if self.error is not None:
             raise self.error
         survey, params = self._survey, self.params
-        if len(survey.by_adapter) == 1:
-            found = self.adapters[0].pieces([params[item] for item in items], self.what)
-        else:
-            found = [self.adapters[item].local(params[item], self.what) for item in items]
+        try:
+            if len(survey.by_adapter) == 1:
+                found = self.adapters[0].pieces([params[item] for item in items], self.what)
+            else:
+                found = [self.adapters[item].local(params[item], self.what) for item in items]
+        except (AttributeError, KeyError):
+            with known_engine():
+                raise
         held, expected = numels(found), [survey.held[item] for item in items]
         if held != expected:
             wrong = next(i for i in range(len(items)) if held[i] != expected[i])
@@ -248,7 +253,8 @@ class Quantity:
 
     def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
         """For each parameter, the groups whose ranks write it together."""
-        writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
+        with known_engine():
+            writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
         each = zip(self.homes, self.places, writers, strict=True)
         return [tuple(dict.fromkeys((*home.groups, *place.groups, *groups))) for home, place, groups in each]
 

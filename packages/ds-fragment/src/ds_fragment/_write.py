@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import Adapter
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._exchange import agree
 from ds_fragment._quantity import Quantity
 from ds_fragment._read import Named, check_what, named
@@ -216,7 +217,7 @@ def _hand_over(
     quantity: Quantity, targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]
 ) -> None:
     """Have each engine write its pieces; what is None on either side stays as it is."""
-    with torch.no_grad():
+    with torch.no_grad(), known_engine():
         for item, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
             if target is not None and piece is not None and piece.numel():
                 quantity.adapters[item].write(quantity.params[item], quantity.what, piece)
@@ -237,7 +238,7 @@ def refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
         items.setdefault(adapter, []).append(item)
     for adapter, chosen in items.items():
         values = None if wholes is None else [wholes[item] for item in chosen]
-        with quantity.named_if_broken(chosen):
+        with quantity.named_if_broken(chosen), known_engine():
             adapter.refresh_lp([quantity.params[item] for item in chosen], values)
 
 
