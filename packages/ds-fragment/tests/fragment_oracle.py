@@ -14,8 +14,10 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same bytes as integers, so that NaN equals NaN and -0.0 does not equal 0.0."""
-    if tensor.dtype == torch.bool or tensor.dtype.is_complex:
-        return torch.view_as_real(tensor).contiguous() if tensor.dtype.is_complex else tensor.to(torch.uint8)
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    if tensor.dtype.is_complex:
+        return bits(torch.view_as_real(tensor.detach().resolve_conj()))
     return tensor.detach().contiguous().view(INTEGERS[tensor.dtype.itemsize])
 
 

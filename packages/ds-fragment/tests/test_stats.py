@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, attach, available, count_nonfinite, iter_full, norms
-from ds_fragment.errors import FragmentError, GradientUnavailableError
+from ds_fragment import FlatPartition, attach, available, count_nonfinite, iter_full, norms, set_many
+from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError
+from ds_fragment.tensor_fragment import safe_get_full_grad
+from fragment_oracle import assert_same
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 
 def _model() -> nn.Module:
@@ -68,6 +73,135 @@ def test_unnamed_parameters_are_the_keys() -> None:
 def test_another_order_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ord is 1, expected 2 or float\('inf'\)"):
         norms([], ord=1)
+
+
+_KINDS = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.bool),
+    *(torch.complex128, torch.complex64, torch.complex32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+]
+
+
+def _of_every_kind(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A tensor of each dtype, with what is not finite and the least integer where the dtype has them."""
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for dtype in _KINDS:
+        numbers = torch.randn(shape, dtype=torch.float64, generator=generator) * 20
+        if dtype.is_complex:
+            numbers = torch.complex(numbers, numbers.flip(0) if numbers.dim() else -numbers).conj()
+        tensor = numbers.to(dtype) if dtype != torch.uint16 else numbers.abs().to(dtype)
+        if len(shape) == 2 and tensor.numel():
+            if dtype in (torch.int8, torch.int64):
+                tensor[0, 0] = torch.iinfo(dtype).min
+            elif dtype.is_floating_point or dtype.is_complex:
+                made[f"{dtype} odd"] = tensor.clone()
+                made[f"{dtype} odd"].view(-1)[-1] = math.nan
+                if dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+                    made[f"{dtype} infinite"] = tensor.clone()
+                    made[f"{dtype} infinite"].view(-1)[1] = -math.inf
+        made[str(dtype)] = tensor
+    return made
+
+
+def _check_against_dense(named: Iterable[tuple[str, torch.Tensor]], whole: dict[str, torch.Tensor], what: str) -> None:
+    two, largest, counts = norms(named, what), norms(named, what, ord=math.inf), count_nonfinite(named, what)
+    for name, tensor in whole.items():
+        wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64).resolve_conj()
+        magnitudes = wide.abs()
+        expected = magnitudes.square().sum().sqrt().item()
+        assert two[name] == pytest.approx(expected, rel=1e-12, nan_ok=True), name
+        assert largest[name] == pytest.approx(magnitudes.max().item() if len(tensor.view(-1)) else 0.0, nan_ok=True)
+        assert counts[name] == int((~wide.isfinite()).sum()), name
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("shape", [(7, 3), (), (0, 4), (5,)])
+def test_every_kind_of_number_on_one_rank(shape: tuple[int, ...]) -> None:
+    whole = _of_every_kind(shape)
+    for name, tensor in iter_full(whole.items()):
+        assert_same(tensor, whole[str(name)].resolve_conj(), name)
+    _check_against_dense(whole.items(), whole, "value")
+
+
+def _every_kind(rank: int) -> list[float]:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {**_of_every_kind((7, 3)), **{f"{n} even": t for n, t in _of_every_kind((8, 2)).items()}}
+    cut = {name: _cut(tensor, mesh) for name, tensor in whole.items()}
+    for name, tensor in iter_full(cut.items()):
+        assert_same(tensor, whole[str(name)].resolve_conj(), name)
+    for name, tensor in cut.items():
+        assert_same(dict(iter_full({name: tensor}.items()))[name], whole[name].resolve_conj(), name)
+    mixed = {**cut, "plain": torch.arange(5, dtype=torch.int8)}
+    _check_against_dense(mixed.items(), {**whole, "plain": mixed["plain"]}, "value")
+    return [norm for norm in norms(mixed.items()).values() if norm == norm]
+
+
+def _cut(tensor: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    """A DTensor cut by rows, made without a collective: gloo does not scatter every dtype."""
+    mine = tensor.resolve_conj().chunk(mesh.size())[mesh.get_rank()].clone()
+    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def test_every_kind_of_number_on_two_ranks() -> None:
+    zero, one = run_ranks(_every_kind, 2)
+    assert zero == one
+
+
+def _without_a_norm(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    fine = _cut(torch.ones(4, 2), mesh)
+    odd = _cut(torch.ones(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), mesh)
+    told = []
+    for call in (norms, count_nonfinite):
+        with pytest.raises(FragmentError) as caught:
+            call([("fine", fine), ("odd", odd)])
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_kind_without_a_norm_is_named_on_every_rank() -> None:
+    zero, one = run_ranks(_without_a_norm, 2)
+    assert zero == one
+    for text in zero:
+        assert "'value' of a parameter of shape (4, 2) is a Tensor of torch.float4_e2m1fn_x2" in text
+    with pytest.raises(FragmentError, match="on the meta device and has no data"):
+        norms([torch.empty(3, device="meta")])
+
+
+def _embedding() -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(6, 3, sparse=True)
+
+
+def _sparse(rank: int, ddp: bool) -> None:
+    module = _embedding()
+    model = nn.parallel.DistributedDataParallel(module) if ddp else module
+    optimizer = torch.optim.SparseAdam(module.parameters())
+    attach(model, optimizer)
+    model(torch.tensor([1, 4, 4])).square().sum().backward()
+    weight = module.weight
+    assert weight.grad is not None
+    assert weight.grad.is_sparse
+    dense = _embedding()
+    dense.sparse = False
+    dense(torch.tensor([1, 4, 4])).square().sum().backward()
+    expected = dense.weight.grad
+    assert expected is not None
+    _check_against_dense({"weight": weight}.items(), {"weight": expected}, "grad")
+    for found in (safe_get_full_grad(weight), dict(iter_full(model, "grad"))["weight"]):
+        assert found is not None
+        assert_same(found, expected)
+    with pytest.raises(InvalidValueError, match=r"'grad' of parameter 'weight' is of layout torch\.sparse_coo"):
+        set_many([(weight, expected)], "grad")
+    optimizer.step()
+    assert norms(model, "exp_avg")["weight"] > 0
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+def test_sparse_gradients_are_read_as_dense_ones(ddp: bool) -> None:
+    run_ranks(_sparse, 2, ddp)
 
 
 def _failing_on_one(rank: int) -> str:

@@ -15,6 +15,7 @@ TYPES = [
     errors.UnusedGradientError,
     errors.GradientUnavailableError,
     errors.RankMismatchError,
+    errors.EngineChangedError,
     errors.FragmentError,
 ]
 FINE = torch.zeros(_status.STATUS_BYTES, dtype=torch.uint8)

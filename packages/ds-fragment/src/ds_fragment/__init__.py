@@ -34,6 +34,7 @@ from ds_fragment._read import iter_full
 from ds_fragment._stats import available, count_nonfinite, norms
 from ds_fragment._write import set_local, set_many, update_many
 from ds_fragment.errors import (
+    EngineChangedError,
     FragmentError,
     GradientUnavailableError,
     InvalidValueError,
@@ -48,6 +49,7 @@ from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_st
 from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
 
 __all__ = [
+    "EngineChangedError",
     "FlatPartition",
     "FragmentError",
     "GradientUnavailableError",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._availability import is_absent
 from ds_fragment._read import check_what, read_one
 from ds_fragment._registry import registry
@@ -31,9 +32,10 @@ def get_local(param: torch.Tensor, what: str = "value") -> torch.Tensor:
     Raises:
         FragmentError: there is no such quantity here, now.
     """
-    adapter = adapter_of(param)
-    piece = adapter.local(param, check_what(what))
-    return (adapter.empty(param, what) if piece is None else piece).detach()
+    with known_engine():
+        adapter = adapter_of(param)
+        piece = adapter.local(param, check_what(what))
+        return (adapter.empty(param, what) if piece is None else piece).detach()
 
 
 def state_keys(param: torch.Tensor) -> list[str]:
@@ -43,7 +45,8 @@ def state_keys(param: torch.Tensor) -> list[str]:
         UnlinkedParameterError: no optimizer was attached.
         StateNotReadyError: the optimizer has not stepped yet.
     """
-    return sorted(adapter_of(param).state_keys(param))
+    with known_engine():
+        return sorted(adapter_of(param).state_keys(param))
 
 
 def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor:

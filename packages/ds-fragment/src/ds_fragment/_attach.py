@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters import adapters
+from ds_fragment._adapters._engine import check_wrappers, known_engine
 from ds_fragment._gradient import watch_scalers
 from ds_fragment._model import own_parameters, unwrapping
 from ds_fragment._registry import registry
@@ -43,6 +44,7 @@ def attach(
     Raises:
         TypeError: ``optimizer`` is, or holds, something else.
         InvalidValueError: a master's shape is not its parameter's; nothing is recorded.
+        EngineChangedError: the installed version of an engine lacks what ds-fragment asks it for.
     """
     pairs = list(masters)
     for param, master in pairs:
@@ -81,9 +83,11 @@ class _Attachment:
         found: dict[int, torch.Tensor] = {}
         model = self.model()
         if model is not None:
-            for module in unwrapping(model):
-                for adapter in adapters():
-                    adapter.learn(module)
+            with known_engine():
+                check_wrappers(model)
+                for module in unwrapping(model):
+                    for adapter in adapters():
+                        adapter.learn(module)
             named = dict(own_parameters(model))
             registry.add_names(named.items())
             found.update((id(param), param) for param in named.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._exchange import Locate, Place, Plan, gather
 from ds_fragment._layout import Fragment, Layout
 from ds_fragment._quantity import Quantity
@@ -36,7 +37,8 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
     shares = []
     for adapter, param in zip(quantity.adapters, quantity.params, strict=True):
         try:
-            adapter.local(param, what)
+            with known_engine():
+                adapter.local(param, what)
         except FragmentError as error:
             shares.append(torch.tensor(float(count(param, error))))
         else:
@@ -44,7 +46,8 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
     axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
     for axis in range(max(map(len, axes), default=0)):
         groups = [found[axis] if axis < len(found) else None for found in axes]
-        sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+        with quantity.named_if_broken(range(len(shares))):
+            sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
         shares = [torch.tensor(total) for total in sums]
     return [int(share) for share in shares]
 

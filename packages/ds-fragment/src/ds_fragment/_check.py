@@ -3,8 +3,13 @@
 [Note: check] Off by default. With ``DS_FRAGMENT_CHECK=1``, or inside ``with checked():``, every collective call first
 meets the other ranks in the store of the default process group: each rank leaves a line that says what it is called
 with, and reads the others'. Nothing is communicated through the groups themselves, so that a rank that is elsewhere
-cannot hang the ones that look for it. Who waits in vain for longer than the time-out says so in the store before it
-raises; a rank that comes late finds that and raises too.
+cannot hang the ones that look for it.
+
+[Note: turns] The ranks of a group meet in one turn after the other. The store knows the turn, and a rank asks it at
+each call; it counts nothing itself. A turn is ended once, by the first rank that either has seen all others in it or
+has waited in vain for longer than the time-out. All ranks that are in the turn go by that end: all of them go on, or
+all of them raise. Who comes afterwards is in the next turn, where what was left in an ended one is not looked at. So
+the ranks meet again as soon as all of them call again, whoever stayed away before.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ import contextvars
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -29,7 +33,6 @@ _TIMEOUT = "DS_FRAGMENT_CHECK_TIMEOUT"
 _DEFAULT_TIMEOUT = 60.0  # seconds
 
 _inside: contextvars.ContextVar[float | None] = contextvars.ContextVar("ds_fragment_checked", default=None)
-_calls: Counter[tuple[int, str]] = Counter()  # by world (its store) and group
 
 
 @contextlib.contextmanager
@@ -83,12 +86,7 @@ def meet(groups: Sequence[dist.ProcessGroup], describe: Callable[[], str]) -> No
     for group in groups:
         ranks = dist.get_process_group_ranks(group)
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:12]
-        turn = _calls[id(store), name]
-        _calls[id(store), name] += 1
-        _meet(store, f"ds_fragment/check/{name}/{turn}", ranks, call, limit)
-        if turn:  # everybody has come to this turn, so everybody has read the one before
-            with contextlib.suppress(RuntimeError):
-                store.delete_key(f"ds_fragment/check/{name}/{turn - 1}/{dist.get_rank()}")
+        _meet(store, f"ds_fragment/check/{name}", ranks, call, limit)
 
 
 def _store() -> Any:
@@ -96,27 +94,59 @@ def _store() -> Any:
 
 
 def _meet(store: Any, place: str, ranks: Sequence[int], call: str, limit: float) -> None:
+    """One turn; see [Note: turns]."""
     me = dist.get_rank()
-    store.set(f"{place}/{me}", call)
+    turn = int(store.compare_set(f"{place}/turn", "", "0"))
+    while store.check([f"{place}/{turn}/end"]):  # who ended it has not counted on yet
+        turn += 1
+    store.set(f"{place}/{turn}/{me}", call)
     deadline = time.monotonic() + limit
-    calls: dict[int, str] = {}
-    for rank in ranks:
-        with contextlib.suppress(dist.DistStoreError, RuntimeError):
-            store.wait([f"{place}/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            calls[rank] = store.get(f"{place}/{rank}").decode()
-    missing = [rank for rank in ranks if rank not in calls]
-    if missing:
-        store.set(f"{place}/given-up", f"{me} {' '.join(map(str, missing))}")
+    missing = [rank for rank in ranks if not _came(store, f"{place}/{turn}/{rank}", deadline)]
+    mine = " ".join(map(str, [me, *missing]))
+    end = store.compare_set(f"{place}/{turn}/end", "", mine).decode()
+    store.compare_set(f"{place}/turn", str(turn), str(turn + 1))  # by all ranks: one alone could be interrupted
+    other, *absent = end.split()
+    if missing and absent:
+        late = _late(store, f"{place}/{turn - 1}/end", me)
         raise RankMismatchError(
             f"rank {me} called {call}, and ranks {missing} of {list(ranks)} did not come within {limit:g} s: every "
-            "rank of the group must make the call"
+            f"rank of the group must make the call{late}"
         )
-    if store.check([f"{place}/given-up"]):
-        other, *absent = store.get(f"{place}/given-up").decode().split()
-        raise RankMismatchError(
-            f"rank {me} called {call} too late: rank {other} has given up waiting for ranks {', '.join(absent)}"
-        )
+    if absent:
+        raise RankMismatchError(f"rank {me} called {call} {_too_late(other, absent)}")
+    calls = {rank: store.get(f"{place}/{turn}/{rank}").decode() for rank in ranks}
+    if end == mine:  # one rank tidies up: all ranks are in this turn, so none looks at an earlier one
+        _forget(store, place, turn, ranks)
     others = {rank: other for rank, other in calls.items() if other != call}
     if others:
         told = "; ".join(f"rank {rank} called {calls[rank]}" for rank in [me, *list(others)[:3]])
         raise RankMismatchError(f"the ranks did not make the same call: {told}")
+
+
+def _came(store: Any, key: str, deadline: float) -> bool:
+    """Whether there is the key before the deadline, or there now if that has passed."""
+    left = deadline - time.monotonic()
+    if left > 0:
+        with contextlib.suppress(RuntimeError):  # a DistStoreError is one
+            store.wait([key], timedelta(seconds=left))
+            return True
+    return bool(store.check([key]))
+
+
+def _late(store: Any, end: str, me: int) -> str:
+    """Words for a rank that the others have given up in the turn before; none for another."""
+    other, *absent = store.get(end).decode().split() if store.check([end]) else [""]
+    return f". It may have come {_too_late(other, absent)}" if str(me) in absent else ""
+
+
+def _too_late(other: str, absent: Sequence[str]) -> str:
+    return f"too late: rank {other} has given up waiting for ranks {', '.join(absent)}"
+
+
+def _forget(store: Any, place: str, turn: int, ranks: Sequence[int]) -> None:
+    """Delete what was left in the turns before this one."""
+    with contextlib.suppress(RuntimeError):  # some stores cannot
+        while turn and store.check([f"{place}/{turn - 1}/end"]):
+            turn -= 1
+            for key in (*ranks, "end"):
+                store.delete_key(f"{place}/{turn}/{key}")

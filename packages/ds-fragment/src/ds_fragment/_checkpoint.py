@@ -28,7 +28,7 @@ from ds_fragment._model import own_parameters, unwrapped
 from ds_fragment._quantity import Quantity
 from ds_fragment._registry import clean_name
 from ds_fragment._write import commit, refresh
-from ds_fragment.errors import FragmentError, InvalidValueError
+from ds_fragment.errors import InvalidValueError
 
 MAX_SHARD_BYTES = 5 << 30
 
@@ -109,14 +109,15 @@ def save_full(
                 if writer is not None and not failure:
                     try:
                         report(writer.write_item(item, tensor), writer.total)
-                    except OSError as caught:
+                    except Exception as caught:  # of the file, or of the caller's ``progress``
                         failure.append(caught)
             if writer is not None and not failure:
                 report(writer.write_buffers(), writer.total)
                 writer.finish()
-        except (FragmentError, OSError) as caught:
+        except Exception as caught:
             failure.append(caught)
-        agree(failure[0] if failure else None, group, quantity.device())
+        with quantity.named_if_broken(range(len(quantity.params))):
+            agree(failure[0] if failure else None, group, quantity.device())
 
 
 def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, refresh_lp: bool = True) -> None:

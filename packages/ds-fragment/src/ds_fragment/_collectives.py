@@ -4,6 +4,9 @@
 last to do so it needs the interpreter's lock, and where the interpreter has begun to end by then, the process aborts.
 A process group that is destroyed waits for its threads; but FSDP2's device mesh, for one, keeps its groups. So a
 program that has communicated on a CPU takes a tenth of a second longer to exit, in which the threads get their turn.
+
+[Note: broken] What is raised where a collective is launched or waited for becomes a `CollectiveError`, whatever the
+backend raises: so a rank that died is told apart from what goes wrong on this rank alone.
 """
 
 from __future__ import annotations
@@ -18,8 +21,38 @@ import torch
 import torch.distributed as dist
 
 # Renamed in torch 2.13; the old names stay for a while.
-all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# No collective's failure: no memory, and what an earlier kernel of this rank's did on the GPU.
+_LOCAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+class CollectiveError(RuntimeError):
+    """A collective did not come to its end; see [Note: broken]."""
+
+    @classmethod
+    def of(cls, error: RuntimeError) -> RuntimeError:
+        """What to raise from what the launch of a collective, or the wait for it, raised."""
+        if isinstance(error, _LOCAL):
+            return error
+        return cls(f"broke off: a rank died, or did not make the same call in the same order ({error})")
+
+
+def all_gather(output: torch.Tensor, given: torch.Tensor, *, group: dist.ProcessGroup, later: bool = False) -> Any:
+    """`all_gather_into_tensor`; returns what is to be waited for if ``later``."""
+    try:
+        return _all_gather(output, given, group=group, async_op=later)
+    except RuntimeError as error:
+        raise CollectiveError.of(error) from error
+
+
+def wait_for(work: dist.Work) -> None:
+    """Wait for one collective."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise CollectiveError.of(error) from error
 
 
 @functools.cache
@@ -52,12 +85,15 @@ def all_gather_many(
     """
     if coalesces(group, outputs[0].device):
         many = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
-        return [many(list(outputs), list(inputs))]
+        try:
+            return [many(list(outputs), list(inputs))]
+        except RuntimeError as error:
+            raise CollectiveError.of(error) from error
     if len(outputs) == 1 and not later:
         all_gather(outputs[0], inputs[0], group=group)
         return []
     pairs = zip(outputs, inputs, strict=True)
-    return [all_gather(output, given, group=group, async_op=True) for output, given in pairs]
+    return [all_gather(output, given, group=group, later=True) for output, given in pairs]
 
 
 def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.ProcessGroup) -> list[dist.Work]:
@@ -73,15 +109,26 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
         What is to be waited for.
     """
     backend: Any = group._get_backend(parts[0][1].device)  # the group would ask torch's dispatcher each time
-    if len(parts) == 1 or not coalesces(group, parts[0][1].device):
-        return [backend.broadcast([part], _from(root)) for root, part in parts]
-    backend._start_coalescing()
     try:
-        for root, part in parts:
-            backend.broadcast([part], _from(root))
-    finally:
-        work = backend._end_coalescing()
-    return [work]
+        if len(parts) == 1 or not coalesces(group, parts[0][1].device):
+            return [backend.broadcast([part], _from(root)) for root, part in parts]
+        backend._start_coalescing()
+        try:
+            for root, part in parts:
+                backend.broadcast([part], _from(root))
+        finally:
+            work = backend._end_coalescing()
+        return [work]
+    except RuntimeError as error:
+        raise CollectiveError.of(error) from error
+
+
+def exchange_many(operations: list[dist.P2POp]) -> list[dist.Work]:
+    """Several sends and receives at once; returns what is to be waited for."""
+    try:
+        return dist.batch_isend_irecv(operations)
+    except RuntimeError as error:
+        raise CollectiveError.of(error) from error
 
 
 @functools.cache

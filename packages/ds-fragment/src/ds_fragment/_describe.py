@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._layout import Fragment
 from ds_fragment._model import own_parameters
 from ds_fragment._place import Place
@@ -87,6 +88,7 @@ def describe(target: torch.Tensor | nn.Module) -> Description | ModelDescription
     return _describe(target, None)
 
 
+@known_engine()
 def _describe(param: torch.Tensor, name: str | None) -> Description:
     adapter = adapter_of(param)
     place = adapter.place(param, "value")

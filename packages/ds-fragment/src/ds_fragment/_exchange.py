@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives, _kernels, _status
+from ds_fragment._collectives import CollectiveError
 from ds_fragment._flight import Flight
 from ds_fragment._place import Out, Place, box, room_for, wire_device
 from ds_fragment._recent import Recent
@@ -270,7 +271,8 @@ class _Convoy:
         error, self.failure, self._word = self.failure, None, None
         assert error is not None
         try:
-            if isinstance(error, FragmentError) and not error.status:
+            told = isinstance(error, FragmentError) or (self.told and not isinstance(error, CollectiveError))
+            if told and not getattr(error, "status", b""):
                 _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
             raise error
         finally:
@@ -316,9 +318,14 @@ def _whole_pieces(plan: Plan, items: Sequence[int], locate: Locate) -> Pieces:
 def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -> dict[int, torch.Tensor]:
     """The wholes from pieces that are the wholes."""
     wholes = {item: room_for(plan.places[item], item, out) for item in items}
-    pairs = [(wholes[item], piece.detach()) for item, piece in zip(items, pieces, strict=True) if piece is not None]
+    pairs = [(wholes[item], _dense(piece)) for item, piece in zip(items, pieces, strict=True) if piece is not None]
     _kernels.copy([whole for whole, _ in pairs], [piece for _, piece in pairs])
     return wholes
+
+
+def _dense(piece: torch.Tensor) -> torch.Tensor:
+    """The piece itself, unless it is a sparse gradient."""
+    return piece.detach() if piece.layout == torch.strided else piece.detach().to_dense()
 
 
 def different_values(names: str) -> FragmentError:

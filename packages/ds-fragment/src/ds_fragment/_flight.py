@@ -239,7 +239,7 @@ class Flight:
             operations.append(dist.P2POp(dist.irecv if self._here else dist.isend, part, peer, group=wire.group))
             self.held.append(part)
         if operations:
-            self.works.extend(dist.batch_isend_irecv(operations))
+            self.works.extend(_collectives.exchange_many(operations))
 
     def follow(self, *, last: bool) -> None:
         """On a GPU, set off what comes behind the collectives; see [Note: behind]. Once is enough.
@@ -282,7 +282,7 @@ class Flight:
 
     def _wait_works(self) -> None:
         while self.works:
-            self.works.pop(0).wait()
+            _collectives.wait_for(self.works.pop(0))
 
     def land(self) -> dict[int, torch.Tensor]:
         """Wait for the data, raise what any rank has to say, and return the whole of every item received here."""

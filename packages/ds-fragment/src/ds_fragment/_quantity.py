@@ -13,8 +13,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._check import meet
 from ds_fragment._checksum import checksums
+from ds_fragment._collectives import CollectiveError
 from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
 from ds_fragment._registry import record_of, registry
 from ds_fragment._state import different_state
@@ -86,7 +88,8 @@ class Quantity:
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
         if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
-            self._agree()
+            with self.named_if_broken(range(len(params))):
+                self._agree()
         if what == "grad":
             self._compare(_unreduced)
         elif what != "value" and not call.startswith("set_"):  # a write makes it the same
@@ -201,10 +204,14 @@ class Quantity:
         if self.error is not None:
             raise self.error
         survey, params = self._survey, self.params
-        if len(survey.by_adapter) == 1:
-            found = self.adapters[0].pieces([params[item] for item in items], self.what)
-        else:
-            found = [self.adapters[item].local(params[item], self.what) for item in items]
+        try:
+            if len(survey.by_adapter) == 1:
+                found = self.adapters[0].pieces([params[item] for item in items], self.what)
+            else:
+                found = [self.adapters[item].local(params[item], self.what) for item in items]
+        except (AttributeError, KeyError):
+            with known_engine():
+                raise
         held, expected = numels(found), [survey.held[item] for item in items]
         if held != expected:
             wrong = next(i for i in range(len(items)) if held[i] != expected[i])
@@ -276,21 +283,17 @@ class Quantity:
         """Say which parameters a collective was about that did not come to its end."""
         try:
             yield
-        except FragmentError:
-            self._doubt()
-            raise
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except CollectiveError as error:
             names = ", ".join(self.name(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
-            raise FragmentError(
-                f"the exchange of '{self.what}' of {names} broke off: a rank died, or did not make the same call in "
-                f"the same order ({error})"
-            ) from error
+            raise FragmentError(f"the exchange of '{self.what}' of {names} {error}") from error
+        except Exception:
+            self._doubt()  # as do the others where they have been told
+            raise
 
     def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
         """For each parameter, the groups whose ranks write it together."""
-        writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
+        with known_engine():
+            writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
         each = zip(self.homes, self.places, writers, strict=True)
         return [tuple(dict.fromkeys((*home.groups, *place.groups, *groups))) for home, place, groups in each]
 

@@ -21,7 +21,9 @@ def norms(
     """The norm of each whole parameter, gradient or optimizer state, the same on every rank.
 
     All ranks of the parameters' groups must call it; one small collective for each group. Sums are fp64 and added in
-    rank order, so that the bits are the same on every rank and in every run.
+    rank order, so that the bits are the same on every rank and in every run. Of complex elements the magnitudes count;
+    integers and booleans count as numbers, float8 as what it is upcast to, and of a sparse gradient the sums of what
+    it has for one place.
 
     Args:
         params: a module, parameters, or (name, parameter) pairs.
@@ -33,7 +35,7 @@ def norms(
 
     Raises:
         ValueError: another ``ord``.
-        FragmentError: a rank could not deliver its piece; the same on every rank.
+        FragmentError: a rank could not deliver its piece, or it is of a kind that has no norm; the same on every rank.
     """
     if ord not in (2, math.inf):
         raise ValueError(f"ord is {ord}, expected 2 or float('inf')")
@@ -47,7 +49,7 @@ def count_nonfinite(
     params: nn.Module | Iterable[torch.Tensor] | Iterable[Named], what: str = "value"
 ) -> dict[str | torch.Tensor, int]:
     """How many elements of each whole quantity are NaN or infinite; otherwise as `norms`."""
-    counts = _reduced(params, what, lambda piece: (~piece.isfinite()).sum(), lambda rows: rows.sum(dim=0))
+    counts = _reduced(params, what, _nonfinite, lambda rows: rows.sum(dim=0))
     return {key: int(count) for key, count in counts.items()}
 
 
@@ -86,14 +88,45 @@ def available(
     return [tensors[i] for i in chosen] if names is None else [(names[i], tensors[i]) for i in chosen]
 
 
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # what torch computes with as they are
+
+
 def _sum_of_squares(piece: torch.Tensor) -> torch.Tensor:
-    floating = piece if piece.is_floating_point() or piece.is_complex() else piece.double()
-    norm: torch.Tensor = torch.linalg.vector_norm(floating, dtype=torch.float64)
+    norm: torch.Tensor = torch.linalg.vector_norm(_magnitudes(piece), dtype=torch.float64)
     return norm.square()
 
 
 def _largest(piece: torch.Tensor) -> torch.Tensor:
-    return piece.abs().amax() if piece.numel() else piece.new_zeros(())
+    found = _magnitudes(piece)
+    return found.abs().amax() if found.numel() else found.new_zeros(())
+
+
+def _nonfinite(piece: torch.Tensor) -> torch.Tensor:
+    found = _elements(piece)
+    return (~(found if found.is_complex() else _real(found)).isfinite()).sum()
+
+
+def _magnitudes(piece: torch.Tensor) -> torch.Tensor:
+    """The elements but for their signs, of a kind that torch computes with."""
+    found = _elements(piece)
+    return found.to(torch.complex128).abs() if found.is_complex() else _real(found)
+
+
+def _real(found: torch.Tensor) -> torch.Tensor:
+    return found if found.dtype in _FLOATS else found.to(torch.float64)  # which holds all of the others
+
+
+def _elements(piece: torch.Tensor) -> torch.Tensor:
+    """The elements as a dense tensor; of a sparse one those that it has, as the others are 0.
+
+    Raises:
+        RuntimeError: there are none to be had.
+    """
+    if piece.is_meta:
+        raise RuntimeError("it is on the meta device and has no data")
+    if piece.layout == torch.strided:
+        return piece
+    return piece.coalesce().values() if piece.layout == torch.sparse_coo else piece.to_dense()
 
 
 def _reduced(
@@ -107,8 +140,17 @@ def _reduced(
 
     def share(item: int) -> torch.Tensor:
         place, piece = quantity.places[item], quantity.local(item)
-        counts = piece is not None and place.rank not in place.layout.copies
-        return measure(piece) if counts and piece is not None else torch.zeros((), device=place.device)
+        if piece is None or place.rank in place.layout.copies:
+            return torch.zeros((), device=place.device)
+        try:
+            return measure(piece)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise FragmentError(
+                f"'{what}' of {quantity.name(item)} is a {type(piece).__name__} of {piece.dtype} and {piece.layout} on "
+                f"{piece.device.type}, which torch does not measure: {str(error).partition(chr(10))[0]}"
+            ) from error
 
     with quantity.named_if_broken(range(len(tensors))):
         groups = [None if place.alone else place.group for place in quantity.places]

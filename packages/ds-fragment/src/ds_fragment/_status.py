@@ -39,6 +39,7 @@ _TYPES: tuple[type[errors.FragmentError], ...] = (
     errors.UnusedGradientError,  # before its base
     errors.GradientUnavailableError,
     errors.RankMismatchError,
+    errors.EngineChangedError,
     errors.FragmentError,
 )
 _MISMATCH = 1 + _TYPES.index(errors.RankMismatchError)

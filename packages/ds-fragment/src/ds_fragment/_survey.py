@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment._adapters import Adapter, adapter_of
+from ds_fragment._adapters._engine import engine_changed, known_engine
 from ds_fragment._exchange import Place, Plan
 from ds_fragment._recent import Recent
 from ds_fragment._registry import records_of, registry
@@ -45,8 +46,13 @@ class Survey:
     def _place(self, param: torch.Tensor, item: int) -> Place:
         try:
             return self.adapters[item].place(param, self.what)
-        except FragmentError as error:
-            self.error = self.error or error
+        except (FragmentError, AttributeError, KeyError) as error:
+            told = error if isinstance(error, FragmentError) else engine_changed(error)
+            if told is None:
+                raise
+            if told is not error:
+                told.__cause__ = error
+            self.error = self.error or told
             return self.homes[item]
 
     def to_settle(self, places: Sequence[Place]) -> Sequence[dist.ProcessGroup]:
@@ -84,7 +90,7 @@ class Survey:
             return False
         try:
             return self._stamps_of(params) == self._stamps
-        except (FragmentError, LookupError):
+        except (FragmentError, LookupError, AttributeError):
             return False
 
 
@@ -97,7 +103,8 @@ def survey_of(params: Sequence[torch.Tensor], what: str) -> Survey:
     found = surveys.get(key)
     if found is not None and found.holds(params):
         return found
-    made = Survey(params, what)
+    with known_engine():
+        made = Survey(params, what)
     if made.error is None:  # with an error goes all that its traceback refers to
         surveys.put(key, made, len(params))
     return made

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import Adapter
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._checksum import checksum
 from ds_fragment._exchange import agree
 from ds_fragment._quantity import Quantity
@@ -184,6 +185,11 @@ def _agreed(
         targets = [quantity.local(item) for item in range(len(quantity.params))]
         pieces = prepare()
         for item, target in enumerate(targets):
+            if target is not None and target.layout != torch.strided:
+                raise InvalidValueError(
+                    f"'{quantity.what}' of {quantity.name(item)} is of layout {target.layout}, which cannot be "
+                    "written: make it dense first"
+                )
             if target is not None and quantity.what not in ("value", "grad"):
                 _check_kept(quantity, item, target)
     except Exception as caught:
@@ -216,7 +222,7 @@ def _hand_over(
     quantity: Quantity, targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]
 ) -> None:
     """Have each engine write its pieces; what is None on either side stays as it is."""
-    with torch.no_grad():
+    with torch.no_grad(), known_engine():
         for item, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
             if target is not None and piece is not None and piece.numel():
                 quantity.adapters[item].write(quantity.params[item], quantity.what, piece)
@@ -237,7 +243,8 @@ def refresh(quantity: Quantity, wholes: Sequence[torch.Tensor] | None) -> None:
         items.setdefault(adapter, []).append(item)
     for adapter, chosen in items.items():
         values = None if wholes is None else [wholes[item] for item in chosen]
-        adapter.refresh_lp([quantity.params[item] for item in chosen], values)
+        with quantity.named_if_broken(chosen), known_engine():
+            adapter.refresh_lp([quantity.params[item] for item in chosen], values)
 
 
 def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "EngineChangedError",
     "FragmentError",
     "GradientUnavailableError",
     "InvalidValueError",
@@ -45,6 +46,10 @@ class UnusedGradientError(GradientUnavailableError):
 
     ``safe_get_full_grad`` and ``safe_get_local_grad`` return None in its place.
     """
+
+
+class EngineChangedError(FragmentError, RuntimeError):
+    """ds-fragment does not know this version of an engine: it names the version, and the attribute that is missing."""
 
 
 class RankMismatchError(FragmentError, RuntimeError):
