@@ -33,6 +33,7 @@ def _ddp(rank: int) -> None:
 
     # A gradient of this rank alone is no gradient of the model.
     optimizer.zero_grad()
+    param = next(model.parameters())
     with model.no_sync():
         model(data[rank]).sum().backward()
     with pytest.raises(ds_fragment.errors.GradientUnavailableError, match="no_sync"):

@@ -50,6 +50,10 @@ _ORTHOGONALISED = (
 )
 
 
+class FlatSlot(Slot):
+    """Where DeepSpeed ZeRO-1, ZeRO-2 or BF16_Optimizer keeps a parameter."""
+
+
 class DeepSpeedFlatAdapter(DeepSpeedAdapter):
     """Claims what DeepSpeed linked, and what an attached engine leaves untrained beside it."""
 
@@ -60,7 +64,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         link = link_of(param)
         if link is not None and link.owner is not None:
             return False
-        slot = noted(param, Slot)
+        slot = noted(param, FlatSlot)
         if slot is not None and slot.optimizer is not None and slot.optimizer() is not None:
             return True
         if not hasattr(param, "_hp_mapping"):
@@ -70,7 +74,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         if not link.engine_sought:  # once, as it takes a while
             link.engine_sought = True
             self._learn_living()
-        return noted(param, Slot) is not None
+        return noted(param, FlatSlot) is not None
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""
@@ -80,7 +84,9 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         self._learn_optimizer(optimizer)
         for param in model.parameters():
             if not hasattr(param, "_hp_mapping"):
-                note(param, Slot(param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED))
+                note(
+                    param, FlatSlot(param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED)
+                )
 
     def _learn_optimizer(self, optimizer: Any) -> None:
         reference = weakref.ref(optimizer)
@@ -91,7 +97,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             gaps = end_of_last = 0
             for param, start in zip(params, _starts(optimizer, index, params), strict=True):
                 layout = flat_layout(start, param.numel(), size, group.size())
-                slot = Slot(param.shape, layout, group, reference, index, position=positions.get(id(param), -1))
+                slot = FlatSlot(param.shape, layout, group, reference, index, position=positions.get(id(param), -1))
                 fragment = layout.fragments[group.rank()]
                 if fragment is not None:
                     slot.start = start + fragment.offset[0] - group.rank() * size
@@ -109,14 +115,14 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                 self._learn_optimizer(thing)
 
     def _slot(self, param: torch.Tensor) -> Slot:
-        slot = noted(param, Slot)
+        slot = noted(param, FlatSlot)
         if slot is None or slot.optimizer is None or slot.optimizer() is None:
             optimizer = _discovered(param)
             if optimizer is not None:
                 self._learn_optimizer(optimizer)
             else:
                 self._learn_living()
-            slot = noted(param, Slot)
+            slot = noted(param, FlatSlot)
         if slot is None:
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is held by a DeepSpeed engine that cannot be found, or that is gone: "

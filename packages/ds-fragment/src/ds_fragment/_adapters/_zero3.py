@@ -38,6 +38,10 @@ _GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _NO_ENGINE = "it was partitioned by zero.Init, and deepspeed.initialize has made no optimizer for it"
 
 
+class Zero3Slot(Slot):
+    """Where DeepSpeed ZeRO-3 keeps a parameter."""
+
+
 class Zero3Adapter(DeepSpeedAdapter):
     """Claims partitioned parameters, which know their optimizer."""
 
@@ -57,7 +61,7 @@ class Zero3Adapter(DeepSpeedAdapter):
 
     def _slot(self, param: torch.Tensor) -> Slot:
         optimizer = getattr(param, "_z3_optimizer", None)
-        slot = noted(param, Slot)
+        slot = noted(param, Zero3Slot)
         if slot is None or (None if slot.optimizer is None else slot.optimizer()) is not optimizer:
             slot = _slot_of(param, optimizer)
             note(param, slot)
@@ -149,9 +153,9 @@ class Zero3Adapter(DeepSpeedAdapter):
         spread(chosen, places, lambda items: self.pieces([chosen[i] for i in items], "value"))
 
 
-def _slot_of(param: Any, optimizer: Any) -> Slot:
+def _slot_of(param: Any, optimizer: Any) -> Zero3Slot:
     group: dist.ProcessGroup = param.ds_process_group
-    slot = Slot(torch.Size(param.ds_shape), even_layout(param.ds_numel, group.size()), group, None)
+    slot = Zero3Slot(torch.Size(param.ds_shape), even_layout(param.ds_numel, group.size()), group, None)
     if optimizer is None:
         slot.untrained = _NO_ENGINE
         return slot
