@@ -110,7 +110,7 @@ def _partial(rank: int) -> list[Any]:
     from torch.distributed.tensor import DTensor
 
     partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
-    found = [raised(lambda: safe_get_full_fp32_param(partial)), raised(lambda: mesh_place(partial))]
+    found = [raised(lambda: safe_get_full_fp32_param(partial)), raised(lambda: mesh_place(partial, partial.dtype))]
     param = sharded((4, 2), mesh, [Shard(0)])
     found.append(raised(lambda: safe_get_full_grad(param)))
     param.grad = distribute_tensor(torch.ones(4, 2), mesh, [Replicate()])

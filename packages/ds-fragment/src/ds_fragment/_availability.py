@@ -44,12 +44,42 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
         else:
             shares.append(torch.zeros(()))
     axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
-    for axis in range(max(map(len, axes), default=0)):
+    sums = over_axes(axes, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+    return list(map(int, sums))
+
+
+def over_axes(
+    axes: Sequence[Sequence[dist.ProcessGroup]],
+    device: torch.device,
+    share: Callable[[int], torch.Tensor],
+    combine: Callable[[torch.Tensor], torch.Tensor],
+    bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
+) -> list[float]:
+    """As `over_ranks`, over the groups of each parameter one after the other.
+
+    Raises:
+        FragmentError: what a rank's ``share`` raises; on every rank, once all axes have heard of it.
+    """
+    failure: FragmentError | None = None
+    totals: list[float] = []
+    for axis in range(max(map(len, axes), default=1) or 1):
         groups = [found[axis] if axis < len(found) else None for found in axes]
-        with quantity.named_if_broken(range(len(shares))):
-            sums = over_ranks(groups, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
-        shares = [torch.tensor(total) for total in sums]
-    return [int(share) for share in shares]
+        try:
+            totals = over_ranks(groups, device, _failing(failure) if failure else share, combine, bring)
+        except FragmentError as error:
+            failure = failure or error
+        else:
+            share = [torch.tensor(total, dtype=torch.float64) for total in totals].__getitem__
+    if failure is not None:
+        raise failure
+    return totals
+
+
+def _failing(error: FragmentError) -> Callable[[int], torch.Tensor]:
+    def share(_: int) -> torch.Tensor:
+        raise error
+
+    return share
 
 
 def over_ranks(

@@ -211,13 +211,11 @@ def _ambiguous(entries: Sequence[_Entry], quantity: Quantity) -> Exception | Non
     """Why a name means more than one tensor, if it does, as those of experts do that only some ranks hold."""
     for entry in entries:
         place = None if entry.item is None else quantity.places[entry.item]
-        if place is None or place.group is None or place.replicas:
-            continue
-        ranks = dist.get_process_group_ranks(place.group)
-        if 0 not in ranks:
+        ranks = () if place is None or place.replicas else place.global_ranks()
+        if ranks and 0 not in ranks:
             return InvalidValueError(
-                f"'{entry.name}' is held by ranks {ranks} without rank 0, which has a tensor of its own under that "
-                "name, as in expert parallelism: one file cannot hold both. Use the engine's own checkpoints"
+                f"'{entry.name}' is held by ranks {list(ranks)} without rank 0, which has a tensor of its own under "
+                "that name, as in expert parallelism: one file cannot hold both. Use the engine's own checkpoints"
             )
     return None
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_fragment._adapters import adapter_of
@@ -99,7 +98,7 @@ def _describe(param: torch.Tensor, name: str | None) -> Description:
         engine=adapter.name,
         dtype=place.dtype,
         master=adapter.master(param),
-        ranks=() if place.group is None else tuple(dist.get_process_group_ranks(place.group)),
+        ranks=place.global_ranks(),
         fragments=layout.fragments,
         layout_shape=layout.shape,
         holds=_holds(place),

@@ -36,6 +36,7 @@ __all__ = [
     "gather",
     "numels",
     "plan_of",
+    "raise_as_told",
     "wire_device",
 ]
 
@@ -271,10 +272,7 @@ class _Convoy:
         error, self.failure, self._word = self.failure, None, None
         assert error is not None
         try:
-            told = isinstance(error, FragmentError) or (self.told and not isinstance(error, CollectiveError))
-            if told and not getattr(error, "status", b""):
-                _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
-            raise error
+            raise_as_told(error, told=bool(self.told))
         finally:
             del error  # whose traceback refers to this frame
 
@@ -283,6 +281,17 @@ class _Convoy:
         for flights, _ in self._under_way:
             for flight in flights:
                 flight.wait()
+
+
+def raise_as_told(error: Exception, *, told: bool) -> NoReturn:
+    """Raise an error of this rank's in the words in which others hear it; ``told`` is whether any do."""
+    try:
+        told = isinstance(error, FragmentError) or (told and not isinstance(error, CollectiveError))
+        if told and not getattr(error, "status", b""):
+            _status.check(_status.encode(error).view(1, -1), cause=error.__cause__ or error)
+        raise error
+    finally:
+        del error  # whose traceback refers to this frame
 
 
 def fetch(plan: Plan, locate: Locate) -> torch.Tensor:

@@ -26,13 +26,20 @@ def box(whole: torch.Tensor, shape: tuple[int, ...], fragment: Fragment) -> torc
 class Place:
     """Where one quantity of one parameter is, the same answer on every rank of the group.
 
+    [Note: stages] Where a parameter is cut along several axes of a mesh that is not the world, no group has all ranks
+    that hold a piece of it, and a read must not make one: a group is made by all ranks of the world. It is brought
+    together axis by axis instead, first along the axis that cut it last. Each axis is a stage: the place of what this
+    rank has once the stages before it are done.
+
     Attributes:
         shape: of the whole quantity.
         dtype: of the pieces.
         device: the parameter's compute device; collectives run there unless the backend cannot.
-        layout: the fragments by group rank.
-        group: the ranks that hold them; None where every rank holds the whole.
+        layout: the fragments by group rank, or by the order of ``ranks`` where there are stages.
+        group: the ranks that hold them; None where every rank holds the whole, or where there are stages.
         replicas: further groups, whose ranks hold the same once more and must be written alike.
+        stages: see [Note: stages]; the last one's whole is the quantity.
+        ranks: the global ranks of the layout where there are stages.
     """
 
     shape: torch.Size
@@ -41,21 +48,43 @@ class Place:
     layout: Layout
     group: dist.ProcessGroup | None
     replicas: tuple[dist.ProcessGroup, ...] = ()
+    stages: tuple[Place, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def shards(self) -> tuple[dist.ProcessGroup, ...]:
+        """The groups over which it is cut."""
+        if self.stages:
+            return tuple(group for stage in self.stages for group in stage.shards)
+        return () if self.group is None else (self.group,)
 
     @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
         """All groups whose ranks hold the same quantity."""
-        return self.replicas if self.group is None else (self.group, *self.replicas)
+        return (*self.shards, *self.replicas)
 
     @property
     def alone(self) -> bool:
         """Whether this rank holds everything, so that there is nothing to communicate."""
-        return self.group is None or len(self.layout.fragments) == 1
+        return not self.stages and (self.group is None or len(self.layout.fragments) == 1)
+
+    @property
+    def last(self) -> Place:
+        """The place of the last stage, which brings the whole; the place itself without stages."""
+        return self.stages[-1] if self.stages else self
 
     @property
     def rank(self) -> int:
-        """This rank in the group."""
+        """This rank in the layout."""
+        if self.stages:
+            return self.ranks.index(dist.get_rank())
         return 0 if self.group is None else self.group.rank()
+
+    def global_ranks(self) -> tuple[int, ...]:
+        """The ranks of the layout; none where every rank holds the whole."""
+        if self.stages or self.group is None:
+            return self.ranks
+        return tuple(dist.get_process_group_ranks(self.group))
 
     def like(self, other: Place) -> bool:
         """Whether what one says holds for the other too."""

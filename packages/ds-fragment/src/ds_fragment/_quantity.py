@@ -17,13 +17,26 @@ from ds_fragment._adapters._engine import known_engine
 from ds_fragment._check import meet
 from ds_fragment._checksum import checksums
 from ds_fragment._collectives import CollectiveError
-from ds_fragment._exchange import Locate, Pieces, Place, Plan, agree, bucket_bytes_for, fetch, gather, numels, plan_of
+from ds_fragment._exchange import (
+    Locate,
+    Pieces,
+    Place,
+    Plan,
+    agree,
+    bucket_bytes_for,
+    fetch,
+    gather,
+    numels,
+    plan_of,
+    raise_as_told,
+)
 from ds_fragment._registry import record_of, registry
 from ds_fragment._state import different_state
 from ds_fragment._survey import survey_of
 from ds_fragment.errors import FragmentError, GradientUnavailableError, RankMismatchError, StateKeyError
 
 K = TypeVar("K")
+_EVERYTHING = 1 << 62  # bytes of a bucket that takes all
 
 
 class _Agreements:
@@ -57,6 +70,17 @@ class _Agreements:
 
 
 _agreements = _Agreements()
+
+
+def _raising(error: Exception) -> Locate:
+    def locate(_items: Sequence[int]) -> Pieces:
+        raise error
+
+    return locate
+
+
+def _chosen(pieces: Pieces) -> Locate:
+    return lambda items: [pieces[item] for item in items]
 
 
 def _kept_otherwise(names: str) -> RankMismatchError:
@@ -98,16 +122,16 @@ class Quantity:
     def _agree(self) -> None:
         """See [Note: agreement]; what no group holds is nobody else's business."""
         known = [self._known(item) for item in range(len(self.params))]
-        new, others = [], dict[dist.ProcessGroup | None, list[int]]()
+        new, others = [], dict[tuple[dist.ProcessGroup, ...], list[int]]()
         for item, home in enumerate(self.homes):
             if known[item] is None and not _agreements.ever(self.params[item], self.what):
                 new.append(item)
             else:
-                others.setdefault(home.group, []).append(item)
+                others.setdefault(home.shards, []).append(item)
         asked = [(new, [self.homes[item].groups for item in new])] if new else []
-        for group, items in others.items():
-            if group is not None and any(known[item] is None for item in items):
-                asked.append((items, [(group,)] * len(items)))
+        for groups, items in others.items():
+            if groups and any(known[item] is None for item in items):
+                asked.append((items, [groups] * len(items)))
         for items, scopes in asked:
             if self._agree_on(items, scopes):
                 for item in items:
@@ -154,7 +178,7 @@ class Quantity:
     def _known(self, item: int) -> Place | None:
         """Where the state is to be found, as far as that need not be agreed on."""
         home = self.homes[item]
-        return self.places[item] if home.group is None else _agreements.get(self.params[item], self.what, home)
+        return _agreements.get(self.params[item], self.what, home) if home.shards else self.places[item]
 
     def _agree_on(self, items: Sequence[int], scopes: Sequence[Sequence[dist.ProcessGroup]]) -> bool:
         """Whether the ranks of some groups found the state of some parameters alike; all of them call it."""
@@ -175,7 +199,7 @@ class Quantity:
     def _doubt(self) -> None:
         """Have the next call agree anew, among those of whom all know that they have to."""
         for param, home in zip(self.params, self.homes, strict=True):
-            if home.group in self.told and _agreements.ever(param, self.what):
+            if home.last.group in self.told and _agreements.ever(param, self.what):
                 _agreements.put(param, self.what, None, home)
 
     def forget(self) -> None:
@@ -232,7 +256,8 @@ class Quantity:
         ``locate`` stands in for `pieces`.
         """
         plan = self._plan(bucket_bytes)
-        buckets = self.gather(plan, locate or self.pieces, dst)
+        bring = self._gather_by_stages if any(place.stages for place in self.places) else self.gather
+        buckets = bring(plan, locate or self.pieces, dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
@@ -245,9 +270,66 @@ class Quantity:
 
     def gather(self, plan: Plan, locate: Locate, dst: int | None = None) -> Iterator[list[torch.Tensor | None]]:
         """As `gather` of the module `_exchange`, among the ranks that share the parameters."""
+        return gather(plan, locate, dst=dst, settle=self._to_settle(), told=self.told)
+
+    def _to_settle(self) -> Sequence[dist.ProcessGroup]:
         survey = self._survey
-        settle = survey.settle if self.places is survey.places else survey.to_settle(self.places)
-        return gather(plan, locate, dst=dst, settle=settle, told=self.told)
+        return survey.settle if self.places is survey.places else survey.to_settle(self.places)
+
+    def _gather_by_stages(
+        self, plan: Plan, locate: Locate, dst: int | None = None
+    ) -> Iterator[list[torch.Tensor | None]]:
+        """As `gather`, bucket after bucket, for places of which some have stages; see [Note: stages] of `Place`.
+
+        A rank that knows of a failure takes part until the end, and sends it in the place of its pieces.
+        """
+        failure: Exception | None = None
+        for items in plan.buckets:
+            try:
+                located = self._first_stages(items, locate, failure)
+            except Exception as error:
+                failure = failure or error
+                located = _raising(failure)
+            try:
+                wholes = self._one_bucket([self.places[item].last for item in items], located, dst)
+            except Exception as error:
+                failure = failure or error
+            if failure is None:
+                yield wholes
+        for group in self._to_settle():
+            try:
+                agree(failure, [group], self.device())
+            except FragmentError as error:
+                failure = error
+        if failure is not None:
+            raise_as_told(failure, told=bool(self.told))
+
+    def _first_stages(self, items: Sequence[int], locate: Locate, failure: Exception | None) -> Locate:
+        """What the last stage of some items begins with: this rank's pieces after the stages before it."""
+        pieces: list[torch.Tensor | None] = [None] * len(items)
+        try:
+            if failure is None:
+                pieces = list(locate(items))
+        except Exception as error:
+            failure = error
+        before_last = [self.places[item].stages[:-1] for item in items]
+        for level in range(max(map(len, before_last))):
+            chosen = [at for at, stages in enumerate(before_last) if level < len(stages)]
+            located = _raising(failure) if failure is not None else _chosen([pieces[at] for at in chosen])
+            try:
+                wholes = self._one_bucket([before_last[at][level] for at in chosen], located)
+            except Exception as error:
+                failure = failure or error
+                continue
+            for at, whole in zip(chosen, wholes, strict=True):
+                pieces[at] = whole
+        if failure is not None:
+            raise failure
+        return _chosen(pieces)
+
+    def _one_bucket(self, places: Sequence[Place], locate: Locate, dst: int | None = None) -> list[torch.Tensor | None]:
+        (wholes,) = gather(plan_of(places, _EVERYTHING), locate, dst=dst, told=self.told)
+        return wholes
 
     def _plan(self, bucket_bytes: int | None) -> Plan:
         """What travels with what."""
@@ -259,14 +341,14 @@ class Quantity:
             limit = bucket_bytes_for(self.places)
             if self.device().type != "cpu":  # two of the largest parameter are taken in any case
                 limit = max([limit, *(place.nbytes for place in self.places if not place.alone)])
-        plan = plan_of(self.places, limit)
+        plan = plan_of([place.last for place in self.places] if self.places else [], limit)
         if self.places is self._survey.places:
             self._survey.plan = (bucket_bytes, plan)
         return plan
 
     def one(self) -> torch.Tensor:
         """The whole tensor of the only parameter; as `full`, without what it takes for many."""
-        if self.places[0].alone:
+        if self.places[0].alone or self.places[0].stages:
             ((_, tensor),) = self.full([0])
         else:
             try:

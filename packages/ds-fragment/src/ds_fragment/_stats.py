@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import nn
 
-from ds_fragment._availability import count_over_ranks, is_absent, over_ranks
+from ds_fragment._availability import count_over_ranks, is_absent, over_axes
 from ds_fragment._quantity import Quantity
 from ds_fragment._read import Named, check_what, named
 from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError, StateNotReadyError
@@ -153,7 +153,7 @@ def _reduced(
             ) from error
 
     with quantity.named_if_broken(range(len(tensors))):
-        groups = [None if place.alone else place.group for place in quantity.places]
-        totals = over_ranks(groups, quantity.device(), share, combine, quantity.gather)
+        axes = [() if place.alone else place.shards for place in quantity.places]
+        totals = over_axes(axes, quantity.device(), share, combine, quantity.gather)
     keys: list[str | torch.Tensor] = list(tensors if names is None else names)
     return dict(zip(keys, totals, strict=True))

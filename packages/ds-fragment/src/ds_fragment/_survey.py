@@ -61,7 +61,7 @@ class Survey:
         if self.what != "value":
             for place, home in zip(places, self.homes, strict=True):
                 if place.alone:
-                    groups.update(dict.fromkeys(home.replicas if home.group is None else (home.group,)))
+                    groups.update(dict.fromkeys(home.shards or home.replicas))
         return tuple(groups)
 
     def to_compare(

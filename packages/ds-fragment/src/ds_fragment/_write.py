@@ -157,7 +157,7 @@ def update_many(
 
     # Replicas read for themselves, and may differ by how their engine rounds: fn's results are theirs.
     readers = [
-        adapter.writers(param) if place.group is None else (place.group,)
+        place.shards or adapter.writers(param)
         for adapter, param, place in zip(quantity.adapters, quantity.params, quantity.places, strict=True)
     ]
     targets, pieces = _agreed(quantity, prepare, sums, readers)

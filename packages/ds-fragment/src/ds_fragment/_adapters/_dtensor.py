@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from ds_fragment._adapters._base import Adapter, entries_of, missing_gradient, state_entry, state_of, value_kind
 from ds_fragment._gradient import require_current
-from ds_fragment._layout import Layout, mesh_layout, whole
+from ds_fragment._layout import Layout, chunk, mesh_layout, whole
 from ds_fragment._loaded import are_dtensors, is_dtensor
 from ds_fragment._place import Place
 from ds_fragment._registry import record_of, registry
@@ -55,7 +54,7 @@ class DTensorAdapter(Adapter):
                 return _place_like(param, tensor, (kind, entry.dtype))
             except InvalidValueError as error:
                 raise InvalidValueError(f"{about(param, what)}: {error}") from None
-        if home.group is not None and is_piece(entry, param, what):
+        if home.shards and is_piece(entry, param, what):
             return _place_like(param, param, ("like", entry.dtype))
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
@@ -125,20 +124,16 @@ class DTensorAdapter(Adapter):
 def _place_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Place:
     """Where a quantity of the parameter is that is placed like ``tensor``; a kind is placed alike, of one dtype."""
 
-    def make() -> Place:
-        layout, group, replicas = mesh_place(tensor)
-        return Place(tensor.shape, kind[1], tensor.device, layout, group, replicas)
-
-    return record_of(param).place(kind, tensor._spec, make)
+    return record_of(param).place(kind, tensor._spec, lambda: mesh_place(tensor, kind[1]))
 
 
-def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None, tuple[dist.ProcessGroup, ...]]:
-    """The layout of a DTensor, the group whose ranks it runs over (None where all is replicated), and the replicas'.
+def mesh_place(tensor: DTensor, dtype: torch.dtype) -> Place:
+    """Where a quantity of a dtype is that is placed like ``tensor``.
 
     Raises:
         InvalidValueError: a placement is a partial sum, which no rank holds the value of.
     """
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh, placements, shape, device = tensor.device_mesh, tensor.placements, tensor.shape, tensor.device
     if any(placement.is_partial() for placement in placements):
         raise InvalidValueError(
             f"a DTensor placed {placements} is a partial sum: redistribute it to Shard or Replicate first"
@@ -148,23 +143,44 @@ def mesh_place(tensor: DTensor) -> tuple[Layout, dist.ProcessGroup | None, tuple
     sharding = [axis for axis, dim in enumerate(dims) if dim is not None and sizes[axis] > 1]
     replicas = tuple(mesh.get_group(axis) for axis, dim in enumerate(dims) if dim is None and sizes[axis] > 1)
     if not sharding:
-        return whole(tensor.shape), None, replicas
+        return Place(shape, dtype, device, whole(shape), None, replicas)
     if len(sharding) == 1:
         axis = sharding[0]
-        return mesh_layout(tensor.shape, [sizes[axis]], [dims[axis]]), mesh.get_group(axis), replicas
+        layout = mesh_layout(shape, [sizes[axis]], [dims[axis]])
+        return Place(shape, dtype, device, layout, mesh.get_group(axis), replicas)
     # An axis that shards what the axes to its right have sharded already cuts after them.
     strided = [axis for axis in sharding if type(placements[axis]).__name__ == "_StridedShard"]
+    order = [axis for axis in range(mesh.ndim) if axis not in strided] + strided[::-1]
     if mesh.size() == dist.get_world_size():
-        order = [axis for axis in range(mesh.ndim) if axis not in strided] + strided[::-1]
-        layout = mesh_layout(tensor.shape, sizes, dims, order)
-        ranks = mesh.mesh.flatten().tolist()  # by position in the mesh
-        fragments = [layout.fragments[ranks.index(rank)] for rank in range(len(ranks))]
-        copies = frozenset(ranks[position] for position in layout.copies)
-        return Layout(layout.shape, tuple(fragments), copies), dist.group.WORLD, ()
-    order = [i for i, axis in enumerate(sharding) if axis not in strided]
-    order += [i for i, axis in reversed(list(enumerate(sharding))) if axis in strided]
-    layout = mesh_layout(tensor.shape, [sizes[axis] for axis in sharding], [dims[axis] for axis in sharding], order)
-    return layout, _group_over(mesh, sharding), replicas
+        layout = mesh_layout(shape, sizes, dims, order)
+        there = mesh.mesh.flatten().tolist()  # the rank at each position in the mesh
+        fragments = tuple(layout.fragments[there.index(rank)] for rank in range(len(there)))
+        copies = frozenset(there[position] for position in layout.copies)
+        return Place(shape, dtype, device, Layout(layout.shape, fragments, copies), dist.group.WORLD)
+    cuts = [(axis, dim) for axis in order if axis in sharding and (dim := dims[axis]) is not None]
+    layout, ranks = _over_axes(tensor, sharding, order)
+    return Place(shape, dtype, device, layout, None, replicas, _stages(tensor, dtype, cuts), ranks)
+
+
+def _over_axes(tensor: DTensor, axes: Sequence[int], order: Sequence[int]) -> tuple[Layout, tuple[int, ...]]:
+    """The layout over some axes of the mesh, in which they cut, and its global ranks: those around this rank."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    dims = [_dim_of(placements[axis], tensor.dim()) for axis in axes]
+    turns = [axes.index(axis) for axis in order if axis in axes]
+    layout = mesh_layout(tensor.shape, [mesh.size(axis) for axis in axes], dims, turns)
+    at = tuple(slice(None) if axis in axes else mesh.get_local_rank(axis) for axis in range(mesh.ndim))
+    return layout, tuple(mesh.mesh[at].flatten().tolist())
+
+
+def _stages(tensor: DTensor, dtype: torch.dtype, cuts: Sequence[tuple[int, int]]) -> tuple[Place, ...]:
+    """See [Note: stages] of `Place`; the cuts are (mesh axis, dimension) in the order in which they were made."""
+    mesh, shape, stages = tensor.device_mesh, torch.Size(tensor.shape), list[Place]()
+    for axis, dim in cuts:
+        group, size = mesh.get_group(axis), mesh.size(axis)
+        stages.append(Place(shape, dtype, tensor.device, mesh_layout(shape, [size], [dim]), group))
+        _, length = chunk(shape[dim], size, mesh.get_local_rank(axis))
+        shape = torch.Size([length if other == dim else numel for other, numel in enumerate(shape)])
+    return tuple(reversed(stages))
 
 
 def _dim_of(placement: Placement, ndim: int) -> int | None:
@@ -172,14 +188,3 @@ def _dim_of(placement: Placement, ndim: int) -> int | None:
         return None
     dim: int = placement.dim  # type: ignore[attr-defined]
     return dim % ndim
-
-
-def _group_over(mesh: DeviceMesh, axes: list[int]) -> dist.ProcessGroup:
-    names = mesh.mesh_dim_names
-    if names is None:
-        raise InvalidValueError(
-            f"a parameter is sharded over {len(axes)} axes of a device mesh without names: pass mesh_dim_names to "
-            "init_device_mesh"
-        )
-    part = mesh[tuple(names[axis] for axis in axes)]
-    return part._flatten().get_group()
