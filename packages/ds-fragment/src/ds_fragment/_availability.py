@@ -44,7 +44,8 @@ def count_over_ranks(quantity: Quantity, what: str, count: Callable[[torch.Tenso
         else:
             shares.append(torch.zeros(()))
     axes = [place.groups for place in quantity.places]  # of the ranks that share it, and of the replicas
-    sums = over_axes(axes, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+    with quantity.named_if_broken(range(len(quantity.params))):
+        sums = over_axes(axes, quantity.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
     return list(map(int, sums))
 
 
