@@ -3,24 +3,20 @@
 python tools/conformance.py                    # all engines: minutes
 python tools/conformance.py ddp fsdp2          # some: prints, and writes no page
 python tools/conformance.py --from FOLDER      # the page from tables that were saved with --save FOLDER
-python tools/conformance.py --defects          # also the list of cells that are known to be wrong
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import time
-from collections import Counter
 from pathlib import Path
 
 from ds_fragment.testing import MOMENTS, Table, conduct, engines_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ROOT / "tests-integration" / "fragment" / "conformance_engines.py"
-DEFECTS = ENGINES.with_name("conformance_defects.json")
 PAGE = ROOT / "docs" / "conformance.md"
 
 _HEAD = """# Engine conformance of ds-fragment
@@ -41,7 +37,6 @@ def main() -> None:
     parser.add_argument("engines", nargs="*", help="names of engines; all unless told")
     parser.add_argument("--save", type=Path, help="a folder for the tables as JSON")
     parser.add_argument("--from", dest="saved", type=Path, help="a folder of saved tables, in place of a run")
-    parser.add_argument("--defects", action="store_true", help=f"write {DEFECTS.name}")
     options = parser.parse_args()
     known = engines_of(ENGINES)
     names = options.engines or list(known)
@@ -60,11 +55,6 @@ def main() -> None:
             (options.save / f"{name}.json").write_text(tables[name].to_json())
     if names == list(known):
         PAGE.write_text(page(tables))
-    if options.defects:
-        listed = json.loads(DEFECTS.read_text()) if DEFECTS.exists() else {}
-        for name, table in tables.items():
-            listed[name] = [str(record.cell) for record in table.defects()]
-        DEFECTS.write_text(json.dumps({name: listed[name] for name in known if listed.get(name)}, indent=1) + "\n")
 
 
 def page(tables: dict[str, Table]) -> str:
@@ -76,28 +66,7 @@ def page(tables: dict[str, Table]) -> str:
         + [f"Python {platform.python_version()}", "gloo"]
     )
     head = _HEAD.format(versions=versions, cells=cells, moments=len(MOMENTS))
-    return head + everything.to_markdown() + _wrong(everything)
-
-
-def _wrong(table: Table) -> str:
-    """What is wrong, by engine and kind; nothing where nothing is."""
-    kinds = Counter((r.engine, r.cell.quantity, r.cell.moment, _short(r.detail)) for r in table.defects())
-    if not kinds:
-        return ""
-    rows = [f"| {' | '.join(map(str, kind))} | {count} |" for kind, count in kinds.items()]
-    head = [
-        "",
-        "## Known to be wrong",
-        "",
-        "| engine | quantity | moment | what | cells |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join([*head, *rows, ""])
-
-
-def _short(detail: str) -> str:
-    text = detail.split(" (off by")[0].split(", in File")[0]
-    return (text if len(text) < 160 else text[:157] + "...").replace("|", "/")
+    return head + everything.to_markdown()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ds_fragment import GradientUnavailableError, StateKeyError, StateNotReadyError, register_adapter
-
-# Not public yet: Adapter, Layout, Fragment and Place are what an adapter is written with.
-from ds_fragment._adapters import Adapter
-from ds_fragment._layout import Fragment, Layout
-from ds_fragment._place import Place
+from ds_fragment import (
+    Adapter,
+    Fragment,
+    GradientUnavailableError,
+    Layout,
+    Place,
+    StateKeyError,
+    StateNotReadyError,
+    register_adapter,
+)
 
 
 class MainParamAdapter(Adapter):
@@ -29,16 +33,12 @@ class MainParamAdapter(Adapter):
         return isinstance(getattr(param, "main_param", None), torch.Tensor)
 
     def place(self, param: Any, what: str) -> Place:
-        """The whole of it is on every rank; the same object as long as it is in one place."""
+        """The whole of it is on every rank."""
         found = self.local(param, what)
         assert found is not None
-        places: dict[tuple[object, ...], Place] = param.__dict__.setdefault("_main_param_places", {})
-        key = (found.shape, found.dtype, found.device)
-        if key not in places:
-            shape = tuple(found.shape)
-            everything = Layout(shape, (Fragment((0,) * len(shape), shape),))
-            places[key] = Place(found.shape, found.dtype, found.device, everything, None)
-        return places[key]
+        shape = tuple(found.shape)
+        everything = Layout(shape, (Fragment((0,) * len(shape), shape),))
+        return Place(found.shape, found.dtype, found.device, everything, None)
 
     def local(self, param: Any, what: str) -> torch.Tensor | None:
         """The master, its gradient, or what the optimizer keeps for it."""

@@ -2,7 +2,7 @@
 
 from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
-from ds_fragment._adapters import register_adapter
+from ds_fragment._adapters import Adapter, register_adapter
 from ds_fragment._api import (
     get_full_hp_grad,
     get_full_hp_param,
@@ -30,6 +30,8 @@ from ds_fragment._checkpoint import load_full, save_full
 from ds_fragment._describe import describe, plot_partition
 from ds_fragment._fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states
 from ds_fragment._kernels import use_kernels
+from ds_fragment._layout import Fragment, Layout
+from ds_fragment._place import Place
 from ds_fragment._read import iter_full
 from ds_fragment._stats import available, count_nonfinite, norms
 from ds_fragment._write import set_local, set_many, update_many
@@ -49,12 +51,16 @@ from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_st
 from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
 
 __all__ = [
+    "Adapter",
     "EngineChangedError",
     "FlatPartition",
+    "Fragment",
     "FragmentError",
     "GradientUnavailableError",
     "InvalidValueError",
+    "Layout",
     "ModulePathError",
+    "Place",
     "RankMismatchError",
     "StateKeyError",
     "StateNotReadyError",

@@ -117,7 +117,7 @@ def _unwrapped(optimizer: object) -> list[torch.optim.Optimizer]:
         return []
     if isinstance(optimizer, Mapping):
         return [each for value in optimizer.values() for each in _unwrapped(value)]
-    if isinstance(optimizer, Iterable) and not hasattr(optimizer, "param_groups"):
+    if isinstance(optimizer, Iterable) and not isinstance(optimizer, str) and not hasattr(optimizer, "param_groups"):
         return [each for value in optimizer for each in _unwrapped(value)]
     inner = getattr(optimizer, "optimizer", None)  # as Accelerate and Fabric name it
     if hasattr(inner, "param_groups"):

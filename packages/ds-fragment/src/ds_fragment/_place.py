@@ -22,7 +22,7 @@ def box(whole: torch.Tensor, shape: tuple[int, ...], fragment: Fragment) -> torc
     return view
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where one quantity of one parameter is, the same answer on every rank of the group.
 
@@ -85,10 +85,6 @@ class Place:
         if self.stages or self.group is None:
             return self.ranks
         return tuple(dist.get_process_group_ranks(self.group))
-
-    def like(self, other: Place) -> bool:
-        """Whether what one says holds for the other too."""
-        return self is other or all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor | None:
         """This rank's fragment of a whole tensor, as a view; None where it holds nothing."""

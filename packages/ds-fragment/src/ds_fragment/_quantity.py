@@ -52,7 +52,7 @@ class _Agreements:
     def get(self, param: torch.Tensor, what: str, home: Place) -> Place | None:
         """Where the state is, if the ranks agreed when the parameter was where it is now."""
         place, then = record_of(param).agreed.get(what, (None, None))
-        return place if then is home else None
+        return place if then == home else None
 
     def ever(self, param: torch.Tensor, what: str) -> bool:
         """Whether they have agreed before."""
@@ -137,11 +137,11 @@ class Quantity:
             if self._agree_on(items, scopes):
                 for item in items:
                     known[item] = self.places[item]
-        if known == self.places and self.error is None:  # places are equal if they are the same
+        if known == self.places and self.error is None:
             self._survey.agreed_at = _agreements.changes
             return
         for item, (before, now) in enumerate(zip(known, self.places, strict=True)):
-            if self.error is None and before is not None and not before.like(now):
+            if self.error is None and before is not None and before != now:
                 self.error = StateKeyError(
                     f"'{self.what}' of {self.name(item)} is not kept as at the last read (then {before.dtype} of shape "
                     f"{tuple(before.shape)}, now {now.dtype} of shape {tuple(now.shape)}): call again, so that the "

@@ -36,7 +36,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def place(self, param: torch.Tensor, what: str) -> Place:
-        """Where a quantity is, the same answer on every rank; the same object as long as it does not move."""
+        """Where a quantity is: an equal `Place` on every rank of its group.
+
+        Many reads are faster if it is the same object as long as the quantity does not move.
+        """
 
     @abstractmethod
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
