@@ -89,7 +89,7 @@ class _Attachment:
                     for adapter in adapters():
                         adapter.learn(module)
             named = dict(own_parameters(model))
-            registry.add_names(named.items())
+            registry.add_names(model, named.items())
             found.update((id(param), param) for param in named.values())
             names = {id(param): name for name, param in named.items()}
             for param, reference in self._pairs:

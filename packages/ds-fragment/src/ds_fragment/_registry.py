@@ -33,6 +33,7 @@ class Record:
 
     Attributes:
         owner: the id of the parameter, which a copy of it does not have.
+        model: the attached model, weakly.
         name: in the attached model, without the prefixes of wrappers.
         optimizer: that updates it, weakly.
         master: its fp32 value, weakly, where it was attached with one.
@@ -43,10 +44,11 @@ class Record:
             the parameter was then.
     """
 
-    __slots__ = ("agreed", "lowered", "master", "name", "notes", "optimizer", "owner", "places")
+    __slots__ = ("agreed", "lowered", "master", "model", "name", "notes", "optimizer", "owner", "places")
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
+        self.model: weakref.ref[nn.Module] | None = None
         self.name: str | None = None
         self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self.master: weakref.ref[torch.Tensor] | None = None
@@ -162,10 +164,12 @@ class Registry:
             for param in group["params"]:
                 record_of(param).optimizer = reference
 
-    def add_names(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Record what the parameters are called, without the prefixes of wrappers."""
+    def add_names(self, model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Record which model the parameters are of, and what they are called there."""
+        reference = weakref.ref(model)
         for name, param in named:
-            record_of(param).name = clean_name(name)
+            record = record_of(param)
+            record.model, record.name = reference, name
 
     def add_master(self, param: torch.Tensor, master: torch.Tensor) -> None:
         """Record that ``master`` is the fp32 value of ``param``."""
@@ -187,13 +191,14 @@ class Registry:
         record = getattr(master, _ATTRIBUTE, None)  # asked of every parameter at every step: none is made
         return record.lowered if type(record) is Record and record.owner == id(master) else None
 
-    def any_has_gradient(self) -> bool:
-        """Whether a parameter of an attached model, or its master, has a gradient now."""
-        for model in self.models():
-            for param in model.parameters():
-                master = self.master_of(param)
-                if param.grad is not None or (master is not None and master.grad is not None):
-                    return True
+    def others_have_gradients(self, param: torch.Tensor) -> bool:
+        """Whether a parameter of the attached model that this one is in, or its master, has a gradient now."""
+        reference = record_of(param).model
+        model = None if reference is None else reference()
+        for other in () if model is None else model.parameters():
+            master = self.master_of(other)
+            if other.grad is not None or (master is not None and master.grad is not None):
+                return True
         return False
 
     def is_named(self, param: torch.Tensor) -> bool:

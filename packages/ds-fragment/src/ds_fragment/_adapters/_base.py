@@ -181,7 +181,7 @@ def missing_gradient(param: torch.Tensor, *, hidden: bool = False) -> GradientUn
     if not registry.is_named(param):
         unreduced = ", or what there is is not reduced yet" if hidden else ", or the last one did not use it"
         return GradientUnavailableError(f"{cleared}{unreduced}; call attach(model, optimizer) to have it told apart")
-    if registry.any_has_gradient():
+    if registry.others_have_gradients(param):
         return UnusedGradientError(f"{name} has no gradient: the backward pass did not use it")
     return GradientUnavailableError(cleared)
 
