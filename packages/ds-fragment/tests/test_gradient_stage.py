@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import attach, iter_full, set_many
+from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError
 from ds_fragment.tensor_fragment import safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_grad
 from fragment_oracle import assert_same, raised
@@ -190,3 +191,26 @@ def _unreduced(rank: int) -> None:
 
 def test_an_unreduced_gradient_is_refused() -> None:
     run_ranks(_unreduced, 2)
+
+
+def test_a_compiled_step_is_noticed() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model)
+        assert_same(safe_get_full_grad(model.weight), model.weight.grad)
+        step()
+        with pytest.raises(GradientUnavailableError, match="the optimizer has stepped with it"):
+            safe_get_full_grad(model.weight)
+
+
+def test_attaching_again_and_again_keeps_nothing() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    attach(model, optimizer)
+    kept = len(list(registry.models()))
+    for _ in range(5):
+        attach(model, optimizer)
+    assert len(list(registry.models())) == kept

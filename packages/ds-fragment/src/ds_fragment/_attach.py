@@ -70,13 +70,21 @@ class _Attachment:
         masters: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._optimizers = list(map(weakref.ref, optimizers))
+        self._optimizers: list[weakref.ref[Any]] = list(map(weakref.ref, optimizers))
         self._pairs = [(param, weakref.ref(master)) for param, master in masters]  # until the first time
         self._masters: dict[str, weakref.ref[torch.Tensor]] = {}  # by the parameter's name
 
     def model(self) -> nn.Module | None:
         """The model, while it is there."""
         return None if self._model is None else self._model()
+
+    def key(self) -> tuple[int, ...] | None:
+        """The ids of what was attached and is still there; None once everything is gone."""
+        references = [*self._optimizers, *self._masters.values(), *(reference for _, reference in self._pairs)]
+        if self._model is not None:
+            references.append(self._model)
+        there = [id(thing) for reference in references if (thing := reference()) is not None]
+        return tuple(there) or None
 
     def learn(self) -> Iterator[torch.Tensor]:
         """Note what was attached; the parameters that were noted."""

@@ -43,6 +43,11 @@ def _version(memory: torch.Tensor) -> int:
     return -1 if memory.is_inference() else memory._version  # that of inference mode has no versions
 
 
+# Not to be compiled with what it is called in. `torch.compiler.disable` would import the compiler at once.
+_not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+@_not_compiled
 def _note_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Mark the gradients that were stepped with; see [Note: stepped]."""
     for group in optimizer.param_groups:
@@ -70,6 +75,7 @@ def watch_scalers() -> None:
 
 
 def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
+    @_not_compiled
     @functools.wraps(scale)
     def noting(self: GradScaler, outputs: Any) -> Any:
         scaled = scale(self, outputs)

@@ -113,16 +113,18 @@ class Attachment(Protocol):
     def model(self) -> nn.Module | None:
         """The model, while it is there."""
 
+    def key(self) -> Hashable:
+        """The same for a call with the same model, optimizers and masters; None once everything is gone."""
+
     def learn(self) -> Iterable[torch.Tensor]:
-        """Note what was attached; returns the parameters that were noted, none once everything is gone."""
+        """Note what was attached; returns the parameters that were noted."""
 
 
 class Registry:
     """What was attached, and what is asked of the records."""
 
     def __init__(self) -> None:
-        self._attachments: list[Attachment] = []
-        self._ids: set[int] = set()  # of the parameters that were attached
+        self._attachments: list[tuple[Attachment, set[int]]] = []  # with the ids of the parameters that were noted
         self._restoring = False
         self.generation = 0  # what was found out of parameters in an earlier one may be wrong by now
 
@@ -133,29 +135,26 @@ class Registry:
     def attach(self, attachment: Attachment) -> None:
         """Note what was attached now, and again whenever a parameter has lost its record."""
         self.changed()
-        self._restoring = True
-        try:
-            self._ids.update(map(id, attachment.learn()))
-        finally:
-            self._restoring = False
-        self._attachments.append(attachment)
+        replaced = (None, attachment.key())
+        kept = [(other, ids) for other, ids in self._attachments if other.key() not in replaced]
+        self._attachments = [*kept, *self._learned([attachment])]
 
     def restore(self, param: torch.Tensor) -> None:
         """Note what was attached once more, if it was attached with this parameter, which has a new record."""
-        if self._restoring or id(param) not in self._ids:
-            return
+        if not self._restoring and any(id(param) in ids for _, ids in self._attachments):
+            self._attachments = self._learned([attachment for attachment, _ in self._attachments])
+            self.changed()
+
+    def _learned(self, attachments: Iterable[Attachment]) -> list[tuple[Attachment, set[int]]]:
         self._restoring = True
         try:
-            learned = [(attachment, list(attachment.learn())) for attachment in self._attachments]
+            return [(attachment, set(map(id, attachment.learn()))) for attachment in attachments]
         finally:
             self._restoring = False
-        self._attachments = [attachment for attachment, params in learned if params]
-        self._ids = {id(param) for _, params in learned for param in params}
-        self.changed()
 
     def models(self) -> Iterator[nn.Module]:
         """The attached models that are still there."""
-        return (model for attachment in self._attachments if (model := attachment.model()) is not None)
+        return (model for attachment, _ in self._attachments if (model := attachment.model()) is not None)
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the optimizer for every tensor in its parameter groups."""
