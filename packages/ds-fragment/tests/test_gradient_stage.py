@@ -193,6 +193,7 @@ def test_an_unreduced_gradient_is_refused() -> None:
     run_ranks(_unreduced, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler imports it
 def test_a_compiled_step_is_noticed() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())

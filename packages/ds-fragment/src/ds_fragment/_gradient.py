@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.amp import GradScaler
@@ -27,6 +27,8 @@ from ds_fragment.errors import GradientUnavailableError
 # Attributes of the memory of gradients: by the id of the parameter, the version that was stepped with, and the id of
 # the scaler. They are numbers, so that a gradient that is saved or copied takes nothing else along.
 _STEPPED, _SCALED = "_ds_fragment_stepped", "_ds_fragment_scaled"
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _scalers: MutableMapping[int, GradScaler] = weakref.WeakValueDictionary()  # by id; those that have scaled a loss
 _wrapped: set[type] = set()
@@ -44,7 +46,7 @@ def _version(memory: torch.Tensor) -> int:
 
 
 # Not to be compiled with what it is called in. `torch.compiler.disable` would import the compiler at once.
-_not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+_not_compiled: Callable[[F], F] = torch._disable_dynamo  # type: ignore[attr-defined]
 
 
 @_not_compiled
