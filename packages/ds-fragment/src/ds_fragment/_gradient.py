@@ -45,8 +45,11 @@ def _version(memory: torch.Tensor) -> int:
     return -1 if memory.is_inference() else memory._version  # that of inference mode has no versions
 
 
-# Not to be compiled with what it is called in. `torch.compiler.disable` would import the compiler at once.
-_not_compiled: Callable[[F], F] = torch._disable_dynamo  # type: ignore[attr-defined]
+def _not_compiled(function: F) -> F:
+    """The function, which is not compiled with what calls it; `torch.compiler.disable` imports the compiler at once."""
+    disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+    disabled: F = disable(function)
+    return disabled
 
 
 @_not_compiled
