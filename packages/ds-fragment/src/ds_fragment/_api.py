@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters import held_by
 from ds_fragment._adapters._engine import known_engine
 from ds_fragment._availability import is_absent
 from ds_fragment._read import check_what, read_one
@@ -33,7 +33,7 @@ def get_local(param: torch.Tensor, what: str = "value") -> torch.Tensor:
         FragmentError: there is no such quantity here, now.
     """
     with known_engine():
-        adapter = adapter_of(param)
+        adapter, param = held_by(param)
         piece = adapter.local(param, check_what(what))
         return (adapter.empty(param, what) if piece is None else piece).detach()
 
@@ -46,7 +46,8 @@ def state_keys(param: torch.Tensor) -> list[str]:
         StateNotReadyError: the optimizer has not stepped yet.
     """
     with known_engine():
-        return sorted(adapter_of(param).state_keys(param))
+        adapter, param = held_by(param)
+        return sorted(adapter.state_keys(param))
 
 
 def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor:

@@ -63,13 +63,14 @@ def over_axes(
     """
     failure: FragmentError | None = None
     totals: list[float] = []
-    for axis in range(max(map(len, axes), default=1) or 1):
+    depth = max(map(len, axes), default=1) or 1
+    for axis in range(depth):
         groups = [found[axis] if axis < len(found) else None for found in axes]
         try:
             totals = over_ranks(groups, device, _failing(failure) if failure else share, combine, bring)
         except FragmentError as error:
             failure = failure or error
-        else:
+        if axis + 1 < depth and failure is None:
             share = [torch.tensor(total, dtype=torch.float64) for total in totals].__getitem__
     if failure is not None:
         raise failure

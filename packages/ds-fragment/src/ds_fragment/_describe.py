@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters import held_by
 from ds_fragment._adapters._engine import known_engine
 from ds_fragment._layout import Fragment
 from ds_fragment._model import own_parameters
@@ -89,7 +89,7 @@ def describe(target: torch.Tensor | nn.Module) -> Description | ModelDescription
 
 @known_engine()
 def _describe(param: torch.Tensor, name: str | None) -> Description:
-    adapter = adapter_of(param)
+    adapter, param = held_by(param)
     place = adapter.place(param, "value")
     layout = place.layout
     return Description(

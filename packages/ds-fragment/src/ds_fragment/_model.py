@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ds_fragment._adapters import adapter_of
+from ds_fragment._adapters import held_by
 from ds_fragment._loaded import is_a, is_gathered
 from ds_fragment._registry import clean_name
 
@@ -51,4 +51,4 @@ def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterat
     model = unwrapped(model)
     gathered = any(map(is_gathered, model.modules()))
     for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
-        yield clean_name(name), adapter_of(param).own(param) if gathered else param
+        yield clean_name(name), held_by(param)[1] if gathered else param

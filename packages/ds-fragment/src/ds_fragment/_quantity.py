@@ -104,8 +104,8 @@ class Quantity:
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
-        self.params, self.what = params, what
-        self._survey = survey_of(params, what)
+        self.what = what
+        self._survey, self.params = survey_of(params, what)
         self.adapters, self.homes = self._survey.adapters, self._survey.homes
         self.places, self.error = self._survey.places, self._survey.error
         self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error

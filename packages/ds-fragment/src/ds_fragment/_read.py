@@ -30,7 +30,10 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
     Raises:
         TypeError: something is neither a tensor nor a (name, tensor) pair.
     """
-    items: list[Any] = list(own_parameters(params) if isinstance(params, nn.Module) else params)
+    if isinstance(params, nn.Module):
+        found = list(own_parameters(params))
+        return [name for name, _ in found], [param for _, param in found]
+    items: list[Any] = list(params)
     kinds = set(map(type, items))
     if kinds == {tuple} and set(map(len, items)) == {2}:
         names, tensors = zip(*items, strict=True)

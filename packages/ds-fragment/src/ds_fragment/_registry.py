@@ -225,4 +225,6 @@ def clean_name(name: str) -> str:
     >>> clean_name("_forward_module.layers.module.weight")
     'layers.module.weight'
     """
+    if "_mod" not in name:  # which all of them contain
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

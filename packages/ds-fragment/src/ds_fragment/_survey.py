@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ds_fragment._adapters import Adapter, adapter_of
+from ds_fragment._adapters import Adapter, held_by
 from ds_fragment._adapters._engine import engine_changed, known_engine
 from ds_fragment._exchange import Place, Plan
 from ds_fragment._recent import Recent
@@ -18,14 +18,14 @@ from ds_fragment.errors import FragmentError
 class Survey:
     """Where one quantity of some parameters is: found out once, good until one of them is held in another way.
 
-    It is so where a parameter has another record, where something was attached since, or where what its place follows
-    from (the adapter's `stamps`) is not the same.
+    It is good until a parameter has another record, something was attached since, or what its place follows from
+    (the adapter's `stamps`) is not the same.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], what: str) -> None:
+    def __init__(self, params: Sequence[torch.Tensor], what: str, adapters: Sequence[Adapter]) -> None:
         self.what, self.generation = what, registry.generation
         self.error: FragmentError | None = None
-        self.adapters = [adapter_of(param) for param in params]
+        self.adapters = list(adapters)
         by_adapter: dict[Adapter, list[int]] = {}
         for item, adapter in enumerate(self.adapters):
             by_adapter.setdefault(adapter, []).append(item)
@@ -97,14 +97,20 @@ class Survey:
 surveys = Recent[Survey](most=50_000)  # parameters
 
 
-def survey_of(params: Sequence[torch.Tensor], what: str) -> Survey:
-    """The survey of a quantity of the parameters, made now unless there is one that is still good."""
+def survey_of(params: Sequence[torch.Tensor], what: str) -> tuple[Survey, Sequence[torch.Tensor]]:
+    """The survey of a quantity of the parameters, made now unless there is one that is still good; and the parameters.
+
+    In the place of gathered copies they are those that they are copies of. How long a copy is one nothing tells: such a
+    survey is made anew each time.
+    """
     key = (what, *map(id, params))
     found = surveys.get(key)
     if found is not None and found.holds(params):
-        return found
+        return found, params
     with known_engine():
-        made = Survey(params, what)
-    if made.error is None:  # with an error goes all that its traceback refers to
+        held = list(map(held_by, params))
+        own = [param for _, param in held]
+        made = Survey(own, what, [adapter for adapter, _ in held])
+    if made.error is None and list(map(id, own)) == list(map(id, params)):  # an error refers to more by its traceback
         surveys.put(key, made, len(params))
-    return made
+    return made, own

@@ -5,7 +5,7 @@ same answer on every rank, computed and not communicated); which piece is here (
 low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, or the key of an optimizer state.
 """
 
-from ds_fragment._adapters._base import Adapter, adapter_of, adapters, register_adapter
+from ds_fragment._adapters._base import Adapter, adapter_of, adapters, held_by, register_adapter
 from ds_fragment._adapters._deepspeed_flat import DeepSpeedFlatAdapter
 from ds_fragment._adapters._deepspeed_unsharded import DeepSpeedUnshardedAdapter
 from ds_fragment._adapters._dtensor import DTensorAdapter
@@ -16,7 +16,7 @@ from ds_fragment._adapters._plain import PlainAdapter
 from ds_fragment._adapters._zero3 import Zero3Adapter
 from ds_fragment._adapters._zero_redundancy import ZeroRedundancyAdapter
 
-__all__ = ["Adapter", "adapter_of", "adapters", "register_adapter"]
+__all__ = ["Adapter", "adapter_of", "adapters", "held_by", "register_adapter"]
 
 # Asked from the last to the first.
 for _adapter in (

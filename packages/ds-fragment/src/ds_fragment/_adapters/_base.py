@@ -34,6 +34,13 @@ class Adapter(ABC):
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter is held by this engine."""
 
+    def own(self, param: torch.Tensor) -> torch.Tensor:
+        """The parameter that ``param``, which this adapter claims, is a gathered copy of; itself where it is none.
+
+        All further questions are about that one.
+        """
+        return param
+
     @abstractmethod
     def place(self, param: torch.Tensor, what: str) -> Place:
         """Where a quantity is: an equal `Place` on every rank of its group.
@@ -83,10 +90,6 @@ class Adapter(ABC):
         """Groups whose ranks each hold the whole parameter, and so have to write the same."""
         return ()
 
-    def own(self, param: torch.Tensor) -> torch.Tensor:
-        """The parameter that ``param``, which this adapter claims, is a gathered copy of; itself where it is none."""
-        return param
-
     def learn(self, model: nn.Module) -> None:
         """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
         return
@@ -135,6 +138,16 @@ def adapter_of(param: Any) -> Adapter:
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"param is a {type(param).__name__}, expected a parameter of the model (a torch.Tensor)")
     return next(adapter for adapter in _adapters if adapter.claims(param))
+
+
+def held_by(param: Any) -> tuple[Adapter, torch.Tensor]:
+    """The adapter that claims the parameter, and the parameter; in the place of a gathered copy what it is a copy of.
+
+    Raises:
+        TypeError: it is not a tensor.
+    """
+    adapter = adapter_of(param)
+    return adapter, adapter.own(param)
 
 
 def state_of(owned: torch.Tensor, param: torch.Tensor) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from types import ModuleType, TracebackType
 
 import torch
@@ -24,16 +23,17 @@ _TRIED = "torch 2.6 to 2.13 and DeepSpeed 0.16 to 0.19"
 _ENGINES = ("torch.", "deepspeed.")
 
 
-@contextlib.contextmanager
-def known_engine() -> Iterator[None]:
+class known_engine(contextlib.ContextDecorator):
     """Raise an `EngineChangedError` where an adapter that is called in it asks an engine for what it does not have."""
-    try:
-        yield
-    except (AttributeError, KeyError) as error:
-        changed = engine_changed(error)
-        if changed is None:
-            raise
-        raise changed from error
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, AttributeError | KeyError):
+            changed = engine_changed(error)
+            if changed is not None:
+                raise changed from error
 
 
 def engine_changed(error: Exception) -> EngineChangedError | None:

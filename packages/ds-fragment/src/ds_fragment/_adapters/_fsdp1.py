@@ -96,7 +96,6 @@ class Fsdp1Adapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's interval."""
-        param = _original(param)
         record, handle = self._known(param)
         place = self.place(param, "value")
         fragment = place.layout.fragments[place.rank]
@@ -146,7 +145,6 @@ class Fsdp1Adapter(Adapter):
             _reshard(record.unit())
 
     def _known(self, param: torch.Tensor) -> tuple[_Record, Any]:
-        param = _original(param)
         if hasattr(param, "_numels_with_padding"):
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is a flat parameter of FSDP1, which is several parameters with padding "
@@ -163,7 +161,6 @@ class Fsdp1Adapter(Adapter):
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state; none on a rank that holds nothing."""
-        param = _original(param)
         place = self.place(param, "value")
         return [] if place.layout.fragments[place.rank] is None else list(state_of(param, param))
 

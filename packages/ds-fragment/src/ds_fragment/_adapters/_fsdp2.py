@@ -17,7 +17,6 @@ from torch import nn
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
 from ds_fragment._loaded import composable_state, composable_states, fsdp2_groups, is_a
-from ds_fragment._place import Place
 from ds_fragment._registry import note, noted, registry
 from ds_fragment.errors import GradientUnavailableError
 
@@ -56,27 +55,14 @@ class Fsdp2Adapter(DTensorAdapter):
         found: torch.Tensor = param if record is None else record.sharded_param  # its module is gone
         return found
 
-    def place(self, param: torch.Tensor, what: str) -> Place:
-        """As for any DTensor."""
-        return super().place(self.own(param), what)
-
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """As for any DTensor."""
-        return super().stamps(self._all_sharded(params), what)
-
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As for any DTensor, if they are gradients that are reduced."""
-        sharded = self._all_sharded(params)
         if what == "grad":
-            self._require_reduced(sharded)
-        return super().pieces(sharded, what)
-
-    def _all_sharded(self, params: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return [self.own(param) for param in params]
+            self._require_reduced(params)
+        return super().pieces(params, what)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """As for any DTensor, if it is a gradient that is reduced."""
-        param = self.own(param)
         if what == "grad":
             self._require_reduced([param])
         return super().local(param, what)
@@ -99,17 +85,9 @@ class Fsdp2Adapter(DTensorAdapter):
                 "one that reduces"
             )
 
-    def state_keys(self, param: torch.Tensor) -> list[str]:
-        """The keys of the optimizer's state."""
-        return super().state_keys(self.own(param))
-
-    def master(self, param: torch.Tensor) -> str:
-        """``"upcast"`` for a sharded parameter of low precision."""
-        return super().master(self.own(param))
-
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Give back what is gathered of old values: the next forward, or backward, gathers anew."""
-        units = [_unit_of(param) for param in self._all_sharded(params)]
+        units = map(_unit_of, params)
         for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
             if group is not None and not group.is_sharded:
                 group.reshard()
