@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -22,26 +23,45 @@ def checksum(whole: torch.Tensor) -> int:
 def checksums(pieces: Sequence[torch.Tensor | None]) -> list[int]:
     """A sum over the bits of each, whatever their order, which is several times faster; 0 for None.
 
-    It tells what was computed from different data apart. All numbers of a kind are summed at once.
+    It tells what was computed from different data apart. Small pieces of a kind are summed together.
     """
-    sums = [0] * len(pieces)
-    numbers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    large: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-    for item, piece in enumerate(pieces):
-        if piece is not None and piece.numel() == 1 and piece.layout == torch.strided and piece.dtype.itemsize <= 8:
-            numbers.setdefault((piece.dtype, piece.device), []).append(item)
-        elif piece is not None:
-            dense = piece.detach().to_dense() if piece.layout != torch.strided else piece.detach()
-            large.setdefault(piece.device, []).append((item, _words(dense.contiguous()).sum(dtype=torch.int64)))
-    for items in numbers.values():
-        chosen = [piece.detach().reshape(1) for item in items if (piece := pieces[item]) is not None]
-        rows = torch.cat(chosen).view(torch.uint8).view(len(items), -1).tolist()
-        for item, row in zip(items, rows, strict=True):
-            sums[item] = int.from_bytes(bytes(row), "little", signed=True)
-    for found in large.values():  # the host waits for a device once
-        for (item, _), total in zip(found, torch.stack([total for _, total in found]).tolist(), strict=True):
+    sums, totals = [0] * len(pieces), list[tuple[list[int], torch.Tensor]]()
+    with torch.no_grad():
+        for items in _batches(pieces):
+            flats = [_flat(piece) for item in items if (piece := pieces[item]) is not None]
+            words = _words(torch.cat(flats) if len(flats) > 1 else flats[0])
+            if len(flats) == 1:
+                totals.append((items, words.sum(dtype=torch.int64).view(1)))
+                continue
+            width = words.numel() // sum(map(torch.Tensor.numel, flats))
+            ends = list(accumulate(width * flat.numel() for flat in flats))
+            running = words.cumsum(0, dtype=torch.int64)[torch.tensor(ends, device=words.device) - 1]
+            totals.append((items, running.diff(prepend=running.new_zeros(1))))
+    for items, found in totals:  # the host waits for a device at the first of them
+        for item, total in zip(items, found.tolist(), strict=True):
             sums[item] = int(total)
     return sums
+
+
+def _batches(pieces: Sequence[torch.Tensor | None]) -> list[list[int]]:
+    """Pieces of one dtype and device that are summed together, without those that are empty."""
+    batches: list[list[int]] = []
+    open_batches: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+    for item, piece in enumerate(pieces):
+        if piece is None or not piece.numel():
+            continue
+        kind = (piece.dtype, piece.device)
+        batch, filled = open_batches.get(kind, ([], _SUM_AT_ONCE))
+        if filled + piece.numel() > _SUM_AT_ONCE:
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(item)
+        open_batches[kind] = (batch, filled + piece.numel())
+    return batches
+
+
+def _flat(piece: torch.Tensor) -> torch.Tensor:
+    return (piece if piece.layout == torch.strided else piece.to_dense()).reshape(-1)
 
 
 def _words(whole: torch.Tensor) -> torch.Tensor:

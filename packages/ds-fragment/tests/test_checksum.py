@@ -1,0 +1,51 @@
+"""Sums over the bits of many tensors: one by one as summed by hand, and different for different data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ds_fragment._checksum import checksum, checksums
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+def by_hand(piece: torch.Tensor) -> int:
+    """The words of at most 32 bits, added as Python integers, in 64 bits."""
+    data = bytes(piece.contiguous().view(-1).view(torch.uint8).tolist())
+    size = min(piece.itemsize, 4)
+    words = [int.from_bytes(data[i : i + size], "little", signed=size > 1) for i in range(0, len(data), size)]
+    return (sum(words) + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_is_summed_by_itself(dtype: torch.dtype) -> None:
+    chance = torch.Generator().manual_seed(0)
+    shapes = [(), (3,), (0,), (2, 5), (1,), (7, 11)]
+    pieces = [torch.randint(0, 200, shape, generator=chance).to(dtype) for shape in shapes]
+    given = [*pieces, None, pieces[3].t(), torch.ones(4)]
+    found = checksums(given)
+    assert found == [0 if piece is None or not piece.numel() else by_hand(piece) for piece in given]
+
+
+def test_large_ones_beside_small_ones() -> None:
+    pieces = [torch.randn(size) for size in (5, 1 << 20, 3, 1 << 19, 1 << 19, 2)]
+    assert checksums(pieces) == [
+        by_hand(piece[:]) if len(piece) < 9 else int(piece.view(torch.int32).sum()) for piece in pieces
+    ]
+    assert checksums([]) == []
+
+
+def test_a_bit_changes_a_sum() -> None:
+    one, other = torch.randn(100), torch.randn(100)
+    other[:] = one
+    assert checksums([one, one]) == checksums([one, other])
+    assert checksum(one) == checksum(other)
+    other.view(torch.int32)[37] ^= 1
+    assert checksums([one])[0] != checksums([other])[0]
+    assert checksum(one) != checksum(other)
+    assert checksum(one) != checksum(one.flip(0))  # which the other sum does not tell
+
+
+def test_sparse_ones_as_dense() -> None:
+    dense = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert checksums([dense.to_sparse()]) == checksums([dense])
