@@ -164,3 +164,34 @@ def _emptied(rank: int) -> None:
 
 def test_a_sharded_model_is_emptied() -> None:
     run_ranks(_emptied, 2)
+
+
+def _assigned(rank: int) -> None:
+    """Weights are assigned to a model on meta, and read before the first forward, at which FSDP2 takes them over."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    for module in (*model, model):
+        fully_shard(module, reshard_after_forward=False)
+    given = {
+        name: distribute_tensor(torch.full(param.shape, 0.1), param.device_mesh, param.placements)
+        for name, param in model.state_dict().items()
+    }
+    model.load_state_dict(given, assign=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    kept = list(model.parameters())
+    for name, value in iter_full(model):
+        assert_same(value, torch.full(given[name].shape, 0.1))
+    assert len(list(iter_full(kept))) == len(kept)
+    model(torch.ones(1, 5))
+    set_many([(param, torch.full(param.shape, 0.5)) for param in kept])
+    right = torch.full((1, 3), 0.5 + 7 * 0.5 * 3.0)
+    assert_same(model(torch.ones(1, 5)).detach(), right)
+    set_many([(param, torch.full(param.shape, 0.0)) for param in model.parameters()])  # of gathered copies
+    assert_same(model(torch.ones(1, 5)).detach(), right * 0)
+    for value in dict(iter_full(model)).values():
+        assert_same(value, value * 0)
+
+
+def test_assigned_weights_are_read_and_written() -> None:
+    run_ranks(_assigned, 2)

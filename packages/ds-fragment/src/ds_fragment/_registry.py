@@ -93,7 +93,8 @@ def records_of(params: Sequence[torch.Tensor]) -> list[Record]:
 
 def noted(param: torch.Tensor, kind: type[V]) -> V | None:
     """What an adapter noted of the parameter in an object of that class; None if nothing."""
-    return record_of(param).notes.get(kind)
+    found: V | None = record_of(param).notes.get(kind)
+    return found
 
 
 def note(param: torch.Tensor, what: object) -> None:

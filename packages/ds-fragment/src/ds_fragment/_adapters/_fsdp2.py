@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters._dtensor import DTensorAdapter
-from ds_fragment._loaded import composable_state, composable_states, fsdp2_groups, is_a
-from ds_fragment._registry import note, noted, registry
+from ds_fragment._loaded import composable_state, composable_states, fsdp2_groups, is_a, is_dtensor
+from ds_fragment._registry import note, record_of, registry
 from ds_fragment.errors import GradientUnavailableError
 
 
@@ -27,6 +27,7 @@ class _Unit:
 
     param: weakref.ref[Any]  # an FSDPParam
     group: weakref.ref[Any]  # an FSDPParamGroup
+    copy: bool  # whether it is noted of a gathered copy
 
 
 class _NoUnit:
@@ -46,13 +47,15 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter, or what it is a gathered copy of, is in an FSDP2 module."""
-        return _unit_of(param) is not None
+        unit = _unit_of(param)
+        return unit is not None and (not unit.copy or unit.param() is not None)
 
     def own(self, param: torch.Tensor) -> torch.Tensor:
         """The sharded parameter."""
         unit = _unit_of(param)
-        record: Any = None if unit is None else unit.param()
-        found: torch.Tensor = param if record is None else record.sharded_param  # its module is gone
+        assert unit is not None
+        record: Any = unit.param()
+        found: torch.Tensor = record.sharded_param if unit.copy else param
         return found
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
@@ -95,13 +98,13 @@ class Fsdp2Adapter(DTensorAdapter):
 
 def _unit_of(param: torch.Tensor) -> _Unit | None:
     """What FSDP2 keeps of the parameter, or of what it is a gathered copy of; None where it is not FSDP2's."""
-    found = noted(param, _Unit)
-    if found is None and noted(param, _NoUnit) is None:
+    notes = record_of(param).notes
+    if _Unit not in notes and _NoUnit not in notes:
         for reference in list(composable_states().values()):
             _note_units(reference())
-        found = noted(param, _Unit)
-        if found is None:
+        if _Unit not in notes and not is_dtensor(param):
             note(param, _NoUnit())
+    found: _Unit | None = notes.get(_Unit)
     return found
 
 
@@ -109,8 +112,13 @@ def _note_units(state: Any) -> None:
     """Note the parameters of an FSDP2 module, given by FSDP2's state of it, and their gathered copies."""
     for group in fsdp2_groups(state):
         for record in group.fsdp_params:
-            unit = _Unit(weakref.ref(record), weakref.ref(group))
-            for name in ("sharded_param", "_unsharded_param", "_sharded_post_forward_param"):
-                tensor = getattr(record, name, None)
-                if tensor is not None:
-                    note(tensor, unit)
+            # There from the first gather on, and new after each forward.
+            copies = [getattr(record, name, None) for name in ("_unsharded_param", "_sharded_post_forward_param")]
+            # What load_state_dict(assign=True) has put into the module FSDP2 takes over at the next forward.
+            shown = record._module_info.module._parameters.get(record._module_info.param_name)
+            owned = [record.sharded_param, *(() if any(shown is copy for copy in copies) else (shown,))]
+            for tensors, are_copies in ((copies, True), (owned, False)):
+                unit = _Unit(weakref.ref(record), weakref.ref(group), are_copies)
+                for tensor in tensors:
+                    if tensor is not None:
+                        note(tensor, unit)
