@@ -2,8 +2,9 @@
 
 [Note: kinds] An optimizer may keep anything beside a parameter. A number, a dense tensor and a DTensor are read as they
 are. A quantised tensor is read through its own ``dequantize``. Everything else is refused, in words that say what it
-is. A plain tensor beside a sharded DTensor parameter is this rank's piece if it has the shape of the local tensor. It
-is the whole if it has the whole shape, or is one number. Of any other shape nothing says what it is a part of.
+is. A plain tensor beside a sharded DTensor parameter is the whole if it has the whole shape, or is one number. Of any
+other shape nothing says what it is a part of: one that is as large as the local tensor may be this rank's piece, or a
+matrix of low rank that all ranks have in common.
 
 [Note: same] What every rank holds whole may still be each rank's own, as a statistic of its local gradient is. So the
 ranks compare it before they read it.
@@ -99,22 +100,19 @@ def kept_as(piece: torch.Tensor) -> str:
     return found
 
 
-def is_piece(entry: torch.Tensor, param: DTensor, key: str) -> bool:
-    """Whether a plain tensor beside a sharded parameter is this rank's piece, not the whole: see [Note: kinds].
+def require_whole(entry: torch.Tensor, param: DTensor, key: str) -> None:
+    """Raise unless a plain tensor beside a sharded parameter can only be the whole: see [Note: kinds].
 
     Raises:
-        StateKeyError: nothing says what it is.
+        StateKeyError: nothing says what it is a part of.
     """
-    local = param._local_tensor
-    if entry.shape == local.shape:
-        return True
-    if entry.shape == param.shape or entry.numel() == 1:
-        return False
-    raise StateKeyError(
-        f"{about(param, key)} is a plain tensor of shape {tuple(entry.shape)} beside a DTensor of shape "
-        f"{tuple(param.shape)}, of which this rank holds {tuple(local.shape)}: it is neither the whole nor this rank's "
-        "piece; read it in optimizer.state on each rank"
-    )
+    if entry.shape != param.shape and entry.numel() != 1:
+        local = tuple(param._local_tensor.shape)
+        raise StateKeyError(
+            f"{about(param, key)} is a plain tensor of shape {tuple(entry.shape)} beside a DTensor of shape "
+            f"{tuple(param.shape)}, of which this rank holds {local}: nothing says what it is a part of. Read each "
+            "rank's own with safe_get_local_optimizer_state, or keep a DTensor in optimizer.state"
+        )
 
 
 def other_shape(entry: torch.Tensor, param: torch.Tensor, key: str, shape: torch.Size) -> StateKeyError:

@@ -19,7 +19,7 @@ from ds_fragment._layout import Layout, chunk, mesh_layout, whole
 from ds_fragment._loaded import are_dtensors, is_dtensor
 from ds_fragment._place import Place
 from ds_fragment._registry import record_of, registry
-from ds_fragment._state import about, are_dense, dense, is_piece
+from ds_fragment._state import about, are_dense, dense, require_whole
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class DTensorAdapter(Adapter):
                 return _place_like(param, tensor, (kind, entry.dtype))
             except InvalidValueError as error:
                 raise InvalidValueError(f"{about(param, what)}: {error}") from None
-        if home.shards and is_piece(entry, param, what):
-            return _place_like(param, param, ("like", entry.dtype))
+        if home.shards:
+            require_whole(entry, param, what)
         return Place(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
