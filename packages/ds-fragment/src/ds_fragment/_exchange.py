@@ -37,6 +37,7 @@ __all__ = [
     "numels",
     "plan_of",
     "raise_as_told",
+    "raising",
     "wire_device",
 ]
 
@@ -222,7 +223,7 @@ class _Convoy:
                 pieces = _whole_pieces(self.plan, alone, self.locate)
             except Exception as error:
                 pieces = self._word = error
-        locate = self.locate if self._word is None else _raising(self._word)
+        locate = self.locate if self._word is None else raising(self._word)
         before = len(self._under_way)
         flights = [
             Flight.start(wire, locate, self.out, self.dst, before=before)
@@ -303,11 +304,13 @@ def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
     try:
         piece = wire.ready(locate, whole)
     except Exception as error:
-        return Flight.start(wire, _raising(error), None, None, later=False).land()[0]
+        return Flight.start(wire, raising(error), None, None, later=False).land()[0]
     return Flight.at_once(wire, whole, piece)
 
 
-def _raising(error: Exception) -> Locate:
+def raising(error: Exception) -> Locate:
+    """What a rank that has an error locates."""
+
     def locate(_items: Sequence[int]) -> Pieces:
         raise error
 

@@ -28,15 +28,14 @@ from ds_fragment._exchange import (
     gather,
     numels,
     plan_of,
-    raise_as_told,
 )
 from ds_fragment._registry import record_of, registry
+from ds_fragment._stages import gather_by_stages
 from ds_fragment._state import different_state
 from ds_fragment._survey import survey_of
 from ds_fragment.errors import FragmentError, GradientUnavailableError, RankMismatchError, StateKeyError
 
 K = TypeVar("K")
-_EVERYTHING = 1 << 62  # bytes of a bucket that takes all
 
 
 class _Agreements:
@@ -70,17 +69,6 @@ class _Agreements:
 
 
 _agreements = _Agreements()
-
-
-def _raising(error: Exception) -> Locate:
-    def locate(_items: Sequence[int]) -> Pieces:
-        raise error
-
-    return locate
-
-
-def _chosen(pieces: Pieces) -> Locate:
-    return lambda items: [pieces[item] for item in items]
 
 
 def _kept_otherwise(names: str) -> RankMismatchError:
@@ -270,8 +258,11 @@ class Quantity:
         ``locate`` stands in for `pieces`.
         """
         plan = self._plan(bucket_bytes)
-        bring = self._gather_by_stages if any(place.stages for place in self.places) else self.gather
-        buckets = bring(plan, locate or self.pieces, dst)
+        if any(place.stages for place in self.places):
+            settle, told = self._to_settle(), self.told
+            buckets = gather_by_stages(self.places, plan, locate or self.pieces, dst=dst, settle=settle, told=told)
+        else:
+            buckets = self.gather(plan, locate or self.pieces, dst)
         for items in plan.buckets:
             with self.named_if_broken(items):
                 tensors = next(buckets)
@@ -289,61 +280,6 @@ class Quantity:
     def _to_settle(self) -> Sequence[dist.ProcessGroup]:
         survey = self._survey
         return survey.settle if self.places is survey.places else survey.to_settle(self.places)
-
-    def _gather_by_stages(
-        self, plan: Plan, locate: Locate, dst: int | None = None
-    ) -> Iterator[list[torch.Tensor | None]]:
-        """As `gather`, bucket after bucket, for places of which some have stages; see [Note: stages] of `Place`.
-
-        A rank that knows of a failure takes part until the end, and sends it in the place of its pieces.
-        """
-        failure: Exception | None = None
-        for items in plan.buckets:
-            try:
-                located = self._first_stages(items, locate, failure)
-            except Exception as error:
-                failure = failure or error
-                located = _raising(failure)
-            try:
-                wholes = self._one_bucket([self.places[item].last for item in items], located, dst)
-            except Exception as error:
-                failure = failure or error
-            if failure is None:
-                yield wholes
-        for group in self._to_settle():
-            try:
-                agree(failure, [group], self.device())
-            except FragmentError as error:
-                failure = error
-        if failure is not None:
-            raise_as_told(failure, told=bool(self.told))
-
-    def _first_stages(self, items: Sequence[int], locate: Locate, failure: Exception | None) -> Locate:
-        """What the last stage of some items begins with: this rank's pieces after the stages before it."""
-        pieces: list[torch.Tensor | None] = [None] * len(items)
-        try:
-            if failure is None:
-                pieces = list(locate(items))
-        except Exception as error:
-            failure = error
-        before_last = [self.places[item].stages[:-1] for item in items]
-        for level in range(max(map(len, before_last))):
-            chosen = [at for at, stages in enumerate(before_last) if level < len(stages)]
-            located = _raising(failure) if failure is not None else _chosen([pieces[at] for at in chosen])
-            try:
-                wholes = self._one_bucket([before_last[at][level] for at in chosen], located)
-            except Exception as error:
-                failure = failure or error
-                continue
-            for at, whole in zip(chosen, wholes, strict=True):
-                pieces[at] = whole
-        if failure is not None:
-            raise failure
-        return _chosen(pieces)
-
-    def _one_bucket(self, places: Sequence[Place], locate: Locate, dst: int | None = None) -> list[torch.Tensor | None]:
-        (wholes,) = gather(plan_of(places, _EVERYTHING), locate, dst=dst, told=self.told)
-        return wholes
 
     def _plan(self, bucket_bytes: int | None) -> Plan:
         """What travels with what."""
