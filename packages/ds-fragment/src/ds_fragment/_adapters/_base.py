@@ -80,6 +80,8 @@ class Adapter(ABC):
 
         It is asked before every use of places that were found earlier. May raise what `place` raises.
         """
+        if what == "value":
+            return [(adapter_of(param), self.place(param, what)) for param in params]
         return [(adapter_of(param), self.place(param, "value"), self.place(param, what)) for param in params]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:

@@ -40,7 +40,7 @@ class PlainAdapter(Adapter):
 
     def place(self, param: torch.Tensor, what: str) -> Place:
         """All of it is here."""
-        found = self.local(param, what)
+        found = self._part(param, self._owned(param), what) if what == "value" else self.local(param, what)
         like = (found.shape, found.dtype, found.device)
         return record_of(param).place(like, None, lambda: Place(*like, whole(found.shape), None))
 
