@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -103,7 +104,7 @@ class Quantity:
             with self.named_if_broken(range(len(params))):
                 self._agree()
         if what == "grad":
-            self._require_known()
+            self._warn_of_unknown()
             self._compare(_unreduced)
         elif what != "value" and not call.startswith("set_"):  # a write makes it the same
             self._compare(partial(different_state, what))
@@ -138,16 +139,17 @@ class Quantity:
         if self.error is not None:
             self.places = [home if place is None else place for home, place in zip(self.homes, known, strict=True)]
 
-    def _require_known(self) -> None:
-        """Among several ranks, have an error for whole gradients of which nothing tells over which they are reduced."""
+    def _warn_of_unknown(self) -> None:
+        """Among several ranks, say that nothing tells over which of them a whole gradient is reduced."""
         if self.error is not None or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         shared = set(self._survey.shared[0])
         for item, (param, place) in enumerate(zip(self.params, self.places, strict=True)):
             if place.alone and item not in shared and not registry.is_named(param) and param.requires_grad:
-                self.error = GradientUnavailableError(
-                    f"{self.name(item)} has a gradient of which nothing tells whether it is reduced over the ranks: "
-                    "call attach(model, optimizer) with the model as its engine wrapped it"
+                warnings.warn(
+                    f"the gradient of {self.name(item)} is this rank's own, and nothing tells whether it is reduced "
+                    "over the ranks: call attach(model, optimizer) with the model as its engine wrapped it",
+                    stacklevel=5,
                 )
                 return
 

@@ -30,9 +30,10 @@ class PlainAdapter(Adapter):
         """Which parameters a DistributedDataParallel, or a DeepSpeedEngine, reduces the gradients of."""
         for module in model.modules():
             group = _data_parallel_group(module)
+            experts: Any = getattr(module, "expert_data_parallel_group", None) or {}  # of a DeepSpeedEngine, by name
             if group is not None:
                 for param in module.parameters():
-                    note(param, _Replicas(group))
+                    note(param, _Replicas(experts.get(getattr(param, "group_name", None), group)))
 
     def claims(self, param: torch.Tensor) -> bool:
         """Every tensor."""
