@@ -168,7 +168,8 @@ class Quantity:
         sums: list[int] = []
         if error is None:
             try:
-                sums = checksums(self.pieces(items))
+                for some in self._filled(items):
+                    sums += checksums(self.pieces(some))
             except Exception as caught:
                 error = caught
         groups = list(dict.fromkeys(group for scope in scopes for group in scope))
@@ -178,6 +179,19 @@ class Quantity:
                 agree(error, groups, self.device(), sums, name, scopes, differ)
             except FragmentError as told:
                 self.error = told
+
+    def _filled(self, items: Sequence[int]) -> Iterator[list[int]]:
+        """The items, as many at a time as fill a bucket: some engines make a copy of each piece that they are asked."""
+        limit = bucket_bytes_for(self.places)
+        some, filled = list[int](), 0
+        for item in items:
+            some.append(item)
+            filled += self.places[item].nbytes
+            if filled >= limit:
+                yield some
+                some, filled = [], 0
+        if some:
+            yield some
 
     def _known(self, item: int) -> Place | None:
         """Where the state is to be found, as far as that need not be agreed on."""
