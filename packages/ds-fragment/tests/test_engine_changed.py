@@ -50,6 +50,10 @@ def _fsdp2(rank: int) -> list[Any]:
         patch.delattr(model[0]._get_fsdp_state(), groups)
         _lacks(raised(lambda: attach(model)), groups)
     attach(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("torch.distributed._composable_state._module_state_mapping")
+        for call in (lambda: attach(model), lambda: list(iter_full(model)), lambda: describe(model)):
+            _lacks(raised(call), "_module_state_mapping")
     model(torch.ones(3, 4)).sum().backward()
     weight = model[0].weight
     told = []
@@ -64,6 +68,10 @@ def _fsdp2(rank: int) -> list[Any]:
         ]
         if rank == 1:
             _lacks(raised(lambda: get_local(weight, "grad")), "unsharded_accumulated_grad")
+    gradient, kept = weight.grad, weight.grad._local_tensor
+    del gradient._local_tensor
+    _lacks(raised(lambda: get_local(weight, "grad")), "_local_tensor")
+    gradient._local_tensor = kept
     assert len(list(iter_full(model, "grad"))) == 4
     kept = weight._local_tensor
     if rank == 1:

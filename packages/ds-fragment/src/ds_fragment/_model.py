@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ds_fragment._adapters import held_by
+from ds_fragment._adapters._engine import known_engine
 from ds_fragment._loaded import is_a, is_gathered
 from ds_fragment._registry import clean_name
 
@@ -49,6 +50,7 @@ def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterat
     ranks would have to do together.
     """
     model = unwrapped(model)
-    gathered = any(map(is_gathered, model.modules()))
-    for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
-        yield clean_name(name), held_by(param)[1] if gathered else param
+    with known_engine():
+        gathered = any(map(is_gathered, model.modules()))
+        for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
+            yield clean_name(name), held_by(param)[1] if gathered else param

@@ -3,7 +3,8 @@
 [Note: private] Adapters read private attributes of torch and DeepSpeed, as nothing public says where the pieces are. A
 later version may rename one. That is no error of the caller's, and more than an `AttributeError`: it is an
 `EngineChangedError`, which says which version lacks what. A failed look-up is taken for one where an adapter made it,
-or code of the engine that an adapter called, and for attributes also where the object is of a class of the engine's.
+or what adapters look up engines with (`_READERS`), or code of the engine that these called; and for attributes only
+where the object is of a class of the engine's.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 
 from ds_fragment.__about__ import __version__
-from ds_fragment._loaded import is_a
+from ds_fragment._loaded import composable_state, is_a
 from ds_fragment.errors import EngineChangedError
 
 _TRIED = "torch 2.6 to 2.13 and DeepSpeed 0.16 to 0.19"
 _ENGINES = ("torch.", "deepspeed.")
+_READERS = ("ds_fragment._adapters.", "ds_fragment._gradient", "ds_fragment._loaded")
 
 
 class known_engine(contextlib.ContextDecorator):
@@ -38,7 +41,7 @@ class known_engine(contextlib.ContextDecorator):
 
 def engine_changed(error: Exception) -> EngineChangedError | None:
     """What to raise in the place of a failed look-up; None if it is another error. See [Note: private]."""
-    if not _asked_by_adapter(error.__traceback__):
+    if not _asked_by_reader(error.__traceback__):
         return None
     if isinstance(error, AttributeError):
         if not any(module.startswith(_ENGINES) for module in _modules(error.obj)):
@@ -70,20 +73,20 @@ def check_wrappers(model: nn.Module) -> None:
             for param in () if handle is None else handle.flat_param._params or ():  # type: ignore[union-attr]
                 param._fsdp_flattened  # noqa: B018
         elif is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-            state = module._get_fsdp_state()  # type: ignore[operator]
+            state: Any = composable_state(module)
             if not hasattr(state, "_fsdp_param_groups"):  # which there was one of before
                 state._fsdp_param_group  # noqa: B018
 
 
-def _asked_by_adapter(trace: TracebackType | None) -> bool:
-    """Whether the last caller that is no engine is an adapter."""
+def _asked_by_reader(trace: TracebackType | None) -> bool:
+    """Whether the last caller that is no engine is one of those that read engines' private attributes."""
     caller = ""
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         if not name.startswith(_ENGINES):
             caller = name
         trace = trace.tb_next
-    return caller.startswith(f"{__package__}.")
+    return caller.startswith(_READERS)
 
 
 def _modules(thing: object) -> list[str]:
