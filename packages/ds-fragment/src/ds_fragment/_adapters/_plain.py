@@ -30,8 +30,8 @@ class PlainAdapter(Adapter):
         """Which parameters a DistributedDataParallel, or a DeepSpeedEngine, reduces the gradients of."""
         for module in model.modules():
             group = _data_parallel_group(module)
-            experts: Any = getattr(module, "expert_data_parallel_group", None) or {}  # of a DeepSpeedEngine, by name
             if group is not None:
+                experts: Any = getattr(module, "expert_data_parallel_group", None) or {}  # of a DeepSpeedEngine
                 for param in module.parameters():
                     note(param, _Replicas(experts.get(getattr(param, "group_name", None), group)))
 
@@ -107,9 +107,12 @@ def _data_parallel_group(module: nn.Module) -> dist.ProcessGroup | None:
     if is_a(module, "deepspeed", "DeepSpeedEngine"):
         group: Any = getattr(module, "seq_data_parallel_group", None) or getattr(module, "data_parallel_group", None)
         return dist.group.WORLD if group is None else group
-    replicate: Any = sys.modules.get("torch.distributed._composable.replicate")
-    state = None if replicate is None else replicate.replicate.state(module)
-    return None if state is None else _replicate_group(state)
+    contract: Any = sys.modules.get("torch.distributed._composable.contract")
+    states = {} if contract is None else vars(module).get(contract.STATE_KEY, {})  # of the composable APIs
+    for state in states.values():
+        if is_a(state, "torch.distributed._composable.replicate", "_ReplicateState"):
+            return _replicate_group(state)
+    return None
 
 
 def _replicate_group(state: Any) -> dist.ProcessGroup | None:
