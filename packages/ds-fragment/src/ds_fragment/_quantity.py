@@ -307,7 +307,7 @@ class Quantity:
             limit = bucket_bytes_for(self.places)
             if self.device().type != "cpu":  # two of the largest parameter are taken in any case
                 limit = max([limit, *(place.nbytes for place in self.places if not place.alone)])
-        plan = plan_of([place.last for place in self.places] if self.places else [], limit)
+        plan = plan_of([place.last for place in self.places], limit)
         if self.places is self._survey.places:
             self._survey.plan = (bucket_bytes, plan)
         return plan
@@ -341,9 +341,7 @@ class Quantity:
     def scopes(self) -> list[tuple[dist.ProcessGroup, ...]]:
         """For each parameter, the groups whose ranks write it together."""
         with known_engine():
-            writers = [adapter.writers(param) for adapter, param in zip(self.adapters, self.params, strict=True)]
-        each = zip(self.homes, self.places, writers, strict=True)
-        return [tuple(dict.fromkeys((*home.groups, *place.groups, *groups))) for home, place, groups in each]
+            return [self._survey.scope(item, param, self.places[item]) for item, param in enumerate(self.params)]
 
     def device(self) -> torch.device:
         """Where collectives about these parameters run."""

@@ -64,6 +64,11 @@ class Survey:
                     groups.update(dict.fromkeys(home.shards or home.replicas))
         return tuple(groups)
 
+    def scope(self, item: int, param: torch.Tensor, place: Place) -> tuple[dist.ProcessGroup, ...]:
+        """The groups whose ranks write a parameter together, given where the quantity is."""
+        writers = self.adapters[item].writers(param)
+        return tuple(dict.fromkeys((*self.homes[item].groups, *place.groups, *writers)))
+
     def to_compare(
         self, params: Sequence[torch.Tensor], places: Sequence[Place]
     ) -> tuple[list[int], list[tuple[dist.ProcessGroup, ...]]]:
@@ -71,8 +76,7 @@ class Survey:
         items, scopes = [], []
         for item, place in enumerate(places) if self.what != "value" else ():
             if place.alone:
-                writers = self.adapters[item].writers(params[item])
-                groups = dict.fromkeys((*self.homes[item].groups, *place.groups, *writers))
+                groups = self.scope(item, params[item], place)
                 scope = tuple(group for group in groups if group.size() > 1)
                 if scope:
                     items.append(item)
