@@ -169,11 +169,16 @@ def compiled(model: nn.Module, backend: str = "eager") -> nn.Module:
     return wrapped
 
 
-def compiled_layers(model: nn.Module) -> nn.Module:
+def with_layers(model: nn.Module, make: Make) -> nn.Module:
+    """The model, with each of the decoder's layers made into another."""
     layers = layers_of(model)
     for i, layer in enumerate(layers):
-        layers[i] = compiled(layer)
+        layers[i] = make(layer)
     return model
+
+
+def compiled_layers(model: nn.Module) -> nn.Module:
+    return with_layers(model, compiled)
 
 
 def recomputing(model: nn.Module) -> nn.Module:
@@ -184,10 +189,7 @@ def recomputing(model: nn.Module) -> nn.Module:
 def recomputing_layers(model: nn.Module) -> nn.Module:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    layers = layers_of(model)
-    for i, layer in enumerate(layers):
-        layers[i] = checkpoint_wrapper(layer)
-    return model
+    return with_layers(model, checkpoint_wrapper)
 
 
 def fsdp1(model: nn.Module) -> nn.Module:
