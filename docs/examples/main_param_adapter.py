@@ -16,7 +16,7 @@ from ds_fragment import (
     Fragment,
     GradientUnavailableError,
     Layout,
-    Place,
+    Sharding,
     StateKeyError,
     StateNotReadyError,
     register_adapter,
@@ -32,13 +32,13 @@ class MainParamAdapter(Adapter):
         """Whether the engine has made a master for it."""
         return isinstance(getattr(param, "main_param", None), torch.Tensor)
 
-    def place(self, param: Any, what: str) -> Place:
+    def sharding(self, param: Any, what: str) -> Sharding:
         """The whole of it is on every rank."""
         found = self.local(param, what)
         assert found is not None
         shape = tuple(found.shape)
         everything = Layout(shape, (Fragment((0,) * len(shape), shape),))
-        return Place(found.shape, found.dtype, found.device, everything, None)
+        return Sharding(found.shape, found.dtype, found.device, everything, None)
 
     def local(self, param: Any, what: str) -> torch.Tensor | None:
         """The master, its gradient, or what the optimizer keeps for it."""

@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # run by hand
     BuildHookInterface = object
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # machine code for each, and PTX of the newest for what comes after
-LIBRARY = "ds_fragment/_kernels/libds_fragment.so"
+LIBRARY = "ds_fragment/kernels/libds_fragment.so"
 
 
 class BuildError(RuntimeError):

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ds_fragment import _kernels
-from ds_fragment._kernels import Fragments, _plan
+from ds_fragment import kernels
+from ds_fragment.kernels import Fragments, plan
 
 SETS = ("large", "small", "odd", "smaller", "tiny")
 TITLES = {
@@ -125,7 +125,7 @@ class Bench:
                 6 * n,
                 {
                     "kernel": down.copy_,
-                    "function": lambda: _kernels.copy(lp, views),
+                    "function": lambda: kernels.copy(lp, views),
                     "foreach": lambda: torch._foreach_copy_(lp, views),
                     "loop": loop(lp, views),
                 },
@@ -134,7 +134,7 @@ class Bench:
                 6 * n,
                 {
                     "kernel": up.copy_,
-                    "function": lambda: _kernels.copy(views, lp),
+                    "function": lambda: kernels.copy(views, lp),
                     "foreach": lambda: torch._foreach_copy_(views, lp),
                     "loop": loop(views, lp),
                 },
@@ -207,9 +207,9 @@ def sweep(groups: list[int], sets: tuple[str, ...]) -> None:
     for which in sets:
         bench = Bench(which)
         for size in groups:
-            for blocks in (0, _plan.EACH_CHUNK):
-                _plan.GROUPS.update(dict.fromkeys(_plan.GROUPS, size))
-                _plan.BLOCKS.update(dict.fromkeys(_plan.BLOCKS, blocks))
+            for blocks in (0, plan.EACH_CHUNK):
+                plan.GROUPS.update(dict.fromkeys(plan.GROUPS, size))
+                plan.BLOCKS.update(dict.fromkeys(plan.BLOCKS, blocks))
                 rates = [
                     f"{name} {moved / seconds(ways['kernel'], budget=0.06) / 1e9 / copy:.3f}"
                     for name, (moved, ways) in bench.cases().items()
@@ -227,7 +227,7 @@ def about() -> dict[str, Any]:
         "command": "python " + " ".join(["packages/ds-fragment/benchmarks/bench_kernels.py", *sys.argv[1:]]),
         "measured on": f"1x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
         f"driver {lines[0].split(', ')[-1]}",
-        "library": {name: text for name, text in _kernels.report().items() if name != "library"},
+        "library": {name: text for name, text in kernels.report().items() if name != "library"},
         "about": ABOUT,
     }
 
@@ -281,7 +281,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("bench_kernels.py measures a GPU, and there is none here")
         return
-    with _kernels.use_kernels("cuda"):
+    with kernels.use_kernels("cuda"):
         if args.sweep:
             sweep(args.sweep, args.sets)
             return

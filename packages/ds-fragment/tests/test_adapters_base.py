@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from ds_fragment import attach, register_adapter, state_keys
-from ds_fragment._adapters import Adapter, _base, adapter_of, adapters
-from ds_fragment._adapters._base import entries_of, state_entry, state_of, value_kind
-from ds_fragment._exchange import Place
-from ds_fragment._layout import whole
+from ds_fragment.collective.exchange import Sharding
+from ds_fragment.engines import Adapter, adapter_of, adapters, base
+from ds_fragment.engines.base import entries_of, state_entry, state_of, value_kind
 from ds_fragment.errors import InvalidValueError, StateKeyError, StateNotReadyError, UnlinkedParameterError
+from ds_fragment.layout import whole
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -35,8 +35,8 @@ class Halved(Adapter):
     def claims(self, param: torch.Tensor) -> bool:
         return id(param) in self.kept
 
-    def place(self, param: torch.Tensor, what: str) -> Place:
-        return Place(param.shape, torch.float32, param.device, whole(param.shape), None)
+    def sharding(self, param: torch.Tensor, what: str) -> Sharding:
+        return Sharding(param.shape, torch.float32, param.device, whole(param.shape), None)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         return self.kept[id(param)]
@@ -51,10 +51,10 @@ class Halved(Adapter):
 @pytest.fixture
 def halved() -> Iterator[Halved]:
     adapter = Halved()
-    before = list(_base._adapters)
+    before = list(base._adapters)
     register_adapter(adapter)
     yield adapter
-    _base._adapters[:] = before
+    base._adapters[:] = before
 
 
 def test_a_registered_adapter_is_asked_first(halved: Halved) -> None:

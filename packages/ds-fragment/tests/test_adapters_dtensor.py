@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import attach, get_local, iter_full, set_local, set_many, update_many
-from ds_fragment._adapters._dtensor import mesh_place
+from ds_fragment.engines.dtensor import mesh_sharding
 from ds_fragment.errors import InvalidValueError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from fragment_oracle import assert_same, awkward_values, raised
@@ -110,7 +110,7 @@ def _partial(rank: int) -> list[Any]:
     from torch.distributed.tensor import DTensor
 
     partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
-    found = [raised(lambda: safe_get_full_fp32_param(partial)), raised(lambda: mesh_place(partial, partial.dtype))]
+    found = [raised(lambda: safe_get_full_fp32_param(partial)), raised(lambda: mesh_sharding(partial, partial.dtype))]
     param = sharded((4, 2), mesh, [Shard(0)])
     found.append(raised(lambda: safe_get_full_grad(param)))
     param.grad = distribute_tensor(torch.ones(4, 2), mesh, [Replicate()])

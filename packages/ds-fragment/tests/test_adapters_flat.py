@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, attach, get_local, iter_full, set_local, set_many, state_keys
-from ds_fragment._adapters import adapter_of
+from ds_fragment.engines import adapter_of
 from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError, UnlinkedParameterError
 from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 from ds_fragment.tensor_fragment import (

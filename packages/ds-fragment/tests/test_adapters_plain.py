@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import attach, get_local, iter_full, set_local, set_many, state_keys, update_many
-from ds_fragment._adapters import adapter_of
-from ds_fragment._adapters._deepspeed import at_boundary
+from ds_fragment.engines import adapter_of
+from ds_fragment.engines.deepspeed import at_boundary
 from ds_fragment.errors import GradientUnavailableError
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,

@@ -182,11 +182,11 @@ def test_a_time_limit_that_is_none() -> None:
 
 
 def test_a_bad_time_limit_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_fragment import _check
+    from ds_fragment.collective import check
 
     monkeypatch.setenv("DS_FRAGMENT_CHECK", "1")
     monkeypatch.setenv("DS_FRAGMENT_CHECK_TIMEOUT", "soon")
     with pytest.raises(ValueError, match="DS_FRAGMENT_CHECK_TIMEOUT is 'soon'"):
-        _check.time_limit()
+        check.time_limit()
     monkeypatch.setenv("DS_FRAGMENT_CHECK", "0")
-    assert _check.time_limit() is None
+    assert check.time_limit() is None

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, _flight, iter_full, load_full, save_full
+from ds_fragment import FlatPartition, iter_full, load_full, save_full
+from ds_fragment.collective import flight
 from ds_fragment.errors import FragmentError, InvalidValueError
 from fragment_oracle import raised
 from ranks import run_ranks
@@ -208,7 +209,7 @@ def _killed(rank: int, folder: str) -> str:
     with torch.no_grad():
         _partition.hp_param.zero_()
     if rank == 2:
-        start, calls = _flight.Flight.start.__func__, []
+        start, calls = flight.Flight.start.__func__, []
 
         def dying(*args: object, **kwargs: object) -> object:
             calls.append(1)
@@ -216,7 +217,7 @@ def _killed(rank: int, folder: str) -> str:
                 os._exit(9)
             return start(*args, **kwargs)
 
-        _flight.Flight.start = classmethod(dying)
+        flight.Flight.start = classmethod(dying)
     with pytest.raises((FragmentError, RuntimeError)) as caught:
         save_full(model, path, bucket_bytes=8)
     return str(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ds_fragment._checksum import checksum, checksums
+from ds_fragment.collective.checksum import checksum, checksums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ds_fragment import FlatPartition, describe
-from ds_fragment._layout import Fragment
+from ds_fragment.layout import Fragment
 from ranks import run_ranks
 from torch import nn
 

@@ -22,5 +22,5 @@ def test_examples(name: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    layout = importlib.import_module("ds_fragment._layout")
+    layout = importlib.import_module("ds_fragment.layout")
     assert doctest.testmod(layout).attempted >= 4

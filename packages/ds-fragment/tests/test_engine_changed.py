@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import attach, describe, get_local, iter_full, norms, state_keys
-from ds_fragment._adapters import _base, register_adapter
-from ds_fragment._adapters._plain import PlainAdapter
+from ds_fragment.engines import base, register_adapter
+from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import EngineChangedError, FragmentError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad
 from fragment_oracle import raised
@@ -174,7 +174,7 @@ def test_other_failed_look_ups_stay_what_they_are(monkeypatch: pytest.MonkeyPatc
             found: torch.Tensor = param if what == "value" else param.missing if what == "grad" else {}["missing"]
             return found.detach()
 
-    monkeypatch.setattr(_base, "_adapters", list(_base._adapters))
+    monkeypatch.setattr(base, "_adapters", list(base._adapters))
     register_adapter(Own())
     param: Any = nn.Parameter(torch.ones(2))
     param.own = True

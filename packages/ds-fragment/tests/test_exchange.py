@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import _chunks, _collectives, _exchange, _flight, _kernels, _wire
+from ds_fragment import _collectives, kernels
 from ds_fragment._collectives import all_gather, all_gather_many
-from ds_fragment._exchange import Place, Plan, agree, box, fetch, gather
-from ds_fragment._layout import Fragment, Layout, flat_layout, mesh_layout, whole
-from ds_fragment._status import MARK
+from ds_fragment.collective import chunks, exchange, flight, wire
+from ds_fragment.collective.exchange import Plan, Sharding, agree, box, fetch, gather
+from ds_fragment.collective.status import MARK
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
+from ds_fragment.layout import Fragment, Layout, flat_layout, mesh_layout, whole
 from fragment_oracle import assert_same, bits, raised
 from ranks import run_ranks
 
@@ -80,7 +81,7 @@ def where(backend: str, rank: int) -> tuple[Any, torch.device]:
         torch.cuda.set_device(rank)
         return dist.new_group(backend="nccl"), torch.device("cuda", rank)
     flattened = {"all_gather": _all_gather_flattened, "all_gather_many": _all_gather_many_flattened}
-    _flight._collectives = SimpleNamespace(**{**vars(_collectives), **flattened})
+    flight._collectives = SimpleNamespace(**{**vars(_collectives), **flattened})
     return dist.group.WORLD, CPU
 
 
@@ -96,7 +97,7 @@ def _all_gather_many_flattened(outputs: Any, inputs: Any, *args: Any, **kwargs: 
 def drawn(chance: random.Random, generator: torch.Generator, group: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """Up to 12 tensors, how each is cut, and this rank's pieces; thresholds for every way of travelling."""
     everyone, rank, ranks = group, group.rank(), group.size()
-    denses, places, pieces = [], [], []
+    denses, shardings, pieces = [], [], []
     for _ in range(chance.randint(0, 12)):
         shape = torch.Size(chance.choice([0, 1, 2, 3, 5, 8]) for _ in range(chance.randint(0, 3)))
         even = chance.random() < 0.3  # as most parameters are cut
@@ -108,7 +109,7 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
         layout, group = mesh_layout(shape, (ranks,), [0]) if even else random_layout(chance, shape, ranks), everyone
         if chance.random() < 0.1:
             layout, group = whole(shape), None
-        places.append(Place(shape, dense.dtype, device, layout, group))
+        shardings.append(Sharding(shape, dense.dtype, device, layout, group))
         denses.append(dense)
         piece = cut_by_hand(dense, layout, rank if group is not None else 0)
         transposed = chance.random() < 0.5
@@ -116,24 +117,24 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
             piece = piece.t().contiguous().t()
         pieces.append(None if piece is None else piece.to(device))
     # Every way of travelling, also for tensors as small as these.
-    _wire._IN_PLACE = _wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
-    _wire._BROADCAST = _wire._BROADCAST_PAIR = _wire._BROADCAST_ONE = chance.choice([0, 1 << 20])
-    _chunks._LITTLE = _chunks._LITTLE_GPU = chance.choice([0, 1 << 20])
-    _exchange._AT_FIRST = chance.choice([1, 48])
+    wire._IN_PLACE = wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
+    wire._BROADCAST = wire._BROADCAST_PAIR = wire._BROADCAST_ONE = chance.choice([0, 1 << 20])
+    chunks._LITTLE = chunks._LITTLE_GPU = chance.choice([0, 1 << 20])
+    exchange._AT_FIRST = chance.choice([1, 48])
     together = chance.random() < 0.3
     if device.type == "cpu":
-        _wire._collectives = SimpleNamespace(**{**vars(_collectives), "coalesces": lambda group, device: together})
-    return denses, places, pieces
+        wire._collectives = SimpleNamespace(**{**vars(_collectives), "coalesces": lambda group, device: together})
+    return denses, shardings, pieces
 
 
 def _random_layouts(rank: int, ranks: int, backend: str, rounds: int) -> int:
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
     layouts, (group, device) = 0, where(backend, rank)
     for _ in range(rounds):
-        denses, places, pieces = drawn(chance, generator, group, device)
-        layouts += len(places)
+        denses, shardings, pieces = drawn(chance, generator, group, device)
+        layouts += len(shardings)
         dst = chance.choice([None, chance.randrange(ranks)])
-        plan = Plan(places, chance.choice([1, 200, 1 << 20, 1 << 20]))
+        plan = Plan(shardings, chance.choice([1, 200, 1 << 20, 1 << 20]))
         outs = [torch.empty_like(dense, device=device) for dense in denses] if chance.random() < 0.3 else None
         out = None if outs is None else outs.__getitem__
         got = [tensor for bucket in gather(plan, each(pieces.__getitem__), dst=dst, out=out) for tensor in bucket]
@@ -142,9 +143,9 @@ def _random_layouts(rank: int, ranks: int, backend: str, rounds: int) -> int:
             if dst is not None and rank != dst:
                 assert tensor is None
             else:
-                assert_same(tensor.cpu(), dense, (places[item].layout, dst))
+                assert_same(tensor.cpu(), dense, (shardings[item].layout, dst))
                 assert outs is None or tensor is outs[item]
-                assert places[item].alone or pieces[item] is None or tensor.data_ptr() != pieces[item].data_ptr()
+                assert shardings[item].alone or pieces[item] is None or tensor.data_ptr() != pieces[item].data_ptr()
     return layouts
 
 
@@ -159,10 +160,10 @@ def _random_failures(rank: int, ranks: int, backend: str, rounds: int) -> tuple[
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
     found, marked, (group, device) = [], 0, where(backend, rank)
     for number in range(rounds):
-        denses, places, pieces = drawn(chance, generator, group, device)
-        plan = Plan(places, chance.choice([1, 200, 1 << 20]))
+        denses, shardings, pieces = drawn(chance, generator, group, device)
+        plan = Plan(shardings, chance.choice([1, 200, 1 << 20]))
         dst = chance.choice([None, None, chance.randrange(ranks)])
-        shared = [item for item, place in enumerate(places) if not place.alone]
+        shared = [item for item, sharding in enumerate(shardings) if not sharding.alone]
         failing, at = chance.randrange(ranks), chance.choice(shared or [0])
         marked += any(wire.marked is not None for wires in plan.wires for wire in wires)
 
@@ -192,10 +193,10 @@ def _one_by_one(rank: int, ranks: int, backend: str, rounds: int) -> tuple[int, 
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
     found, right, (group, device) = [], 0, where(backend, rank)
     for _ in range(rounds):
-        for dense, place, piece in zip(*drawn(chance, generator, group, device), strict=True):
-            if place.alone:
+        for dense, sharding, piece in zip(*drawn(chance, generator, group, device), strict=True):
+            if sharding.alone:
                 continue
-            plan = Plan([place], bucket_bytes=1)
+            plan = Plan([sharding], bucket_bytes=1)
             failing = chance.randrange(ranks)
             error = InvalidValueError(f"round {right}")
 
@@ -224,7 +225,7 @@ def _busy_stream(rank: int, rounds: int) -> list[int]:
     group, device = where("nccl", rank)
     shape = torch.Size((3, 1 << 20))  # rank 0 has two rows, so that it is packed; with two others it is under way
     layout = mesh_layout(shape, (2,), [0])
-    plan = Plan([Place(shape, torch.float32, device, layout, group) for _ in range(6)], 40 << 20)
+    plan = Plan([Sharding(shape, torch.float32, device, layout, group) for _ in range(6)], 40 << 20)
     for number in range(rounds):
 
         def locate(items: Any, number: int = number) -> Any:
@@ -250,15 +251,15 @@ def _late_unpacking(rank: int, rounds: int) -> None:
     group, device = where("nccl", rank)
     shape = torch.Size((2, 1 << 20))
     layout = mesh_layout(shape, (2,), [0])
-    plan = Plan([Place(shape, torch.float32, device, layout, group) for _ in range(4)], 40 << 20)
+    plan = Plan([Sharding(shape, torch.float32, device, layout, group) for _ in range(4)], 40 << 20)
     assert plan.buckets == [[0, 1], [2, 3]]
-    move, other = _chunks.Unpacking.move, torch.cuda.Stream(device)
+    move, other = chunks.Unpacking.move, torch.cuda.Stream(device)
 
     def late(self: Any, blocks: int | None = None) -> None:
         torch.cuda._sleep(50_000_000)
         move(self, blocks)
 
-    _chunks.Unpacking.move = late
+    chunks.Unpacking.move = late
     for number in range(rounds):
 
         def locate(items: Any, number: int = number) -> Any:
@@ -292,13 +293,13 @@ def test_what_is_unpacked_late_is_there_for_the_stream_that_the_caller_is_on(rou
 
 
 def _cut_is_what_was_gathered(rank: int) -> None:
-    """Place.cut, which writing uses, gives the piece that reading would send."""
+    """Sharding.cut, which writing uses, gives the piece that reading would send."""
     chance, generator = random.Random(7), torch.Generator().manual_seed(7)
     for _ in range(300):
         shape = torch.Size(chance.choice([0, 1, 2, 3, 5]) for _ in range(chance.randint(0, 3)))
         dense = noise(shape, torch.float32, generator)
-        place = Place(shape, dense.dtype, CPU, random_layout(chance, shape, 4), dist.group.WORLD)
-        mine, by_hand = place.cut(dense), cut_by_hand(dense, place.layout, rank)
+        sharding = Sharding(shape, dense.dtype, CPU, random_layout(chance, shape, 4), dist.group.WORLD)
+        mine, by_hand = sharding.cut(dense), cut_by_hand(dense, sharding.layout, rank)
         assert (mine is None) == (by_hand is None)
         if mine is not None:
             assert_same(mine, by_hand)
@@ -316,14 +317,14 @@ def test_box_is_a_view_of_the_slices() -> None:
     assert torch.equal(box(dense, (60,), Fragment((7,), (9,))), dense.view(-1)[7:16])
 
 
-def simple_places(count: int, numel: int, group: Any, ranks: int) -> list[Place]:
+def simple_places(count: int, numel: int, group: Any, ranks: int) -> list[Sharding]:
     layout = flat_layout(0, numel, -(-numel // ranks), ranks)
-    return [Place(torch.Size((numel,)), torch.float32, CPU, layout, group) for _ in range(count)]
+    return [Sharding(torch.Size((numel,)), torch.float32, CPU, layout, group) for _ in range(count)]
 
 
 def test_buckets_keep_the_order_and_the_limit() -> None:
-    places = [Place(torch.Size((n,)), torch.float32, CPU, whole((n,)), None) for n in (1, 2, 3, 50, 1, 1, 0, 9)]
-    plan = Plan(places, bucket_bytes=24)
+    shardings = [Sharding(torch.Size((n,)), torch.float32, CPU, whole((n,)), None) for n in (1, 2, 3, 50, 1, 1, 0, 9)]
+    plan = Plan(shardings, bucket_bytes=24)
     assert [item for bucket in plan.buckets for item in bucket] == list(range(8))
     assert plan.buckets == [[0, 1, 2], [3], [4, 5, 6], [7]]
 
@@ -331,7 +332,7 @@ def test_buckets_keep_the_order_and_the_limit() -> None:
 def _few_buckets_at_a_time(rank: int, in_place: int) -> int:
     """The most that are under way while the caller works on one."""
     under_way = most = 0
-    start, land = _exchange.Flight.start.__func__, _exchange.Flight.land
+    start, land = exchange.Flight.start.__func__, exchange.Flight.land
 
     def counted_start(cls: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal under_way
@@ -343,12 +344,12 @@ def _few_buckets_at_a_time(rank: int, in_place: int) -> int:
         under_way -= 1
         return land(self)
 
-    _wire._IN_PLACE = in_place
-    _exchange.Flight.start = classmethod(counted_start)
-    _exchange.Flight.land = counted_land
-    places = [simple_places(1, numel, dist.group.WORLD, 2)[0] for _ in range(12) for numel in (8, 8, 16)]
-    plan = Plan(places, bucket_bytes=128)
-    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((places[item].shape[0] // 2,), 1.0)))):
+    wire._IN_PLACE = in_place
+    exchange.Flight.start = classmethod(counted_start)
+    exchange.Flight.land = counted_land
+    shardings = [simple_places(1, numel, dist.group.WORLD, 2)[0] for _ in range(12) for numel in (8, 8, 16)]
+    plan = Plan(shardings, bucket_bytes=128)
+    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((shardings[item].shape[0] // 2,), 1.0)))):
         assert under_way >= (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
         assert sum(plan.sizes[turn : turn + 1 + under_way]) <= 2 * plan.bucket_bytes
         assert all(tensor is not None and bool((tensor == 1).all()) for tensor in bucket)
@@ -372,7 +373,7 @@ def failing_locate(at: int, error: Exception, size: int) -> Any:
 
 
 def _every_failure_is_everybodys(rank: int, in_place: int) -> list[Any]:
-    _wire._IN_PLACE = in_place
+    wire._IN_PLACE = in_place
     found = []
     plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=128 if in_place else 64)
     assert len(plan.buckets) == 4
@@ -402,11 +403,11 @@ def _only_one_rank_knows(rank: int, groups: int) -> list[Any]:
     others = [world, dist.new_group([0, 1])][:groups]
     found = []
     for at, count in product([0, 3, 11], [12, 13]):
-        places = [simple_places(1, 8, others[item % groups], 2)[0] for item in range(count)]
-        places[at] = Place(torch.Size((8,)), torch.float32, CPU, whole((8,)), None)
-        plan = Plan(places, bucket_bytes=1)
+        shardings = [simple_places(1, 8, others[item % groups], 2)[0] for item in range(count)]
+        shardings[at] = Sharding(torch.Size((8,)), torch.float32, CPU, whole((8,)), None)
+        plan = Plan(shardings, bucket_bytes=1)
         assert len(plan.buckets) == count
-        held = lambda item, places=places: torch.ones(8 if places[item].group is None else 4)  # noqa: E731
+        held = lambda item, shardings=shardings: torch.ones(8 if shardings[item].group is None else 4)  # noqa: E731
         bad = lambda item, at=at, held=held: None if item == at else held(item)  # noqa: E731
         found.append(raised(lambda plan=plan, locate=bad if rank else held: list(gather(plan, each(locate)))))
         for group in others:
@@ -468,18 +469,18 @@ def subgroups() -> tuple[Any, Any]:
 
 def _several_groups(rank: int) -> list[Any]:
     pair, row = subgroups()
-    places = [simple_places(1, 8, group, group.size())[0] for group in (pair, dist.group.WORLD, row, pair)]
+    shardings = [simple_places(1, 8, group, group.size())[0] for group in (pair, dist.group.WORLD, row, pair)]
     value = {pair: 10.0 + rank // 2, row: 20.0 + rank % 2, dist.group.WORLD: 30.0}
 
     def locate(item: int) -> torch.Tensor:
-        place = places[item]
-        return torch.full((8 // place.group.size(),), value[place.group])
+        sharding = shardings[item]
+        return torch.full((8 // sharding.group.size(),), value[sharding.group])
 
     for bucket_bytes in (1, 64, 1 << 20):
-        plan = Plan(places, bucket_bytes)
+        plan = Plan(shardings, bucket_bytes)
         got = [tensor for bucket in gather(plan, each(locate)) for tensor in bucket]
-        for tensor, place in zip(got, places, strict=True):
-            assert_same(tensor, torch.full((8,), value[place.group]))
+        for tensor, sharding in zip(got, shardings, strict=True):
+            assert_same(tensor, torch.full((8,), value[sharding.group]))
         # A receiver outside of some groups: those deliver to nobody, and nobody waits.
         got = [tensor for bucket in gather(plan, each(locate), dst=1) for tensor in bucket]
         assert all((tensor is not None) == (rank == 1) for tensor in got)
@@ -488,7 +489,7 @@ def _several_groups(rank: int) -> list[Any]:
             assert_same(got[2], torch.full((8,), 21.0))
 
     # A failure in one pair reaches whoever shares a later bucket with it.
-    plan = Plan(places, 1)
+    plan = Plan(shardings, 1)
 
     def bad(item: int) -> torch.Tensor:
         if item == 0:
@@ -562,10 +563,10 @@ def test_agree_without_a_group_is_about_this_rank_alone() -> None:
 
 def test_gather_without_a_process_group() -> None:
     dense = [torch.arange(5.0), torch.tensor(3.0), torch.empty(0, 2)]
-    places = [Place(t.shape, t.dtype, CPU, whole(t.shape), None) for t in dense]
+    shardings = [Sharding(t.shape, t.dtype, CPU, whole(t.shape), None) for t in dense]
 
     def tensors() -> Iterator[torch.Tensor | None]:
-        for bucket in gather(Plan(places, 1), each(dense.__getitem__)):
+        for bucket in gather(Plan(shardings, 1), each(dense.__getitem__)):
             yield from bucket
 
     for got, expected in zip(tensors(), dense, strict=True):
@@ -573,14 +574,14 @@ def test_gather_without_a_process_group() -> None:
         assert_same(got, expected)
         assert got is not expected
     with pytest.raises(FragmentError, match="2 elements are here where the whole has 5"):
-        list(gather(Plan(places[:1], 1), each(lambda _: torch.ones(2))))
+        list(gather(Plan(shardings[:1], 1), each(lambda _: torch.ones(2))))
 
 
 def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
-    _kernels.copy([], [])
+    kernels.copy([], [])
     source = torch.tensor([1.0, 1.00390625, 1.01171875, float("nan"), -0.0])
     target = torch.empty(5, dtype=torch.bfloat16)
-    _kernels.copy([target], [source])
+    kernels.copy([target], [source])
     assert torch.equal(bits(target)[:3], torch.tensor([0x3F80, 0x3F80, 0x3F82], dtype=torch.int16))
     assert target[3].isnan()
     assert bits(target)[4] == -0x8000
@@ -589,8 +590,8 @@ def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
 def test_on_a_gpu_little_is_packed_at_first_and_few_set_off_at_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_exchange, "_AT_FIRST", 2)
-    monkeypatch.setattr(_exchange, "_AT_ONCE", 5)
+    monkeypatch.setattr(exchange, "_AT_FIRST", 2)
+    monkeypatch.setattr(exchange, "_AT_ONCE", 5)
     cuda = torch.device("cuda", 0)
 
     def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, moves: int = 1) -> list[list[int]]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import attach, iter_full, set_many
-from ds_fragment._registry import registry
 from ds_fragment.errors import GradientUnavailableError
+from ds_fragment.record import registry
 from ds_fragment.tensor_fragment import safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_grad
 from fragment_oracle import assert_same, raised
 from ranks import run_ranks

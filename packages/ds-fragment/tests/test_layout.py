@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from ds_fragment._layout import (
+from ds_fragment.layout import (
     Fragment,
     Layout,
     chunk,

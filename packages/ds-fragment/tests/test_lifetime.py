@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, _exchange, _survey, attach, iter_full, set_many
+from ds_fragment import FlatPartition, attach, iter_full, set_many
+from ds_fragment.collective import exchange
+from ds_fragment.engines import survey
 from ds_fragment.errors import UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from fragment_oracle import ragged, set_gradients
@@ -123,21 +125,21 @@ def _plans(rank: int) -> None:
     """Plans and surveys are kept for reuse, a few of them, and hold no tensors."""
     model = ragged(torch.bfloat16)
     partition = used(model)
-    _exchange._plans.clear()
-    _survey.surveys.clear()
+    exchange._plans.clear()
+    survey.surveys.clear()
     for _ in range(3):
         dict(iter_full(partition.params))
-    assert len(_exchange._plans) == len(_survey.surveys) == 1
-    _exchange._plans.most = _survey.surveys.most = 10 * len(partition.params)
+    assert len(exchange._plans) == len(survey.surveys) == 1
+    exchange._plans.most = survey.surveys.most = 10 * len(partition.params)
     for count in range(1, 40):
         dict(iter_full(partition.params * count, bucket_bytes=count))
-    assert 1 <= len(_exchange._plans) <= 10
-    assert 1 <= len(_survey.surveys) <= 10
+    assert 1 <= len(exchange._plans) <= 10
+    assert 1 <= len(survey.surveys) <= 10
     for bucket_bytes in range(1, 40):  # a survey keeps the last plan alone, whatever is asked for
         dict(iter_full(partition.params, bucket_bytes=bucket_bytes))
     gc.collect()
-    alive = sum(isinstance(thing, _exchange.Plan) for thing in gc.get_objects())
-    assert alive <= len(_exchange._plans) + len(_survey.surveys)
+    alive = sum(isinstance(thing, exchange.Plan) for thing in gc.get_objects())
+    assert alive <= len(exchange._plans) + len(survey.surveys)
     weight = weakref.ref(model.weight)
     with no_collector():
         del model, partition

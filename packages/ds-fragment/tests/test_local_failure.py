@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, _kernels, attach, available, iter_full, norms, save_full, set_many, update_many
-from ds_fragment._chunks import Unpacking
+from ds_fragment import FlatPartition, attach, available, iter_full, kernels, norms, save_full, set_many, update_many
 from ds_fragment._collectives import CollectiveError
+from ds_fragment.collective.chunks import Unpacking
 from ds_fragment.errors import FragmentError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from fragment_oracle import raised
@@ -30,7 +30,7 @@ def _fails(error: BaseException) -> Any:
 def test_a_kernel_that_fails_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = nn.Parameter(torch.ones(3))
     for error in (RuntimeError("view size is not compatible"), MemoryError("none"), NotImplementedError("no kernel")):
-        monkeypatch.setattr(_kernels, "copy", _fails(error))
+        monkeypatch.setattr(kernels, "copy", _fails(error))
         with pytest.raises(type(error)) as caught:
             list(iter_full([weight]))
         assert caught.value is error

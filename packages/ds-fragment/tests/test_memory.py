@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, _exchange, iter_full
+from ds_fragment import FlatPartition, iter_full
+from ds_fragment.collective import exchange
 from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +48,7 @@ class Allocated(TorchDispatchMode):
 
 def wait_for_room(allocated: Allocated, most: float) -> None:
     """Start no bucket before there is room for it: gloo's threads let go of what was sent a moment after it arrived."""
-    start = _exchange._Convoy._start
+    start = exchange._Convoy._start
 
     def start_later(self: Any, alone: Any, wires: Any) -> None:
         deadline = time.monotonic() + 3  # if this code holds it, there never will be
@@ -55,7 +56,7 @@ def wait_for_room(allocated: Allocated, most: float) -> None:
             time.sleep(0.001)
         start(self, alone, wires)
 
-    _exchange._Convoy._start = start_later  # type: ignore[method-assign]
+    exchange._Convoy._start = start_later  # type: ignore[method-assign]
 
 
 def _peak(

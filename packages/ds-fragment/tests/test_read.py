@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, iter_full
-from ds_fragment._exchange import plan_of
-from ds_fragment._quantity import Quantity
-from ds_fragment._read import named
+from ds_fragment.collective.exchange import plan_of
+from ds_fragment.engines.model import named
+from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import FragmentError, InvalidValueError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param
 from fragment_oracle import assert_same, ragged, raised
@@ -133,11 +133,11 @@ def test_what_is_read_alone_is_alone_in_its_storage() -> None:
 def _plans(rank: int) -> None:
     model = ragged(torch.bfloat16)
     partition = FlatPartition(model.parameters())
-    places = Quantity(partition.params, "value").places
-    assert plan_of(places, 64) is plan_of(Quantity(partition.params, "value").places, 64)
-    assert plan_of(places, 64) is not plan_of(places, 65)
+    shardings = Shards(partition.params, "value").shardings
+    assert plan_of(shardings, 64) is plan_of(Shards(partition.params, "value").shardings, 64)
+    assert plan_of(shardings, 64) is not plan_of(shardings, 65)
     again = FlatPartition(partition.params)  # everything moved
-    assert plan_of(Quantity(again.params, "value").places, 64) is not plan_of(places, 64)
+    assert plan_of(Shards(again.params, "value").shardings, 64) is not plan_of(shardings, 64)
 
 
 def test_a_plan_is_made_once_for_as_long_as_nothing_moves() -> None:
@@ -153,10 +153,10 @@ def test_nothing_at_all() -> None:
 def test_a_piece_of_the_wrong_size_names_the_parameter() -> None:
     model = nn.Linear(3, 2)
     attach(model)
-    quantity = Quantity([model.weight], "value")
+    shards = Shards([model.weight], "value")
     model.weight.data = torch.zeros(5)
     with pytest.raises(FragmentError, match="parameter 'weight': 5 elements are here where its layout says 6"):
-        quantity.local(0)
+        shards.local(0)
 
 
 def _two_states_on_two_ranks(rank: int) -> Any:

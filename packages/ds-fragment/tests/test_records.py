@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import attach, iter_full, set_many, state_keys
-from ds_fragment._registry import record_of, records_of, registry
 from ds_fragment.errors import UnlinkedParameterError
+from ds_fragment.record import record_of, records_of, registry
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,

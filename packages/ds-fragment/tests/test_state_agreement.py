@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, _quantity, _read, attach, iter_full, norms
+from ds_fragment import FlatPartition, attach, iter_full, norms
+from ds_fragment.engines import shards
 from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
 from fragment_oracle import assert_same, ragged, raised
 from ranks import run_ranks
@@ -43,13 +44,13 @@ def stepped(kind: str) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
 
 def counted_agreements() -> list[int]:
     """A list that grows by one at every agreement from now on."""
-    agree, calls = _quantity.agree, []
+    agree, calls = shards.agree, []
 
     def counted(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
         agree(*args, **kwargs)
 
-    _quantity.agree = counted
+    shards.agree = counted
     return calls
 
 
@@ -126,7 +127,7 @@ def _one_rank_loses_what_all_hold_whole(rank: int, what: str) -> list[Any]:
     read = {
         "all": lambda: list(iter_full(params, key)),
         "one bucket each": lambda: list(iter_full(params, key, bucket_bytes=1)),
-        "one": lambda: safe_get_full_optimizer_state(params[0], key) if what == "mixed" else _read.read_one(last, key),
+        "one": lambda: safe_get_full_optimizer_state(params[0], key) if what == "mixed" else read_one(last, key),
         "norms": lambda: norms(params, what=key),
     }
     found = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ds_fragment import _status, errors
+from ds_fragment import errors
+from ds_fragment.collective import status
 from ranks import run_ranks
 
 TYPES = [
@@ -18,24 +19,24 @@ TYPES = [
     errors.EngineChangedError,
     errors.FragmentError,
 ]
-FINE = torch.zeros(_status.STATUS_BYTES, dtype=torch.uint8)
+FINE = torch.zeros(status.STATUS_BYTES, dtype=torch.uint8)
 
 
 def decoded(*statuses: torch.Tensor) -> errors.FragmentError:
     with pytest.raises(errors.FragmentError) as caught:
-        _status.check(torch.stack(statuses))
+        status.check(torch.stack(statuses))
     return caught.value
 
 
 def sent_by(rank: int, error: Exception) -> torch.Tensor:
-    status = _status.encode(error)
-    status[1:5] = torch.frombuffer(bytearray(rank.to_bytes(4, "little", signed=True)), dtype=torch.uint8)
-    return status
+    encoded = status.encode(error)
+    encoded[1:5] = torch.frombuffer(bytearray(rank.to_bytes(4, "little", signed=True)), dtype=torch.uint8)
+    return encoded
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_keeps_its_type_and_text(kind: type[errors.FragmentError]) -> None:
-    error = decoded(_status.encode(kind("the reason")))
+    error = decoded(status.encode(kind("the reason")))
     assert type(error) is kind
     assert str(error) == "the reason"
 
@@ -51,7 +52,7 @@ def test_unused_counts_only_where_no_rank_has_another_error_or_a_piece() -> None
         ([True, False], errors.UnusedGradientError),
     ):
         with pytest.raises(errors.FragmentError) as caught:
-            _status.check(rows, holders=holders)
+            status.check(rows, holders=holders)
         assert type(caught.value) is kind
         assert str(caught.value) == "rank 0: unused"
 
@@ -62,14 +63,14 @@ def test_every_error_of_the_package_has_a_code() -> None:
 
 
 def test_any_other_exception_becomes_a_fragment_error_with_its_name() -> None:
-    error = decoded(_status.encode(ZeroDivisionError("division by zero")))
+    error = decoded(status.encode(ZeroDivisionError("division by zero")))
     assert type(error) is errors.FragmentError
     assert str(error) == "ZeroDivisionError: division by zero"
 
 
 def test_no_error_raises_nothing() -> None:
-    _status.check(torch.stack([FINE, FINE]))
-    _status.check(torch.stack([_status.encode_sums([1, 2]), _status.encode_sums([])]))
+    status.check(torch.stack([FINE, FINE]))
+    status.check(torch.stack([status.encode_sums([1, 2]), status.encode_sums([])]))
 
 
 def test_the_lowest_rank_is_named() -> None:
@@ -86,46 +87,46 @@ def test_what_is_about_all_ranks_names_none() -> None:
 
 def test_an_error_that_came_from_another_rank_is_passed_on_as_it_came() -> None:
     first = decoded(sent_by(5, errors.StateKeyError("five")))
-    again = decoded(_status.encode(first))
+    again = decoded(status.encode(first))
     assert str(again) == str(first) == "rank 5: five"
     assert type(again) is errors.StateKeyError
 
 
 @pytest.mark.parametrize("text", ["", "é", "ends in é", "日本", "x" * 2000, "é" * 2000, "日" * 2000, "a" + "é" * 2000])
 def test_text_is_cut_between_characters_and_only_if_it_is_too_long(text: str) -> None:
-    back = str(decoded(_status.encode(errors.FragmentError(text))))
+    back = str(decoded(status.encode(errors.FragmentError(text))))
     assert text.startswith(back)
     assert "\ufffd" not in back
-    assert back == text or len(back.encode()) > _status.STATUS_BYTES - 16
+    assert back == text or len(back.encode()) > status.STATUS_BYTES - 16
 
 
 def test_this_ranks_own_exception_is_the_cause() -> None:
     own = ValueError("mine")
     with pytest.raises(errors.FragmentError) as caught:
-        _status.check(torch.stack([_status.encode(own)]), cause=own)
+        status.check(torch.stack([status.encode(own)]), cause=own)
     assert caught.value.__cause__ is own
 
 
 def test_a_status_is_aligned_and_carries_sums_as_a_digest() -> None:
-    one, other = _status.encode_sums([1, 2, 3]), _status.encode_sums([1, 2, 3])
+    one, other = status.encode_sums([1, 2, 3]), status.encode_sums([1, 2, 3])
     assert torch.equal(one, other)
     for different in ([1, 2], [1, 2, 4], [3, 2, 1], [-1, 2, 3], [-2, 2, 3], []):
-        assert not torch.equal(one, _status.encode_sums(different))
-    assert not torch.equal(_status.encode_sums([-1]), _status.encode_sums([-2]))
-    assert one.shape == (_status.STATUS_BYTES,)
-    assert _status.STATUS_BYTES % 16 == 0
-    assert _status.counts(torch.stack([one, _status.encode_sums([])])) == [3, 0]
+        assert not torch.equal(one, status.encode_sums(different))
+    assert not torch.equal(status.encode_sums([-1]), status.encode_sums([-2]))
+    assert one.shape == (status.STATUS_BYTES,)
+    assert status.STATUS_BYTES % 16 == 0
+    assert status.counts(torch.stack([one, status.encode_sums([])])) == [3, 0]
 
 
 def test_sums_may_be_as_large_as_64_bits_hold() -> None:
     extremes = [-(2**63), 2**63 - 1]
-    assert not torch.equal(_status.encode_sums(extremes), _status.encode_sums(extremes[::-1]))
+    assert not torch.equal(status.encode_sums(extremes), status.encode_sums(extremes[::-1]))
 
 
 def _the_rank_is_the_global_one(rank: int) -> str:
-    status = _status.encode(errors.FragmentError("x"))
+    encoded = status.encode(errors.FragmentError("x"))
     try:
-        _status.check(status.view(1, -1))
+        status.check(encoded.view(1, -1))
     except errors.FragmentError as error:
         return str(error)
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, get_local, iter_full, set_local, set_many, update_many
-from ds_fragment._checksum import checksum
+from ds_fragment.collective.checksum import checksum
 from ds_fragment.errors import FragmentError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad
 from fragment_oracle import assert_same, from_every_rank, ragged, set_gradients
@@ -92,9 +92,9 @@ def test_a_checksum_sees_every_change_of_order_sign_and_bit() -> None:
 
 
 def test_a_checksum_of_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_fragment import _checksum
+    from ds_fragment.collective import checksum as module
 
-    monkeypatch.setattr(_checksum, "_SUM_AT_ONCE", 8)
+    monkeypatch.setattr(module, "_SUM_AT_ONCE", 8)
     value = torch.arange(50.0)
     moved = torch.cat([value[8:16], value[:8], value[16:]])  # the same parts in another order
     assert checksum(value) != checksum(moved)

@@ -2,8 +2,9 @@
 
 from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
-from ds_fragment._adapters import Adapter, register_adapter
-from ds_fragment._api import (
+from ds_fragment.api.attach import attach
+from ds_fragment.api.read import iter_full
+from ds_fragment.api.single import (
     get_full_hp_grad,
     get_full_hp_param,
     get_local,
@@ -24,17 +25,11 @@ from ds_fragment._api import (
     set_full_hp_param,
     state_keys,
 )
-from ds_fragment._attach import attach
-from ds_fragment._check import checked
-from ds_fragment._checkpoint import load_full, save_full
-from ds_fragment._describe import describe, plot_partition
-from ds_fragment._fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states
-from ds_fragment._kernels import use_kernels
-from ds_fragment._layout import Fragment, Layout
-from ds_fragment._place import Place
-from ds_fragment._read import iter_full
-from ds_fragment._stats import available, count_nonfinite, norms
-from ds_fragment._write import set_local, set_many, update_many
+from ds_fragment.api.write import set_local, set_many, update_many
+from ds_fragment.checkpoint.full import load_full, save_full
+from ds_fragment.collective.check import checked
+from ds_fragment.engines import Adapter, register_adapter
+from ds_fragment.engines.fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states
 from ds_fragment.errors import (
     EngineChangedError,
     FragmentError,
@@ -47,8 +42,13 @@ from ds_fragment.errors import (
     UnusedGradientError,
 )
 from ds_fragment.flat_partition import FlatPartition
+from ds_fragment.kernels import use_kernels
+from ds_fragment.layout import Fragment, Layout
 from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params, unlink_hp_params
 from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
+from ds_fragment.report.describe import describe, plot_partition
+from ds_fragment.report.norms import available, count_nonfinite, norms
+from ds_fragment.sharding import Sharding
 
 __all__ = [
     "Adapter",
@@ -60,8 +60,8 @@ __all__ = [
     "InvalidValueError",
     "Layout",
     "ModulePathError",
-    "Place",
     "RankMismatchError",
+    "Sharding",
     "StateKeyError",
     "StateNotReadyError",
     "UnlinkedParameterError",

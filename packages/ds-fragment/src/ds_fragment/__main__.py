@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_fragment.__about__ import __version__
-from ds_fragment._kernels import report
+from ds_fragment.kernels import report
 
 
 def main() -> None:

@@ -32,13 +32,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment import _collectives, _kernels
-from ds_fragment._adapters._flat import publish
-from ds_fragment._exchange import agree, wire_device
-from ds_fragment._links import link_of
-from ds_fragment._registry import registry
+from ds_fragment import _collectives, kernels
+from ds_fragment.collective.exchange import agree, wire_device
+from ds_fragment.engines.flat import publish
+from ds_fragment.engines.links import link_of
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
+from ds_fragment.record import registry
 
 __all__ = ["FlatPartition", "GradientStats"]
 
@@ -151,7 +151,7 @@ class FlatPartition:
                 address = param._hp_mapping and param._hp_mapping.get_hp_fragment_address()  # type: ignore[attr-defined]
                 self._spans.append((address.start, address.numel) if address else (0, 0))
         with torch.no_grad():
-            _kernels.copy(
+            kernels.copy(
                 [fragment.hp_fragment for fragment in self._fragments],
                 [fragment.lp_fragment for fragment in self._fragments],
             )
@@ -199,13 +199,13 @@ class FlatPartition:
             gradient = torch.empty(self.partition_size, dtype=torch.float32, device=device)
         *pieces, padding = gradient.split_with_sizes([*numels, self.partition_size - sum(numels)])
         targets = [pieces[i] for i in sources]
-        stats = _kernels.gather_grads(targets, list(sources.values()), scale=1 / scale, accumulate=adds)
+        stats = kernels.gather_grads(targets, list(sources.values()), scale=1 / scale, accumulate=adds)
         found = stats.values[::2].to(device)  # the sum of squares, and how many are not finite
         rest = [piece for i, piece in enumerate(pieces) if i not in sources]
         if not adds:
             _zero([*rest, padding])
         elif rest:  # what was there before counts too
-            found = found + _kernels.norm(rest).values[::2]
+            found = found + kernels.norm(rest).values[::2]
 
         used = torch.tensor([float(i in grads) for i in range(len(self.params))], dtype=torch.float64)
         if self.world_size > 1:
@@ -225,7 +225,7 @@ class FlatPartition:
         device, on = self.hp_param.device, wire_device(self.group, self.hp_param.device)
         mine = torch.empty(self.world_size * self.partition_size, dtype=torch.float32, device=device)
         pieces = mine[: self.numel].split_with_sizes(self._numels)  # the padding is left as it is: nobody reads it
-        _kernels.copy([pieces[i] for i in grads], list(grads.values()))
+        kernels.copy([pieces[i] for i in grads], list(grads.values()))
         _zero(piece for i, piece in enumerate(pieces) if i not in grads)
         total = torch.empty(self.partition_size, dtype=torch.float32, device=on)
         _collectives.leave_gently(on.type)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _api
-from ds_fragment._fragment import get_hp_fragment_mapping
-from ds_fragment._layout import overlap
-from ds_fragment._links import FlatLink, Slices, set_link
-from ds_fragment._registry import registry
+from ds_fragment.api import single
+from ds_fragment.engines.fragment import get_hp_fragment_mapping
+from ds_fragment.engines.links import FlatLink, Slices, set_link
 from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
+from ds_fragment.layout import overlap
+from ds_fragment.record import registry
 
 __all__ = ["lazy_init_hp_params_optimizer_state", "link_hp_params", "unlink_hp_params"]
 
@@ -212,4 +212,4 @@ class _Bound:
         self._param, self._name = weakref.ref(param), name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(_api, self._name)(self._param(), *args, **kwargs)
+        return getattr(single, self._name)(self._param(), *args, **kwargs)

@@ -1,6 +1,6 @@
 """Everything that `deepspeed.utils.tensor_fragment` offers, in one module of that name."""
 
-from ds_fragment._api import (
+from ds_fragment.api.single import (
     get_full_hp_grad,
     get_full_hp_param,
     safe_get_full_fp32_param,
@@ -19,7 +19,12 @@ from ds_fragment._api import (
     set_full_hp_grad,
     set_full_hp_param,
 )
-from ds_fragment._fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states, tensor_fragment
+from ds_fragment.engines.fragment import (
+    fragment_address,
+    get_hp_fragment_mapping,
+    map_to_flat_opt_states,
+    tensor_fragment,
+)
 from ds_fragment.module_utils import recursive_getattr, recursive_setattr
 
 __all__ = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from ds_fragment._kernels import _library
+from ds_fragment.kernels import library as _library
 
 PACKAGE = Path(__file__).parents[2]
 

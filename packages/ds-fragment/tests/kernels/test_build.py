@@ -56,7 +56,7 @@ def test_with_nvcc_the_wheel_is_for_this_platform(build: ModuleType, fake_nvcc: 
     data, said = run(build, tmp_path)
     assert data["pure_python"] is False
     assert data["tag"] == f"py3-none-manylinux_2_28_{os.uname().machine}"
-    assert list(data["force_include"].values()) == ["ds_fragment/_kernels/libds_fragment.so"]
+    assert list(data["force_include"].values()) == ["ds_fragment/kernels/libds_fragment.so"]
     assert data["present"] == {True}
     assert said == [f"compiled the CUDA kernels with {fake_nvcc} for sm_80 sm_90 sm_100 sm_120 compute_120"]
 
@@ -111,10 +111,10 @@ def test_architectures_are_those_asked_for_that_nvcc_knows(
 
 
 def test_an_editable_install_compiles_into_the_source_tree(build: ModuleType, fake_nvcc: Path, tmp_path: Path) -> None:
-    (tmp_path / "src/ds_fragment/_kernels").mkdir(parents=True)
+    (tmp_path / "src/ds_fragment/kernels").mkdir(parents=True)
     it, _ = hook(build, tmp_path)
     data: dict[str, Any] = {"pure_python": True, "force_include": {}}
     it.initialize("editable", data)
     it.finalize("editable", data, "")
     assert data["force_include"] == {}
-    assert (tmp_path / "src/ds_fragment/_kernels/libds_fragment.so").is_file()
+    assert (tmp_path / "src/ds_fragment/kernels/libds_fragment.so").is_file()

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from ds_fragment import _kernels
-from ds_fragment._kernels import Fragments, _reference, use_kernels
+from ds_fragment import kernels
+from ds_fragment.kernels import Fragments, reference, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,8 +71,8 @@ def test_copies_are_torchs_bits_in_random_layouts(src: torch.dtype, dst: torch.d
         srcs = [memory[s : s + n] for s, _, n in pairs]
         for target in (out, expected):
             target.fill_(POISON if dst != torch.bool else 1)
-        _kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, blocks=(None, 20)[number % 2])
-        _reference.copy([expected.view(dst)[d : d + n] for _, d, n in pairs], srcs)
+        kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, blocks=(None, 20)[number % 2])
+        reference.copy([expected.view(dst)[d : d + n] for _, d, n in pairs], srcs)
         wrong += (out != expected).sum()
         pieces += len(pairs)
     assert wrong.item() == 0
@@ -91,8 +91,8 @@ def test_one_call_moves_every_pair_of_dtypes() -> None:
             whole.append(torch.full((d + numel + 9,), -7.0, dtype=dst, device="cuda"))
             expected.append(whole[-1].clone())
             cuts.append(slice(d, d + numel))
-        _kernels.copy([out[cut] for out, cut in zip(whole, cuts, strict=True)], srcs)
-        _reference.copy([out[cut] for out, cut in zip(expected, cuts, strict=True)], srcs)
+        kernels.copy([out[cut] for out, cut in zip(whole, cuts, strict=True)], srcs)
+        reference.copy([out[cut] for out, cut in zip(expected, cuts, strict=True)], srcs)
         for out, right in zip(whole, expected, strict=True):
             assert torch.equal(out.view(torch.uint8), right.view(torch.uint8))
 
@@ -101,7 +101,7 @@ def test_what_the_kernel_cannot_move_is_moved_all_the_same() -> None:
     grid = torch.randn(64, 48, device="cuda")
     srcs = [grid[:, 3:17], grid.t(), grid.double(), torch.randn(5), torch.randn(7, device="cuda"), grid[:0]]
     dsts = [torch.empty(src.shape, dtype=torch.bfloat16, device="cuda") for src in srcs]
-    _kernels.copy(dsts, srcs)
+    kernels.copy(dsts, srcs)
     for dst, src in zip(dsts, srcs, strict=True):
         assert torch.equal(dst, src.cuda().bfloat16())
 
@@ -118,14 +118,14 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert dsts[:3].tolist() == [-7.0] * 3
     assert dsts[3 + numel :].tolist() == [-7.0] * 5
     back = torch.empty(numel, dtype=torch.bfloat16, device="cuda")
-    _kernels.copy([back], [dsts[3 : 3 + numel]])
-    _kernels.copy([dsts.view(torch.bfloat16)[1 : 1 + numel]], [back])
+    kernels.copy([back], [dsts[3 : 3 + numel]])
+    kernels.copy([dsts.view(torch.bfloat16)[1 : 1 + numel]], [back])
     expected = torch.empty_like(back)
     for i in range(0, numel, step):
         expected[i : i + step] = srcs[i : i + step].float().bfloat16()
         assert torch.equal(back[i : i + step].view(torch.int16), expected[i : i + step].view(torch.int16)), i
     assert torch.equal(dsts.view(torch.int16)[1 : 1 + numel], back.view(torch.int16))
     back.normal_()
-    stats = _kernels.norm([back])
+    stats = kernels.norm([back])
     squares = sum(back[i : i + step].float().square().sum(dtype=torch.float64) for i in range(0, numel, step))
     assert abs(stats.sum_squares / squares - 1).item() < 1e-6

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from ds_fragment import _kernels
-from ds_fragment._kernels import _reference, use_kernels
+from ds_fragment import kernels
+from ds_fragment.kernels import reference, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -37,8 +37,8 @@ def test_random_rounding_is_the_references_bits(dtype: torch.dtype) -> None:
         if trial % 3 == 0:
             seed = torch.tensor(seed >> 2, device="cuda")
         cut = [[o[k : k + n] for o, k, n in zip(some, skips, numels, strict=True)] for some in (outs, expected)]
-        _kernels.publish(cut[0], srcs, seed=seed)
-        _reference.publish(cut[1], srcs, seed=seed)
+        kernels.publish(cut[0], srcs, seed=seed)
+        reference.publish(cut[1], srcs, seed=seed)
         for out, right in zip(outs, expected, strict=True):
             assert torch.equal(out.view(torch.int16), right.view(torch.int16))
 
@@ -52,7 +52,7 @@ def test_the_average_over_seeds_is_the_value(dtype: torch.dtype, size: float) ->
     out = torch.empty_like(values, dtype=dtype)
     seeds = 256
     for seed in range(seeds):
-        _kernels.publish([out], [values], seed=seed)
+        kernels.publish([out], [values], seed=seed)
         total += out
     low = torch.minimum(out.double(), values.double())
     spacing = (torch.nextafter(out, out + 1).double() - out.double()).abs().amax()
@@ -67,5 +67,5 @@ def test_the_average_over_seeds_is_the_value(dtype: torch.dtype, size: float) ->
 def test_without_a_seed_it_rounds_to_nearest_even() -> None:
     values = torch.randn(100_003, device="cuda")
     out = torch.empty_like(values, dtype=torch.bfloat16)
-    _kernels.publish([out], [values])
+    kernels.publish([out], [values])
     assert torch.equal(out, values.bfloat16())

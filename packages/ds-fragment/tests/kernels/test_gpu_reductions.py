@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from ds_fragment import _kernels
-from ds_fragment._kernels import Fragments, _reference, use_kernels
+from ds_fragment import kernels
+from ds_fragment.kernels import Fragments, reference, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,8 +48,8 @@ def test_gathered_gradients_are_torchs_bits(dtype: torch.dtype | None, accumulat
         expected = flat.clone()
         views = [f[skip:-3].split_with_sizes(numels) for f in (flat, expected)]
         found = [torch.zeros((), device="cuda") for _ in views]
-        stats = _kernels.gather_grads(views[0], grads, scale=scale, accumulate=accumulate, found_inf=found[0])
-        right = _reference.gather_grads(views[1], grads, scale=scale, accumulate=accumulate, found_inf=found[1])
+        stats = kernels.gather_grads(views[0], grads, scale=scale, accumulate=accumulate, found_inf=found[0])
+        right = reference.gather_grads(views[1], grads, scale=scale, accumulate=accumulate, found_inf=found[1])
         assert torch.equal(flat.nan_to_num(7.0), expected.nan_to_num(7.0))
         assert torch.equal(flat.isnan(), expected.isnan())
         assert found[0].item() == found[1].item()
@@ -65,7 +65,7 @@ def test_norm_is_right_and_always_the_same(dtype: torch.dtype | None) -> None:
         if trial % 5 == 0:
             tensors[0].fill_(float("inf"))
             tensors[-1].fill_(float("nan"))
-        stats = _kernels.norm(tensors)
+        stats = kernels.norm(tensors)
         whole = torch.cat([tensor.double().flatten() for tensor in tensors])
         broken = int((~whole.isfinite()).sum())
         assert stats.nonfinite.item() == broken
@@ -74,7 +74,7 @@ def test_norm_is_right_and_always_the_same(dtype: torch.dtype | None) -> None:
             expected = torch.stack([squares, largest])
             torch.testing.assert_close(stats.values[:2], expected, rtol=1e-6, atol=0, equal_nan=True)
         for _ in range(3):
-            assert torch.equal(_kernels.norm(tensors).values.view(torch.int64), stats.values.view(torch.int64))
+            assert torch.equal(kernels.norm(tensors).values.view(torch.int64), stats.values.view(torch.int64))
 
 
 def test_gathering_gives_the_same_statistics_every_time() -> None:
@@ -85,7 +85,7 @@ def test_gathering_gives_the_same_statistics_every_time() -> None:
 
 
 def test_nothing_has_norm_zero() -> None:
-    assert _kernels.norm([torch.empty(0, device="cuda")]).values.tolist() == [0.0, 0.0, 0.0]
+    assert kernels.norm([torch.empty(0, device="cuda")]).values.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_strided_and_fp64_gradients_count_too() -> None:
@@ -93,10 +93,10 @@ def test_strided_and_fp64_gradients_count_too() -> None:
     grads = [grid.t(), grid.double(), grid.bfloat16(), torch.full((4,), float("inf"), device="cuda")[::2]]
     dsts = [torch.empty(grad.numel(), device="cuda") for grad in grads]
     found = torch.zeros(1, device="cuda")
-    stats = _kernels.gather_grads(dsts, grads, scale=2.0, found_inf=found)
+    stats = kernels.gather_grads(dsts, grads, scale=2.0, found_inf=found)
     assert torch.equal(dsts[0], grid.t().reshape(-1) * 2)
     assert stats.nonfinite.item() == 2
     assert found.item() == 1
-    total = _kernels.norm(grads[:3])
+    total = kernels.norm(grads[:3])
     expected = sum(grad.double().square().sum() for grad in grads[:3])
     torch.testing.assert_close(total.sum_squares, expected, rtol=1e-6, atol=0)

@@ -6,9 +6,9 @@ import gc
 
 import pytest
 import torch
-from ds_fragment import _kernels
-from ds_fragment._kernels import Fragments, use_kernels
+from ds_fragment import kernels
 from ds_fragment.errors import InvalidValueError
+from ds_fragment.kernels import Fragments, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,10 +32,10 @@ def test_a_graph_replays_after_the_work_is_forgotten(warm: bool) -> None:
     scale = torch.tensor(0.5, device="cuda")
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        _kernels.copy(out, hp)
+        kernels.copy(out, hp)
         stats = Fragments(out, hp).gather_grads_(scale=scale, accumulate=True)
-        _kernels.publish(rounded, hp, seed=seed)
-        return stats.values, _kernels.norm(rounded).values
+        kernels.publish(rounded, hp, seed=seed)
+        return stats.values, kernels.norm(rounded).values
 
     if warm:
         work()
@@ -73,10 +73,10 @@ def test_compiled_code_calls_the_kernels(backend: str) -> None:
     hp, lp = tensors(torch.float32), tensors(torch.bfloat16)
 
     def step(hp: list[torch.Tensor], lp: list[torch.Tensor]) -> torch.Tensor:
-        _kernels.copy(lp, [x * 2 for x in hp])
-        stats = _kernels.gather_grads(hp, lp, scale=0.5)
-        _kernels.publish(lp, hp, seed=3)
-        return stats.values + _kernels.norm(lp).values
+        kernels.copy(lp, [x * 2 for x in hp])
+        stats = kernels.gather_grads(hp, lp, scale=0.5)
+        kernels.publish(lp, hp, seed=3)
+        return stats.values + kernels.norm(lp).values
 
     eager_hp, eager_lp = [x.clone() for x in hp], [x.clone() for x in lp]
     expected = step(eager_hp, eager_lp)
@@ -137,7 +137,7 @@ def test_launches_go_to_the_current_stream() -> None:
 def test_autograd_sees_what_was_written() -> None:
     weight = torch.randn(8, device="cuda", requires_grad=True)
     loss = (weight * weight).sum()
-    _kernels.copy([weight.detach()], [torch.ones(8, device="cuda")])
+    kernels.copy([weight.detach()], [torch.ones(8, device="cuda")])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -147,12 +147,12 @@ def test_every_device_in_one_process() -> None:
     for index in (1, 0, 1):
         src = torch.randn(100_001, device=f"cuda:{index}")
         dst = torch.empty(100_001, dtype=torch.bfloat16, device=f"cuda:{index}")
-        _kernels.copy([dst], [src])
+        kernels.copy([dst], [src])
         assert torch.equal(dst, src.bfloat16())
-        norm = _kernels.norm([src])
+        norm = kernels.norm([src])
         torch.testing.assert_close(norm.sum_squares, src.double().square().sum(), rtol=1e-6, atol=0)
         assert torch.cuda.current_device() == 0
     both = [torch.randn(9, device="cuda:0"), torch.randn(9, device="cuda:1")]
     out = [torch.empty(9, dtype=torch.bfloat16, device=x.device) for x in both]
-    _kernels.copy(out, both)
+    kernels.copy(out, both)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(out, both, strict=True))

@@ -8,9 +8,9 @@ from array import array
 
 import pytest
 import torch
-from ds_fragment._kernels import KernelError, _plan
-from ds_fragment._kernels._library import Loaded
-from ds_fragment._kernels._plan import SAME, Pieces, kind_of, pieces_of, table_of
+from ds_fragment.kernels import KernelError, plan
+from ds_fragment.kernels.library import Loaded
+from ds_fragment.kernels.plan import SAME, Pieces, kind_of, pieces_of, table_of
 
 BYTES = {0: 4, 1: 2, 2: 2, 15: 1}
 
@@ -28,9 +28,9 @@ def chunks_of(address: int, numel: int, element: int, vector: int, groups: int) 
 
 @pytest.mark.parametrize("op", ["copy", "gather_grads", "norm"])
 def test_tables_list_pieces_and_the_piece_of_every_chunk(
-    library: Loaded, monkeypatch: pytest.MonkeyPatch, op: _plan.Op
+    library: Loaded, monkeypatch: pytest.MonkeyPatch, op: plan.Op
 ) -> None:
-    monkeypatch.setitem(_plan.GROUPS, op, 7)
+    monkeypatch.setitem(plan.GROUPS, op, 7)
     rng = random.Random(op)
     for _ in range(60):
         rows = []
@@ -61,7 +61,7 @@ def test_sizes_are_64_bits(library: Loaded) -> None:
     chunks, table = table_of(
         library.library, "copy", Pieces(array("Q", [512]), array("Q", [512]), array("Q", [numel]), b"\1", [])
     )
-    assert chunks == -(-(numel // 4) // _plan.GROUPS["copy"])
+    assert chunks == -(-(numel // 4) // plan.GROUPS["copy"])
     assert struct.unpack_from("<QQQ", bytes(table[:24].tolist())) == (512, 512, numel)
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from ds_fragment._kernels import _reference
-from ds_fragment._kernels._philox import dither, philox, words
+from ds_fragment.kernels import reference
+from ds_fragment.kernels.philox import dither, philox, words
 
 
 def test_philox_gives_the_published_vectors() -> None:
@@ -65,14 +65,14 @@ def test_copies_of_one_dtype_keep_every_bit() -> None:
         if integer == torch.int32:
             bits[:4] = torch.tensor([0x7F800001, 0x7FC12345, -1, -(2**31)])
         out = torch.zeros(10, 100, dtype=dtype)
-        _reference.copy([out], [bits.view(dtype)])
+        reference.copy([out], [bits.view(dtype)])
         assert torch.equal(out.view(integer).view(-1), bits)
 
 
 def test_copies_reshape_cast_and_skip_what_is_empty() -> None:
     grid = torch.randn(6, 4)
     outs = [torch.zeros(24, dtype=torch.bfloat16), torch.zeros(4, 6, dtype=torch.float64), torch.zeros(0, 3)]
-    _reference.copy(outs, [grid, grid.t(), torch.zeros(0)])
+    reference.copy(outs, [grid, grid.t(), torch.zeros(0)])
     assert torch.equal(outs[0], grid.view(-1).bfloat16())
     assert torch.equal(outs[1], grid.t().double())
 
@@ -83,7 +83,7 @@ def test_gathered_gradients_and_their_statistics(accumulate: bool) -> None:
     dsts = [torch.randn(g.numel()) for g in grads]
     start = [d.double() for d in dsts]
     found = torch.zeros(())
-    stats = _reference.gather_grads(dsts, grads, scale=torch.tensor(0.25), accumulate=accumulate, found_inf=found)
+    stats = reference.gather_grads(dsts, grads, scale=torch.tensor(0.25), accumulate=accumulate, found_inf=found)
     whole = torch.cat(
         [(s if accumulate else 0) + g.double().view(-1) * 0.25 for s, g in zip(start, grads, strict=True)]
     )
@@ -93,7 +93,7 @@ def test_gathered_gradients_and_their_statistics(accumulate: bool) -> None:
     assert stats.nonfinite == 0
     assert found == 0
     grads[1][0, 0], grads[0][1] = math.inf, math.nan
-    stats = _reference.gather_grads(dsts, grads, found_inf=found)
+    stats = reference.gather_grads(dsts, grads, found_inf=found)
     assert stats.nonfinite == 2
     assert found == 1
     assert stats.norm.isnan()
@@ -102,14 +102,14 @@ def test_gathered_gradients_and_their_statistics(accumulate: bool) -> None:
 
 def test_found_inf_is_not_taken_back() -> None:
     found = torch.ones(1)
-    _reference.gather_grads([torch.zeros(2)], [torch.ones(2)], found_inf=found)
+    reference.gather_grads([torch.zeros(2)], [torch.ones(2)], found_inf=found)
     assert found == 1
 
 
 def test_the_norm_of_many_tensors() -> None:
     tensors = [torch.randn(5).bfloat16(), torch.zeros(0), torch.randn(2, 3).double()]
     whole = torch.cat([t.double().view(-1) for t in tensors])
-    stats = _reference.norm(tensors)
+    stats = reference.norm(tensors)
     torch.testing.assert_close(stats.sum_squares, whole.square().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.largest, whole.abs().amax(), rtol=1e-6, atol=0)
-    assert _reference.norm([]).values.tolist() == [0, 0, 0]
+    assert reference.norm([]).values.tolist() == [0, 0, 0]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from ds_fragment._kernels import _stretches
-from ds_fragment._kernels._plan import kind_of
-from ds_fragment._kernels._stretches import Tensors
+from ds_fragment.kernels import stretches
+from ds_fragment.kernels.plan import kind_of
+from ds_fragment.kernels.stretches import Tensors
 
 SIZES = (8, 3, 5)
 OFFSETS = (0, 32, 44)
@@ -34,8 +34,8 @@ class Recorded:
 @pytest.fixture(autouse=True)
 def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorded.made = Recorded.moves = 0
-    monkeypatch.setattr(_stretches, "Stretches", Recorded)
-    monkeypatch.setattr(_stretches, "all_plain", lambda tensors, device: all(t.is_contiguous() for t in tensors))
+    monkeypatch.setattr(stretches, "Stretches", Recorded)
+    monkeypatch.setattr(stretches, "all_plain", lambda tensors, device: all(t.is_contiguous() for t in tensors))
 
 
 def packed() -> tuple[Tensors, torch.Tensor, list[torch.Tensor | None]]:

@@ -127,7 +127,7 @@ def _numa() -> str:
 
 
 def _kernels() -> str:
-    return str(import_module("ds_fragment._kernels").report()["in use"])
+    return str(import_module("ds_fragment.kernels").report()["in use"])
 
 
 _PARTS: dict[str, Callable[[], Any]] = {

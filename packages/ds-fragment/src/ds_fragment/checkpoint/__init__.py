@@ -1,0 +1,1 @@
+"""One file from a sharded run, and back."""

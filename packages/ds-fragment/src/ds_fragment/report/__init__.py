@@ -1,0 +1,1 @@
+"""What is held where, and how large it is."""
