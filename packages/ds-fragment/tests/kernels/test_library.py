@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_fragment.kernels import KernelError
-from ds_fragment.kernels import library as _library
+from ds_fragment.kernels import KernelError, library as _library
 from ds_fragment.kernels.library import SIGNATURES, Loaded, Work, load
 
 HEADER = (Path(__file__).parents[2] / "csrc" / "ds_fragment.h").read_text()
