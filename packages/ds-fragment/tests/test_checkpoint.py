@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, iter_full, load_full, save_full
-from ds_fragment.collective import flight
+from ds_fragment.collective import exchange
 from ds_fragment.errors import FragmentError, InvalidValueError
 from fragment_oracle import raised
 from ranks import run_ranks
@@ -209,15 +210,16 @@ def _killed(rank: int, folder: str) -> str:
     with torch.no_grad():
         _partition.hp_param.zero_()
     if rank == 2:
-        start, calls = flight.Flight.start.__func__, []
+        calls = []
 
-        def dying(*args: object, **kwargs: object) -> object:
-            calls.append(1)
-            if len(calls) == 3:
-                os._exit(9)
-            return start(*args, **kwargs)
+        class Dying(exchange.InFlight):
+            def __init__(self, *args: Any) -> None:
+                calls.append(1)
+                if len(calls) == 3:
+                    os._exit(9)
+                super().__init__(*args)
 
-        flight.Flight.start = classmethod(dying)
+        exchange.InFlight = Dying
     with pytest.raises((FragmentError, RuntimeError)) as caught:
         save_full(model, path, bucket_bytes=8)
     return str(caught.value)

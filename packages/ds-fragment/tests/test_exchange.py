@@ -5,19 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise, product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import _collectives, kernels
-from ds_fragment._collectives import all_gather, all_gather_many
-from ds_fragment.collective import chunks, exchange, flight, wire
-from ds_fragment.collective.exchange import Plan, Sharding, agree, box, fetch, gather
-from ds_fragment.collective.status import MARK
+from ds_fragment import kernels
+from ds_fragment.collective import exchange, plan as planning
+from ds_fragment.collective.agree import agree
+from ds_fragment.collective.exchange import fetch, gather
+from ds_fragment.collective.plan import Plan
+from ds_fragment.collective.status import MAGIC
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from ds_fragment.layout import Fragment, Layout, flat_layout, mesh_layout, whole
+from ds_fragment.sharding import Sharding, box
 from fragment_oracle import assert_same, bits, raised
 from ranks import run_ranks
 
@@ -80,18 +81,7 @@ def where(backend: str, rank: int) -> tuple[Any, torch.device]:
     if backend == "nccl":
         torch.cuda.set_device(rank)
         return dist.new_group(backend="nccl"), torch.device("cuda", rank)
-    flattened = {"all_gather": _all_gather_flattened, "all_gather_many": _all_gather_many_flattened}
-    flight._collectives = SimpleNamespace(**{**vars(_collectives), **flattened})
     return dist.group.WORLD, CPU
-
-
-def _all_gather_flattened(output: Any, given: Any, **kwargs: Any) -> Any:
-    """For gloo what NCCL is given, in any shape."""
-    return all_gather(output.view(-1), given.view(-1), **kwargs)
-
-
-def _all_gather_many_flattened(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    return all_gather_many([t.view(-1) for t in outputs], [t.view(-1) for t in inputs], *args, **kwargs)
 
 
 def drawn(chance: random.Random, generator: torch.Generator, group: Any, device: torch.device) -> tuple[Any, Any, Any]:
@@ -104,8 +94,8 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
         if even:
             shape = torch.Size((ranks * chance.choice([1, 4, 16]), chance.choice([1, 4])))
         dense = noise(shape, chance.choice(DTYPES), generator)
-        if dense.nbytes >= len(MARK) and chance.random() < 0.2:  # data that looks like an error
-            bits(dense).view(-1).view(torch.uint8)[: len(MARK)] = torch.tensor(list(MARK), dtype=torch.uint8)
+        if dense.nbytes >= 16 and chance.random() < 0.2:  # data that looks like an error
+            bits(dense).view(-1).view(torch.uint8)[:16] = torch.tensor([MAGIC, -1]).view(torch.uint8)
         layout, group = mesh_layout(shape, (ranks,), [0]) if even else random_layout(chance, shape, ranks), everyone
         if chance.random() < 0.1:
             layout, group = whole(shape), None
@@ -117,13 +107,8 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
             piece = piece.t().contiguous().t()
         pieces.append(None if piece is None else piece.to(device))
     # Every way of travelling, also for tensors as small as these.
-    wire._IN_PLACE = wire._IN_PLACE_GPU = chance.choice([0, 20, 1 << 20])
-    wire._BROADCAST = wire._BROADCAST_PAIR = wire._BROADCAST_ONE = chance.choice([0, 1 << 20])
-    chunks._LITTLE = chunks._LITTLE_GPU = chance.choice([0, 1 << 20])
-    exchange._AT_FIRST = chance.choice([1, 48])
-    together = chance.random() < 0.3
-    if device.type == "cpu":
-        wire._collectives = SimpleNamespace(**{**vars(_collectives), "coalesces": lambda group, device: together})
+    planning.IN_PLACE = dict.fromkeys(["cpu", "cuda"], chance.choice([0, 20, 1 << 20]))
+    planning._PADDED = chance.choice([0, 1 << 20])
     return denses, shardings, pieces
 
 
@@ -156,16 +141,15 @@ def test_random_layouts_arrive_bit_for_bit(backend: str, ranks: int) -> None:
     assert len(set(counts)) == 1
 
 
-def _random_failures(rank: int, ranks: int, backend: str, rounds: int) -> tuple[list[Any], int]:
+def _random_failures(rank: int, ranks: int, backend: str, rounds: int) -> list[Any]:
     chance, generator = random.Random(ranks), torch.Generator().manual_seed(ranks)
-    found, marked, (group, device) = [], 0, where(backend, rank)
+    found, (group, device) = [], where(backend, rank)
     for number in range(rounds):
         denses, shardings, pieces = drawn(chance, generator, group, device)
         plan = Plan(shardings, chance.choice([1, 200, 1 << 20]))
         dst = chance.choice([None, None, chance.randrange(ranks)])
         shared = [item for item, sharding in enumerate(shardings) if not sharding.alone]
         failing, at = chance.randrange(ranks), chance.choice(shared or [0])
-        marked += any(wire.marked is not None for wires in plan.wires for wire in wires)
 
         def locate(item: int, number: int = number, at: int = at, failing: int = failing, pieces: Any = pieces) -> Any:
             if rank == failing and item == at:
@@ -178,14 +162,13 @@ def _random_failures(rank: int, ranks: int, backend: str, rounds: int) -> tuple[
         got = [tensor for bucket in gather(plan, each(pieces.__getitem__)) for tensor in bucket]  # nothing is left
         for tensor, dense in zip(got, denses, strict=True):
             assert_same(tensor.cpu(), dense)
-    return found, marked
+    return found
 
 
 @pytest.mark.parametrize(("backend", "ranks"), WHERE)
 def test_a_failure_in_random_layouts_is_everybodys(backend: str, ranks: int) -> None:
     found = run_ranks(_random_failures, ranks, ranks, backend, 150)
-    assert len(found[0][0]) > 100
-    assert found[0][1] > 20
+    assert len(found[0]) > 100
     assert all(mine == found[0] for mine in found)
 
 
@@ -196,7 +179,6 @@ def _one_by_one(rank: int, ranks: int, backend: str, rounds: int) -> tuple[int, 
         for dense, sharding, piece in zip(*drawn(chance, generator, group, device), strict=True):
             if sharding.alone:
                 continue
-            plan = Plan([sharding], bucket_bytes=1)
             failing = chance.randrange(ranks)
             error = InvalidValueError(f"round {right}")
 
@@ -206,9 +188,9 @@ def _one_by_one(rank: int, ranks: int, backend: str, rounds: int) -> tuple[int, 
                 return [piece for _ in items]
 
             if dense.numel():
-                found.append(raised(lambda plan=plan, locate=locate: fetch(plan, locate)))
+                found.append(raised(lambda sharding=sharding, locate=locate: fetch(sharding, locate)))
                 assert found[-1] == ("InvalidValueError", f"rank {failing}: {error}")
-            assert_same(fetch(plan, each(lambda _, piece=piece: piece)).cpu(), dense)
+            assert_same(fetch(sharding, each(lambda _, piece=piece: piece)).cpu(), dense)
             right += 1
     return right, found
 
@@ -239,57 +221,12 @@ def _busy_stream(rank: int, rounds: int) -> list[int]:
         for item, tensor in enumerate(got):
             rows = [[100 * number + 2 * item + sender] for sender in (0, 0, 1)]
             assert torch.equal(tensor, torch.tensor(rows, device=device).float().expand(shape)), (number, item)
-    return list(map(len, plan.buckets))
+    return [len(bucket.items) for bucket in plan.buckets]
 
 
 @pytest.mark.parametrize("rounds", [pytest.param(3, marks=GPUS)])
 def test_what_a_busy_stream_has_yet_to_pack_is_not_written_over(rounds: int) -> None:
     assert run_ranks(_busy_stream, 2, rounds) == [[1] * 6] * 2
-
-
-def _late_unpacking(rank: int, rounds: int) -> None:
-    group, device = where("nccl", rank)
-    shape = torch.Size((2, 1 << 20))
-    layout = mesh_layout(shape, (2,), [0])
-    plan = Plan([Sharding(shape, torch.float32, device, layout, group) for _ in range(4)], 40 << 20)
-    assert plan.buckets == [[0, 1], [2, 3]]
-    move, other = chunks.Unpacking.move, torch.cuda.Stream(device)
-
-    def late(self: Any, blocks: int | None = None) -> None:
-        torch.cuda._sleep(50_000_000)
-        move(self, blocks)
-
-    chunks.Unpacking.move = late
-    for number in range(rounds):
-
-        def locate(items: Any, number: int = number) -> Any:
-            return [torch.full((1, 1 << 20), 100.0 * number + 10 * item + rank, device=device) for item in items]
-
-        torch.cuda.empty_cache()
-        begun = torch.cuda.current_stream()
-        for later in (begun, other):  # the stream that the caller is on when the second bucket comes
-            other.wait_stream(begun)
-            buckets = gather(plan, locate)
-            for bucket, stream in zip(plan.buckets, (begun, later), strict=True):
-                with torch.cuda.stream(stream):
-                    wholes = next(buckets)
-                # Takes the memory in which all chunks arrived, and writes it.
-                room = plan.wires[0][0].chunks.begins[-1]
-                taken = [torch.full((room,), 77, dtype=torch.uint8, device=device) for _ in plan.buckets]
-                with torch.cuda.stream(stream):
-                    for item, tensor in zip(bucket, wholes, strict=True):
-                        rows = [[100.0 * number + 10 * item + sender] for sender in (0, 1)]
-                        assert tensor is not None
-                        expected = torch.tensor(rows, device=device).expand(shape)
-                        assert torch.equal(tensor, expected), (number, item, stream)
-                del taken, wholes, tensor
-            assert next(buckets, None) is None
-            torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("rounds", [pytest.param(3, marks=GPUS)])
-def test_what_is_unpacked_late_is_there_for_the_stream_that_the_caller_is_on(rounds: int) -> None:
-    run_ranks(_late_unpacking, 2, rounds)
 
 
 def _cut_is_what_was_gathered(rank: int) -> None:
@@ -325,42 +262,36 @@ def simple_places(count: int, numel: int, group: Any, ranks: int) -> list[Shardi
 def test_buckets_keep_the_order_and_the_limit() -> None:
     shardings = [Sharding(torch.Size((n,)), torch.float32, CPU, whole((n,)), None) for n in (1, 2, 3, 50, 1, 1, 0, 9)]
     plan = Plan(shardings, bucket_bytes=24)
-    assert [item for bucket in plan.buckets for item in bucket] == list(range(8))
-    assert plan.buckets == [[0, 1, 2], [3], [4, 5, 6], [7]]
+    assert [item for bucket in plan.buckets for item in bucket.items] == list(range(8))
+    assert [bucket.items for bucket in plan.buckets] == [[0, 1, 2], [3], [4, 5, 6], [7]]
 
 
-def _few_buckets_at_a_time(rank: int, in_place: int) -> int:
-    """The most that are under way while the caller works on one."""
-    under_way = most = 0
-    start, land = exchange.Flight.start.__func__, exchange.Flight.land
+def _two_buckets_at_a_time(rank: int, in_place: int) -> None:
+    under_way: set[Any] = set()
 
-    def counted_start(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal under_way
-        under_way += 1
-        return start(cls, *args, **kwargs)
+    class Counted(exchange.InFlight):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            under_way.add(self)
 
-    def counted_land(self: Any) -> Any:
-        nonlocal under_way
-        under_way -= 1
-        return land(self)
+        def finish(self) -> Any:
+            under_way.discard(self)
+            return super().finish()
 
-    wire._IN_PLACE = in_place
-    exchange.Flight.start = classmethod(counted_start)
-    exchange.Flight.land = counted_land
+    planning.IN_PLACE = {"cpu": in_place}
+    exchange.InFlight = Counted
     shardings = [simple_places(1, numel, dist.group.WORLD, 2)[0] for _ in range(12) for numel in (8, 8, 16)]
     plan = Plan(shardings, bucket_bytes=128)
-    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((shardings[item].shape[0] // 2,), 1.0)))):
-        assert under_way >= (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
-        assert sum(plan.sizes[turn : turn + 1 + under_way]) <= 2 * plan.bucket_bytes
-        assert all(tensor is not None and bool((tensor == 1).all()) for tensor in bucket)
-        most = max(most, under_way)
     assert len(plan.buckets) > 5
-    return most
+    for turn, bucket in enumerate(gather(plan, each(lambda item: torch.full((shardings[item].shape[0] // 2,), 1.0)))):
+        assert len(under_way) == (1 if turn + 1 < len(plan.buckets) else 0)  # the next one is on its way
+        assert sum(shardings[item].nbytes for item in plan.buckets[turn].items) <= plan.bucket_bytes
+        assert all(tensor is not None and bool((tensor == 1).all()) for tensor in bucket)
 
 
-@pytest.mark.parametrize(("in_place", "most"), [(1 << 20, 3), (0, 1), (33, 2)])
-def test_no_more_is_under_way_than_two_buckets_hold(in_place: int, most: int) -> None:
-    assert run_ranks(_few_buckets_at_a_time, 2, in_place) == [most, most]
+@pytest.mark.parametrize("in_place", [1 << 20, 0, 33])
+def test_two_buckets_are_in_memory(in_place: int) -> None:
+    run_ranks(_two_buckets_at_a_time, 2, in_place)
 
 
 def failing_locate(at: int, error: Exception, size: int) -> Any:
@@ -373,12 +304,10 @@ def failing_locate(at: int, error: Exception, size: int) -> Any:
 
 
 def _every_failure_is_everybodys(rank: int, in_place: int) -> list[Any]:
-    wire._IN_PLACE = in_place
+    planning.IN_PLACE = {"cpu": in_place}
     found = []
     plan = Plan(simple_places(7, 8, dist.group.WORLD, 2), bucket_bytes=128 if in_place else 64)
     assert len(plan.buckets) == 4
-    marked = [wire.marked is not None for wires in plan.wires for wire in wires]
-    assert marked == [not in_place, not in_place, not in_place, True]  # one item alone always travels in place
     for at, dst in product(range(7), [None, 0, 1]):
         locate = (
             failing_locate(at, InvalidValueError(f"item {at}"), 4) if rank == 1 else failing_locate(-1, OSError(), 4)
@@ -420,7 +349,7 @@ def _only_one_rank_knows(rank: int, groups: int) -> list[Any]:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_one_rank_lacks_reaches_the_others_with_a_later_bucket(groups: int) -> None:
     mine, other = run_ranks(_only_one_rank_knows, 2, groups)
-    text = "rank 1: item {}: 0 elements are here where the whole has 8"
+    text = "rank 1: item {}: 0 elements are here where the layout says 8"
     assert other == [("FragmentError", text.format(at)) for at in (0, 0, 3, 3, 11, 11)]
     # Nothing follows item 11 of 12: there is nobody to tell.
     assert [e for i, e in enumerate(mine) if i != 4] == [e for i, e in enumerate(other) if i != 4]
@@ -573,7 +502,7 @@ def test_gather_without_a_process_group() -> None:
         assert got is not None
         assert_same(got, expected)
         assert got is not expected
-    with pytest.raises(FragmentError, match="2 elements are here where the whole has 5"):
+    with pytest.raises(FragmentError, match="2 elements are here where the layout says 5"):
         list(gather(Plan(shardings[:1], 1), each(lambda _: torch.ones(2))))
 
 
@@ -585,27 +514,3 @@ def test_copy_casts_to_nearest_even_and_takes_nothing() -> None:
     assert torch.equal(bits(target)[:3], torch.tensor([0x3F80, 0x3F80, 0x3F82], dtype=torch.int16))
     assert target[3].isnan()
     assert bits(target)[4] == -0x8000
-
-
-def test_on_a_gpu_little_is_packed_at_first_and_few_set_off_at_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(exchange, "_AT_FIRST", 2)
-    monkeypatch.setattr(exchange, "_AT_ONCE", 5)
-    cuda = torch.device("cuda", 0)
-
-    def cut(sizes: list[int], packed: list[int], device: torch.device = cuda, moves: int = 1) -> list[list[int]]:
-        plan = Plan.__new__(Plan)
-        plan.bucket_bytes, plan._on_gpu = 16, device.type == "cuda"
-        return plan._cut(sizes, packed, [0 if extra else moves for extra in packed])
-
-    assert cut([4] * 9, [0] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert cut([2] * 9, [2] * 9, CPU) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert cut([2] * 9, [2] * 9) == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
-    assert cut([2] * 6, [2] * 6) == [[0, 1], [2, 3, 4, 5]]
-    assert cut([2] * 7, [2] * 7) == [[0, 1, 2, 3], [4, 5, 6]]  # no more than there have to be
-    assert cut([8] * 3, [8] * 3) == [[0], [1], [2]]
-    assert cut([], []) == []
-    assert cut([1] * 9, [0] * 9) == [[0, 1], [2, 3, 4, 5, 6], [7, 8]]
-    assert cut([1] * 9, [0] * 9, moves=0) == [list(range(9))]  # nobody is asked to move anything
-    assert cut([12, 1, 1, 4, 1], [0, 1, 1, 0, 0]) == [[0, 1, 2], [3, 4]]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, attach, available, iter_full, kernels, norms, save_full, set_many, update_many
 from ds_fragment._collectives import CollectiveError
-from ds_fragment.collective.chunks import Unpacking
+from ds_fragment.collective.exchange import InFlight
 from ds_fragment.errors import FragmentError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from fragment_oracle import raised
@@ -68,20 +68,20 @@ def _locally(rank: int, folder: str) -> list[Any]:
     found.append(raised(lambda: save_full(model, Path(folder, "model.safetensors"), bucket_bytes=1, progress=report)))
 
     # A rank that fails after the exchange, and tells the others with a later bucket.
-    wholes = Unpacking.wholes
+    unpacked = InFlight.unpacked
     for error in (RuntimeError("shape '[2]' is invalid"), MemoryError("no room")):
         list(iter_full(model, "exp_avg"))
         if rank == 1:
-            Unpacking.wholes = _fails(error)  # type: ignore[method-assign]
+            InFlight.unpacked = _fails(error)  # type: ignore[method-assign]
         found.append(raised(lambda: list(iter_full(model, "exp_avg", bucket_bytes=1))))
-        Unpacking.wholes = wholes  # type: ignore[method-assign]
+        InFlight.unpacked = unpacked  # type: ignore[method-assign]
         assert len(list(iter_full(model, "exp_avg"))) == 4, "all ranks agree anew, or none does"
 
     # In the last bucket it is told nobody, and what it was.
     if rank == 1:
-        Unpacking.wholes = _fails(RuntimeError("shape '[2]' is invalid"))  # type: ignore[method-assign]
+        InFlight.unpacked = _fails(RuntimeError("shape '[2]' is invalid"))  # type: ignore[method-assign]
     found.append(raised(lambda: list(iter_full(model))))
-    Unpacking.wholes = wholes  # type: ignore[method-assign]
+    InFlight.unpacked = unpacked  # type: ignore[method-assign]
     assert len(list(iter_full(model))) == 4
     assert original.data_ptr() == partition.hp_param.data_ptr()
     del optimizer

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, iter_full
-from ds_fragment.collective.exchange import plan_of
 from ds_fragment.engines.model import named
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import FragmentError, InvalidValueError
@@ -128,20 +127,6 @@ def _alone(rank: int) -> None:
 
 def test_what_is_read_alone_is_alone_in_its_storage() -> None:
     run_ranks(_alone, 4)
-
-
-def _plans(rank: int) -> None:
-    model = ragged(torch.bfloat16)
-    partition = FlatPartition(model.parameters())
-    shardings = Shards(partition.params, "value").shardings
-    assert plan_of(shardings, 64) is plan_of(Shards(partition.params, "value").shardings, 64)
-    assert plan_of(shardings, 64) is not plan_of(shardings, 65)
-    again = FlatPartition(partition.params)  # everything moved
-    assert plan_of(Shards(again.params, "value").shardings, 64) is not plan_of(shardings, 64)
-
-
-def test_a_plan_is_made_once_for_as_long_as_nothing_moves() -> None:
-    run_ranks(_plans, 2)
 
 
 def test_nothing_at_all() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from ds_fragment import FlatPartition, attach, get_local, iter_full, set_local, set_many, update_many
-from ds_fragment.collective.checksum import checksum
 from ds_fragment.errors import FragmentError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad
 from fragment_oracle import assert_same, from_every_rank, ragged, set_gradients
@@ -71,34 +70,6 @@ def _random_writes(rank: int, ranks: int, rounds: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_random_writes(ranks: int) -> None:
     run_ranks(_random_writes, ranks, ranks, 60)
-
-
-def test_a_checksum_sees_every_change_of_order_sign_and_bit() -> None:
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
-        value = torch.randn(40).to(dtype)
-        same = checksum(value)
-        assert same == checksum(value.clone())
-        swapped = value.clone()
-        swapped[[3, 17]] = swapped[[17, 3]]
-        others = [value.flip(0), swapped, -value, value.float().sort().values.to(dtype), value.roll(1)]
-        assert same not in [checksum(other.contiguous()) for other in others]
-    zero = torch.zeros(4)
-    assert checksum(zero) != checksum(-zero)
-    square = torch.randn(6, 6)
-    assert checksum(square) != checksum(square.t().contiguous())
-    assert -(2**63) <= checksum(torch.full((100,), float("nan"))) < 2**63
-    assert checksum(torch.empty(0)) == checksum(torch.empty(0))
-
-
-def test_a_checksum_of_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_fragment.collective import checksum as module
-
-    monkeypatch.setattr(module, "_SUM_AT_ONCE", 8)
-    value = torch.arange(50.0)
-    moved = torch.cat([value[8:16], value[:8], value[16:]])  # the same parts in another order
-    assert checksum(value) != checksum(moved)
-    assert checksum(value) == checksum(value.clone())
 
 
 def test_all_or_nothing_in_one_process() -> None:
@@ -167,8 +138,25 @@ def test_values_by_parameter_or_in_pairs_and_nothing_else() -> None:
     for wrong in ([model.weight], [(model.weight,)], ["ab"]):
         with pytest.raises(TypeError, match=r"values holds a \w+, expected \(parameter, value\) pairs, or a dict"):
             set_many(wrong)  # type: ignore[arg-type,list-item]
-    with pytest.raises(TypeError, match="param is a str, expected a parameter"):
-        set_many({"weight": torch.ones(2, 3)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="values has a int for a key, expected a parameter or its name"):
+        set_many({3: torch.ones(2, 3)})  # type: ignore[dict-item]
+
+
+def test_values_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    set_many({"0.weight": torch.ones(2, 3), "_orig_mod.0.bias": torch.ones(2)}, model=model)
+    assert torch.equal(model[0].weight, torch.ones(2, 3))
+    with pytest.raises(InvalidValueError, match=r"'0\.weight' is the name of 0 parameters of the attached models"):
+        set_many({"0.weight": torch.ones(2, 3)})
+    attach(model, None)
+    set_many({"0.weight": torch.zeros(2, 3)})
+    assert not model[0].weight.any()
+    other = nn.Sequential(nn.Linear(3, 2))
+    attach(other, None)
+    with pytest.raises(InvalidValueError, match=r"'0\.weight' is the name of 2 parameters of the attached models"):
+        set_many({"0.weight": torch.ones(2, 3)})
+    with pytest.raises(InvalidValueError, match="'weight' is the name of 0 parameters of the model, expected 1"):
+        set_many({"weight": torch.ones(2, 3), "0.bias": torch.ones(2)}, model=model)
 
 
 def test_nothing_to_write() -> None:

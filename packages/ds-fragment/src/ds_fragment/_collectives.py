@@ -62,36 +62,41 @@ def leave_gently(kind: str) -> None:
         atexit.register(time.sleep, 0.1)
 
 
+def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """The parameter's device if the group's backend moves its memory, else the one that the backend moves."""
+    supported = {d.type for d in group._device_types}
+    if device.type in supported:
+        return device
+    kind = "cuda" if "cuda" in supported else sorted(supported)[0]
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def coalesces(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the group takes collectives on several tensors as one launch: NCCL does, gloo and others do not."""
     return device.type != "cpu" and bool(getattr(group._get_backend(device), "supports_coalescing", False))
 
 
 def all_gather_many(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, later: bool
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], group: dist.ProcessGroup
 ) -> list[dist.Work]:
-    """Several all-gathers at once; with NCCL as one launch.
+    """Several all-gathers at once, asynchronously; with NCCL as one launch.
 
     All ranks of the group must call it.
 
     Args:
-        outputs: contiguous, for each the inputs of all ranks in rank order. 1-D unless the group `coalesces`.
-        inputs: contiguous, of the outputs' dtypes, as long on every rank. 1-D unless the group `coalesces`.
+        outputs: 1-D, contiguous, for each the inputs of all ranks in rank order.
+        inputs: 1-D, contiguous, of the outputs' dtypes, as long on every rank.
         group: the ranks.
-        later: come back before they are done.
 
     Returns:
         What is to be waited for.
     """
-    if coalesces(group, outputs[0].device):
+    if len(outputs) > 1 and coalesces(group, outputs[0].device):
         many = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
         try:
             return [many(list(outputs), list(inputs))]
         except RuntimeError as error:
             raise CollectiveError.of(error) from error
-    if len(outputs) == 1 and not later:
-        all_gather(outputs[0], inputs[0], group=group)
-        return []
     pairs = zip(outputs, inputs, strict=True)
     return [all_gather(output, given, group=group, later=True) for output, given in pairs]
 

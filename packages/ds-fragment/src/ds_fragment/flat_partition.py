@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment import _collectives, kernels
-from ds_fragment.collective.exchange import agree, wire_device
+from ds_fragment.collective.agree import agree
 from ds_fragment.engines.flat import publish
 from ds_fragment.engines.links import link_of
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError, UnusedGradientError
@@ -222,7 +222,7 @@ class FlatPartition:
     def _sum_over_ranks(self, grads: dict[int, torch.Tensor]) -> torch.Tensor:
         """This rank's slice of the sum of the ranks' lp gradients, given by position: fp32, 1-D, without padding."""
         assert self.group is not None
-        device, on = self.hp_param.device, wire_device(self.group, self.hp_param.device)
+        device, on = self.hp_param.device, _collectives.device_for(self.group, self.hp_param.device)
         mine = torch.empty(self.world_size * self.partition_size, dtype=torch.float32, device=device)
         pieces = mine[: self.numel].split_with_sizes(self._numels)  # the padding is left as it is: nobody reads it
         kernels.copy([pieces[i] for i in grads], list(grads.values()))
@@ -236,7 +236,7 @@ class FlatPartition:
     def _tell(self, used: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the ranks, in one small collective: who used which parameter, and the statistics of the slices."""
         assert self.group is not None
-        on = wire_device(self.group, self.hp_param.device)
+        on = _collectives.device_for(self.group, self.hp_param.device)
         if on.type == "cuda":
             used = used.pin_memory()  # else the host would wait for the copy, and so for all that came before it
         told = torch.cat([used.to(on, non_blocking=True), found.to(on)])

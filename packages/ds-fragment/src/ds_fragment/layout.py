@@ -56,6 +56,21 @@ class Layout:
         """Elements that a group rank contributes to the whole."""
         return 0 if rank in self.copies else self.held(rank)
 
+    def spans(self) -> tuple[tuple[int, int, int], ...] | None:
+        """(rank, start, elements) in the flattened whole of each fragment that is sent; None unless all are intervals.
+
+        A fragment is an interval where it extends over all but the first dimension.
+        """
+        found = []
+        row = prod(self.shape[1:])
+        for rank, fragment in enumerate(self.fragments):
+            if fragment is None or rank in self.copies:
+                continue
+            if not self.shape or fragment.size[1:] != self.shape[1:]:
+                return None
+            found.append((rank, fragment.offset[0] * row, fragment.numel))
+        return tuple(found)
+
 
 def overlap(start: int, numel: int, other_start: int, other_numel: int) -> tuple[int, int]:
     """The (start, numel) that two intervals have in common; numel is 0 where they do not meet.

@@ -39,12 +39,13 @@ class Record:
         master: its fp32 value, weakly, where it was attached with one.
         lowered: the parameter that this one was attached as the fp32 value of.
         notes: what adapters know of it, by class.
-        places: where its quantities are, each with what that follows from.
-        agreed: by optimizer state, where the ranks agreed that it is (None where they have to agree anew), and where
-            the parameter was then.
+        home: how its value was sharded when somebody last asked.
+        shardings: of its quantities, each with what it follows from.
+        agreed: by optimizer state, the sharding that the ranks agreed on (None where they have to agree anew), and the
+            sharding of the parameter then.
     """
 
-    __slots__ = ("agreed", "lowered", "master", "model", "name", "notes", "optimizer", "owner", "shardings")
+    __slots__ = ("agreed", "home", "lowered", "master", "model", "name", "notes", "optimizer", "owner", "shardings")
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -54,11 +55,12 @@ class Record:
         self.master: weakref.ref[torch.Tensor] | None = None
         self.lowered: torch.Tensor | None = None
         self.notes: dict[type, Any] = {}
+        self.home: Sharding | None = None
         self.shardings: dict[Hashable, tuple[object, Sharding]] = {}
         self.agreed: dict[str, tuple[Sharding | None, Sharding]] = {}
 
     def sharding(self, key: Hashable, source: object, make: Callable[[], Sharding]) -> Sharding:
-        """The place that was made under the key, as long as ``source``, which it follows from, is the same."""
+        """The sharding that was made under the key, as long as ``source``, which it follows from, is the same."""
         found = self.shardings.get(key)
         if found is None or (found[0] is not source and found[0] != source):
             found = self.shardings[key] = (source, make())

@@ -1,16 +1,15 @@
-"""Where one quantity of one parameter is: the answer that adapters give and exchanges work from."""
+"""How one quantity of one parameter is sharded: what an engine answers, and what collectives are planned from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_fragment.layout import Fragment, Layout
-
-Out = Callable[[int], torch.Tensor]  # where the whole of an item is to be written
 
 
 def box(whole: torch.Tensor, shape: tuple[int, ...], fragment: Fragment) -> torch.Tensor:
@@ -22,24 +21,25 @@ def box(whole: torch.Tensor, shape: tuple[int, ...], fragment: Fragment) -> torc
     return view
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sharding:
-    """Where one quantity of one parameter is, the same answer on every rank of the group.
+    """How one quantity of one parameter is sharded; equal on every rank of the group.
 
-    [Note: stages] Where a parameter is cut along several axes of a mesh that is not the world, no group has all ranks
-    that hold a piece of it, and a read must not make one: a group is made by all ranks of the world. It is brought
-    together axis by axis instead, first along the axis that cut it last. Each axis is a stage: the place of what this
-    rank has once the stages before it are done.
+    [Note: stages] Where several axes of a mesh that is not the world shard a parameter, no group has all ranks that
+    hold a shard, and a read must not make one: all ranks of the world would have to. The parameter is gathered axis by
+    axis instead, first along the axis that cut it last. Each axis is a stage: the sharding of what this rank has once
+    the stages before it are done.
 
     Attributes:
         shape: of the whole quantity.
-        dtype: of the pieces.
+        dtype: of the shards.
         device: the parameter's compute device; collectives run there unless the backend cannot.
         layout: the fragments by group rank, or by the order of ``ranks`` where there are stages.
-        group: the ranks that hold them; None where every rank holds the whole, or where there are stages.
+        group: the ranks that hold the shards; None where every rank holds the whole, or where there are stages.
         replicas: further groups, whose ranks hold the same once more and must be written alike.
-        stages: see [Note: stages]; the last one's whole is the quantity.
+        stages: see [Note: stages]; the last stage gives the whole quantity.
         ranks: the global ranks of the layout where there are stages.
+        plans: what collectives have prepared for it.
     """
 
     shape: torch.Size
@@ -50,35 +50,66 @@ class Sharding:
     replicas: tuple[dist.ProcessGroup, ...] = ()
     stages: tuple[Sharding, ...] = ()
     ranks: tuple[int, ...] = ()
+    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def shards(self) -> tuple[dist.ProcessGroup, ...]:
-        """The groups over which it is cut."""
+        """The groups over which the quantity is cut."""
         if self.stages:
             return tuple(group for stage in self.stages for group in stage.shards)
         return () if self.group is None else (self.group,)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
         """All groups whose ranks hold the same quantity."""
         return (*self.shards, *self.replicas)
 
-    @property
+    @cached_property
     def alone(self) -> bool:
-        """Whether this rank holds everything, so that there is nothing to communicate."""
+        """Whether this rank holds the whole, so that there is nothing to communicate."""
         return not self.stages and (self.group is None or len(self.layout.fragments) == 1)
 
     @property
     def last(self) -> Sharding:
-        """The place of the last stage, which brings the whole; the place itself without stages."""
+        """The last stage, which gives the whole; the sharding itself without stages."""
         return self.stages[-1] if self.stages else self
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """This rank in the layout."""
         if self.stages:
             return self.ranks.index(dist.get_rank())
         return 0 if self.group is None else self.group.rank()
+
+    @cached_property
+    def held(self) -> int:
+        """Elements that this rank holds."""
+        return self.layout.held(self.rank)
+
+    @cached_property
+    def sent(self) -> tuple[int, ...]:
+        """By rank of the layout, the elements that it contributes to the whole."""
+        return tuple(self.layout.sent(rank) for rank in range(len(self.layout.fragments)))
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int, int], ...] | None:
+        """(rank, start, elements) in the flattened whole of each fragment that is sent; None unless all are intervals.
+
+        >>> from ds_fragment.layout import flat_layout
+        >>> layout = flat_layout(0, 6, partition_size=4, world_size=2)
+        >>> Sharding(torch.Size((6,)), torch.float32, torch.device("cpu"), layout, None).spans
+        ((0, 0, 4), (1, 4, 2))
+        """
+        return self.layout.spans()
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether the ranks send equal intervals of the flattened whole, in rank order."""
+        spans, ranks = self.spans, len(self.layout.fragments)
+        if not spans or len(spans) != ranks:
+            return False
+        numel = spans[0][2]
+        return all(span == (rank, rank * numel, numel) for rank, span in enumerate(spans))
 
     def global_ranks(self) -> tuple[int, ...]:
         """The ranks of the layout; none where every rank holds the whole."""
@@ -91,21 +122,7 @@ class Sharding:
         fragment = self.layout.fragments[self.rank]
         return None if fragment is None else box(whole, self.layout.shape, fragment)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole quantity."""
         return self.shape.numel() * self.dtype.itemsize
-
-
-def wire_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """The parameter's device if the group's backend moves its memory, else the one that the backend moves."""
-    supported = {d.type for d in group._device_types}
-    if device.type in supported:
-        return device
-    kind = "cuda" if "cuda" in supported else sorted(supported)[0]
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def room_for(sharding: Sharding, item: int, out: Out | None) -> torch.Tensor:
-    """Where the whole of an item goes."""
-    return torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.device) if out is None else out(item)

@@ -46,7 +46,7 @@ def iter_full(
         dst: the global rank to deliver to; the others take part and are yielded nothing. What other ranks share without
             it, as experts of another expert-parallel rank, is delivered nowhere then. All ranks unless told.
         device: where the tensors are wanted; the parameter's device unless told.
-        dtype: what they are cast to; the master's dtype unless told.
+        dtype: what they are cast to; the master's dtype unless told. A dtype of fewer bytes is cast before it travels.
         missing: ``"skip"`` leaves out, on every rank, the parameters for which ``safe_get_full_grad`` and
             ``safe_get_full_optimizer_state`` return None: those that are not trained, and gradients that this backward
             pass did not use. The ranks ask each other first, in one small collective for each group.
@@ -75,10 +75,8 @@ def iter_full(
         tensors = [tensors[i] for i in kept]
     shards = Shards(tensors, check_what(what), "iter_full")
     keys: Sequence[str | torch.Tensor] = tensors if names is None else names
-    found = shards.full(keys, bucket_bytes, dst)
-    if device is None and dtype is None:
-        return found
-    return _converted(found, device, dtype)
+    found = shards.full(keys, bucket_bytes, dst, dtype=dtype)
+    return found if device is None and dtype is None else _converted(found, device, dtype)
 
 
 def _present(tensors: Sequence[torch.Tensor], what: str) -> list[int]:

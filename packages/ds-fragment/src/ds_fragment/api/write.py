@@ -2,70 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment.collective.checksum import checksum
-from ds_fragment.collective.exchange import agree
-from ds_fragment.engines.model import Named, check_what, named
-from ds_fragment.engines.shards import Shards, refresh
+from ds_fragment import _flight
+from ds_fragment.collective.agree import agree
+from ds_fragment.collective.digest import digest
+from ds_fragment.collective.plan import BUCKET_BYTES
+from ds_fragment.engines.model import Named, check_what, named, parameter_finder
+from ds_fragment.engines.shards import Shards, commit, is_state, refresh
 from ds_fragment.engines.state import kept_as
-from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, InvalidValueError
 from ds_fragment.record import registry
 
 Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
+Pair = tuple[torch.Tensor | str, torch.Tensor]
 
 
 def set_many(
-    values: Mapping[torch.Tensor, torch.Tensor] | Iterable[tuple[torch.Tensor, torch.Tensor]],
+    values: Mapping[torch.Tensor, torch.Tensor] | Mapping[str, torch.Tensor] | Iterable[Pair],
     what: str = "value",
     *,
+    model: nn.Module | None = None,
     refresh_lp: bool = True,
+    bucket_bytes: int | None = None,
 ) -> None:
-    """Write whole values into many sharded parameters, all of them or, where anything is wrong, none.
+    """Write whole values into many sharded parameters. All ranks of the parameters' groups must call it.
 
-    All ranks of the parameters' groups must call it with the same parameters and the same values; that they are the
-    same is checked.
+    All ranks pass the same parameters and the same values; that they are the same is checked by a digest. Of a mapping
+    or a list all values are written or, where anything is wrong, none. Any other iterable, such as a generator, is
+    taken bucket by bucket: of each bucket all values are written or none, and no more than two buckets of values are
+    in memory.
 
     Args:
-        values: values by parameter, or (parameter, value) pairs; a value has the parameter's whole shape, any floating
-            dtype and device.
+        values: values by parameter or by name, or (parameter or name, value) pairs; a value has the parameter's whole
+            shape, any floating dtype and device.
         what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        model: the model that names are looked up in; the attached models unless told.
         refresh_lp: bring the low-precision weights up to date at once.
+        bucket_bytes: of a generator, bytes of values at a time; 64 MiB on a CPU and 1 GiB on a GPU unless told.
 
     Raises:
         TypeError: ``values`` holds something else.
-        InvalidValueError: a value has the wrong shape or dtype.
+        InvalidValueError: a value has the wrong shape or dtype, or there is no parameter of that name.
         RankMismatchError: the ranks were given different values.
         FragmentError: there is nothing to write to (no such state, no gradient).
     """
-    pairs = list(values.items() if isinstance(values, Mapping) else values)
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"values holds a {type(pair).__name__}, expected (parameter, value) pairs, or a dict")
-    shards = Shards([param for param, _ in pairs], check_what(what), "set_many")
-    wholes: list[torch.Tensor] = []
+    check_what(what, writes=True)
+    find = parameter_finder(model)
+    if isinstance(values, Mapping | list | tuple):
+        pairs = list(values.items() if isinstance(values, Mapping) else values)
+        _write(list(map(_pair, pairs)), what, find, refresh_lp)
+        return
+    written = 0
+    for chunk, last, error in _chunks(values, bucket_bytes):
+        try:
+            _write(chunk, what, find, refresh_lp, error, last=last)
+        except FragmentError as failed:
+            if not written:
+                raise
+            raise type(failed)(f"{failed}. The {written} values before this bucket are written") from failed
+        written += len(chunk)
+
+
+def _pair(pair: Any) -> Pair:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"values holds a {type(pair).__name__}, expected (parameter, value) pairs, or a dict")
+    return pair[0], pair[1]
+
+
+def _chunks(values: Iterable[Any], bucket_bytes: int | None) -> Iterator[tuple[list[Pair], bool, Exception | None]]:
+    """Pairs of a bucket, whether it is the last one, and what the iterable raised; all ranks cut alike."""
+    chunk: list[Pair] = []
+    filled, error = 0, None
+    found = iter(values)
+    while error is None:
+        try:
+            pair = _pair(next(found))
+        except StopIteration:
+            break
+        except Exception as raised:
+            error = raised
+            break
+        whole = pair[1] if isinstance(pair[1], torch.Tensor) else torch.empty(0)
+        limit = BUCKET_BYTES.get(whole.device.type, BUCKET_BYTES["cpu"]) if bucket_bytes is None else bucket_bytes
+        nbytes = 4 * whole.numel()
+        if chunk and filled + nbytes > limit:
+            yield chunk, False, None
+            chunk, filled = [], 0
+        chunk.append(pair)
+        filled += nbytes
+        del pair, whole
+    yield chunk, True, error
+
+
+def _write(
+    pairs: Sequence[Pair],
+    what: str,
+    find: Callable[[object], torch.Tensor],
+    refresh_lp: bool,
+    error: Exception | None = None,
+    *,
+    last: bool = True,
+) -> None:
+    """Write some values, all or none."""
+    params, values = list[torch.Tensor](), list[torch.Tensor]()
+    for key, value in pairs:
+        try:
+            params.append(find(key))
+            values.append(value)
+        except InvalidValueError as unknown:
+            error = error or unknown
+    shards = Shards(params, what, "set_many")
     sums: list[int] = []
 
     def prepare() -> list[torch.Tensor | None]:
-        pieces = []
-        for item, (param, value) in enumerate(pairs):
+        if error is not None:
+            raise error
+        for item, param in enumerate(params):
             sharding = shards.shardings[item]
-            whole = _checked(param, value, sharding.shape, "value").to(sharding.dtype).contiguous()
-            sums.append(checksum(whole))
-            pieces.append(sharding.cut(whole))
-            wholes.append(whole)
-        return pieces
+            values[item] = _checked(param, values[item], sharding.shape, "value").contiguous()
+            sums.append(digest(values[item], sharding.dtype, sharding.device) ^ (not last))
+        return [sharding.cut(value) for sharding, value in zip(shards.shardings, values, strict=True)]
 
     targets, pieces = _agreed(shards, prepare, sums)
-    _hand_over(shards, targets, pieces)
+    commit(shards, targets, pieces)
     if what == "value" and refresh_lp:
-        refresh(shards, wholes)
+        refresh(shards, [_rounded(value, s.dtype) for value, s in zip(values, shards.shardings, strict=True)])
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The value as it is written, of which the low-precision weight is made."""
+    return value if value.dtype.itemsize < dtype.itemsize else value.to(dtype)
 
 
 def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp: bool = True) -> None:
@@ -81,7 +153,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         InvalidValueError: the value has the wrong shape or dtype.
         FragmentError: there is nothing to write to.
     """
-    shards = Shards([param], check_what(what), "set_local")
+    shards = Shards([param], check_what(what, writes=True), "set_local")
 
     def prepare() -> list[torch.Tensor | None]:
         piece = shards.local(0)
@@ -89,7 +161,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         return [_checked(param, value, shape, "value of this rank's piece")]
 
     targets, pieces = _agreed(shards, prepare, [])
-    _hand_over(shards, targets, pieces)
+    commit(shards, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(shards, None)
 
@@ -105,7 +177,8 @@ def update_many(
     """Read, apply and write back, bucket by bucket; nothing is written before every result is there and right.
 
     All ranks of the parameters' groups must call it with the same parameters. Each rank holds the new pieces of its
-    own fragments until the end, so that a failure half-way leaves everything as it was.
+    own fragments until the end, so that a failure half-way leaves everything as it was. For an elementwise function
+    `map_shards` does the same without a gather.
 
     Args:
         params: a module, parameters, or (name, parameter) pairs.
@@ -121,7 +194,7 @@ def update_many(
         Exception: what ``fn`` raises, as a `FragmentError` on every rank.
     """
     names, tensors = named(params)
-    shards = Shards(tensors, check_what(what), "update_many")
+    shards = Shards(tensors, check_what(what, writes=True), "update_many")
     sums: list[int] = []
     pieces: list[torch.Tensor | None] = []
     failure: list[Exception] = []
@@ -133,7 +206,7 @@ def update_many(
             return None
         sharding = shards.shardings[item]
         whole = _checked(tensors[item], result, sharding.shape, "result of fn").to(sharding.dtype).contiguous()
-        sums.append(checksum(whole))
+        sums.append(digest(whole, sharding.dtype, sharding.device))
         cut = sharding.cut(whole)
         return None if cut is None else cut.clone()
 
@@ -160,7 +233,7 @@ def update_many(
         for adapter, param, sharding in zip(shards.adapters, shards.params, shards.shardings, strict=True)
     ]
     targets, pieces = _agreed(shards, prepare, sums, readers)
-    _hand_over(shards, targets, pieces)
+    commit(shards, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(shards, None)
 
@@ -170,27 +243,23 @@ def _agreed(
     prepare: Callable[[], list[torch.Tensor | None]],
     sums: list[int],
     among: Sequence[Sequence[dist.ProcessGroup]] | None = None,
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+) -> tuple[Sequence[torch.Tensor | None], list[torch.Tensor | None]]:
     """Targets and pieces of this rank, once every rank has all of its own and the sums are the same among the groups.
 
     ``among`` is for each sum the groups in which it should be the same: all that write the parameter, unless told.
     """
     error: Exception | None = None
-    targets: list[torch.Tensor | None] = []
+    targets: Sequence[torch.Tensor | None] = []
     pieces: list[torch.Tensor | None] = []
+    _flight.check_earlier()
     try:
         for adapter, param in zip(shards.adapters, shards.params, strict=True):
             adapter.require_writable(param)
-        targets = [shards.local(item) for item in range(len(shards.params))]
+        targets = shards.pieces(range(len(shards.params)))
         pieces = prepare()
         for item, target in enumerate(targets):
-            if target is not None and target.layout != torch.strided:
-                raise InvalidValueError(
-                    f"'{shards.what}' of {shards.name(item)} is of layout {target.layout}, which cannot be "
-                    "written: make it dense first"
-                )
-            if target is not None and shards.what not in ("value", "grad"):
-                _check_kept(shards, item, target)
+            if target is not None and (target.layout != torch.strided or is_state(shards.what)):
+                _check_target(shards, item, target)
     except Exception as caught:
         error = caught
     scopes = shards.scopes()
@@ -204,8 +273,13 @@ def _agreed(
     return targets, pieces
 
 
-def _check_kept(shards: Shards, item: int, target: torch.Tensor) -> None:
-    """State that is computed from what the optimizer keeps is a fresh tensor each time: what is written is lost."""
+def _check_target(shards: Shards, item: int, target: torch.Tensor) -> None:
+    """Raise where what is written would be lost: state that is computed from what the optimizer keeps is a copy."""
+    if target.layout != torch.strided:
+        raise InvalidValueError(
+            f"'{shards.what}' of {shards.name(item)} is of layout {target.layout}, which cannot be written: make it "
+            "dense first"
+        )
     kind = kept_as(target)
     if not kind and target.dim() == 0:
         again = shards.local(item)
@@ -215,14 +289,6 @@ def _check_kept(shards: Shards, item: int, target: torch.Tensor) -> None:
             f"'{shards.what}' of {shards.name(item)} is a {kind}, which cannot be written: assign it in "
             "optimizer.state on each rank"
         )
-
-
-def _hand_over(shards: Shards, targets: Sequence[torch.Tensor | None], pieces: Sequence[torch.Tensor | None]) -> None:
-    """Have each engine write its pieces; what is None on either side stays as it is."""
-    with torch.no_grad(), known_engine():
-        for item, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
-            if target is not None and piece is not None and piece.numel():
-                shards.adapters[item].write(shards.params[item], shards.what, piece)
 
 
 def _checked(param: torch.Tensor, value: object, shape: torch.Size, name: str) -> torch.Tensor:

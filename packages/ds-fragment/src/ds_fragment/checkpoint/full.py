@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_fragment.checkpoint import files
-from ds_fragment.collective.exchange import Pieces, agree
+from ds_fragment.collective.agree import agree
+from ds_fragment.collective.exchange import Shards as Found
 from ds_fragment.engines.loaded import is_dtensor
 from ds_fragment.engines.model import own_parameters, unwrapped
-from ds_fragment.engines.shards import Shards, commit, refresh
+from ds_fragment.engines.shards import Shards, refresh
 from ds_fragment.errors import InvalidValueError
 from ds_fragment.record import clean_name
 
@@ -97,7 +98,7 @@ def save_full(
         report = stack.enter_context(files.reporter(progress if writes else False, target.name))
         failure: list[Exception] = []
 
-        def locate(items: Sequence[int]) -> Pieces:
+        def locate(items: Sequence[int]) -> Found:
             if failure:
                 raise failure[0]  # travels to every rank with the next bucket
             return shards.pieces(items)
@@ -122,8 +123,9 @@ def save_full(
 def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, refresh_lp: bool = True) -> None:
     """Write a consolidated safetensors file into a sharded model. All ranks of the default group must call it.
 
-    Each rank reads no more than its own pieces from the file, which every rank must be able to open. Nothing is
-    written before all ranks have found every tensor with the right shape.
+    Each rank reads no more than its own pieces from the file, one after the other; every rank must be able to open it.
+    Nothing is written before all ranks have found every tensor with the right shape. A file that cannot be read to its
+    end leaves the model half loaded, and is an error on every rank.
 
     Args:
         model: the sharded model, wrapped or not.
@@ -136,22 +138,26 @@ def load_full(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         ImportError: safetensors is not installed: ``pip install ds-fragment[safetensors]``.
     """
     entries, tied, shards = _entries(model, None, "load_full")
-    group = _everyone()
+    group, device = _everyone(), shards.device()
     error = _ambiguous(entries, shards)
     sums: list[int] = []
     with contextlib.ExitStack() as stack:
-        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             reader = stack.enter_context(files.Reader(Path(path)))
             sums = reader.sums()
             _match(entries, tied, reader, strict)
-            pieces = [
-                pair for entry in entries if entry.name in reader.shapes for pair in _pieces(entry, shards, reader)
-            ]
+            shards.pieces(range(len(shards.params)))
         except Exception as caught:
             error = error or caught
-        agree(error, group, shards.device(), sums, lambda i: f"the file '{Path(path).name}' (part {i})")
-        commit([target for target, _ in pieces], [piece for _, piece in pieces])
+        agree(error, group, device, sums, lambda i: f"the file '{Path(path).name}' (part {i})")
+        try:
+            with torch.no_grad():
+                for entry in entries:
+                    for target, piece in _pieces(entry, shards, reader) if entry.name in reader.shapes else ():
+                        target.copy_(piece.view(target.shape))
+        except Exception as caught:
+            error = caught
+        agree(error, group, device)
     if refresh_lp:
         refresh(shards, None)
 

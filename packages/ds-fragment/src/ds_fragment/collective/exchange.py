@@ -1,137 +1,36 @@
-"""Bring the fragments of many parameters together, bucket by bucket; and have all ranks agree before a write.
+"""Gather the shards of many items, bucket by bucket; or of one.
 
-[Note: buckets] Parameters travel in the caller's order, as many at a time as fit ``bucket_bytes``. The next bucket is
-in flight while the caller works on this one. What travels in place takes its own room only. What is packed takes as
-much again while it is unpacked, so it counts twice; that leaves room for more than one in flight. On a GPU it is
-unpacked as soon as it is there, and takes that room from the start. How one bucket travels over one group is `_wire`'s
-and `_flight`'s.
+[Note: failure] A rank that has an error sends a mark instead of its shards (see [Note: mark] of `status`). All ranks of
+a group read the same marks with the same bucket, and send nothing more over that group. A rank may know of an error
+that others do not know yet, from another group or of an item that it holds whole. It takes part as the others do, and
+sends the mark with the next bucket that is not in flight, until all its groups have been told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _collectives, kernels
-from ds_fragment._collectives import CollectiveError
+from ds_fragment import _collectives, _flight, kernels
 from ds_fragment.collective import status
-from ds_fragment.collective.flight import Flight
-from ds_fragment.collective.recent import Recent
-from ds_fragment.collective.sections import is_even
-from ds_fragment.collective.wire import Locate, Pieces, Wire, numels, stretches_of
-from ds_fragment.errors import FragmentError, RankMismatchError
-from ds_fragment.sharding import Out, Sharding, box, room_for, wire_device
+from ds_fragment.collective.agree import raise_as_told
+from ds_fragment.collective.plan import Bucket, Plan, Section, Transfer
+from ds_fragment.errors import FragmentError
+from ds_fragment.sharding import Sharding, box
 
-__all__ = [
-    "Locate",
-    "Pieces",
-    "Sharding",
-    "Plan",
-    "agree",
-    "box",
-    "bucket_bytes_for",
-    "fetch",
-    "gather",
-    "numels",
-    "plan_of",
-    "raise_as_told",
-    "raising",
-    "wire_device",
-]
+Shards = Sequence["torch.Tensor | None"]  # of this rank, by item
+Locate = Callable[[Sequence[int]], Shards]
+Out = Callable[[int], torch.Tensor]  # where the whole of an item is to be written
+Wholes = dict[int, "torch.Tensor | None"]  # by item
+# Of one bucket: what is in flight, this rank's shards, and the error of which it sent the mark.
+_Started = tuple[list["InFlight"], dict[int, "torch.Tensor | None"], Exception | None]
 
-
-_BUCKET_BYTES = 64 << 20  # about what a CPU moves in the time that it takes to start some collectives
-_BUCKET_BYTES_GPU = 1 << 30
-# How much a GPU's first bucket, and any other, sets off in place: it takes the host's time before the bucket is sent.
-_AT_FIRST, _AT_ONCE = 128, 512
-_SET_OFF = 16  # a tensor that is broadcast; one that is gathered counts 1
-
-
-def bucket_bytes_for(shardings: Sequence[Sharding]) -> int:
-    """How much travels at once unless the caller says."""
-    on_cpu = all(sharding.device.type == "cpu" for sharding in shardings)
-    return _BUCKET_BYTES if on_cpu else _BUCKET_BYTES_GPU
-
-
-class Plan:
-    """What travels with what, for one list of places: made once, used for as long as the places stay the same."""
-
-    def __init__(self, shardings: Sequence[Sharding], bucket_bytes: int) -> None:
-        self.shardings, self.bucket_bytes = shardings, bucket_bytes
-        self._on_gpu = any(sharding.device.type == "cuda" for sharding in shardings)
-        cuts = [[] if sharding.alone else stretches_of(sharding) for sharding in shardings]  # of what travels in place
-        packed = [
-            0 if cut or sharding.alone else sharding.nbytes for cut, sharding in zip(cuts, shardings, strict=True)
-        ]
-        moves = [0 if not cut else 1 if is_even(cut, len(cut)) and len(cut) > 2 else _SET_OFF for cut in cuts]
-        # What a rank holds whole it may keep in another dtype than the others do, and all must cut and start alike.
-        together = any(not sharding.alone for sharding in shardings)
-        taken = [
-            4 * sharding.shape.numel() if sharding.alone and together else sharding.nbytes for sharding in shardings
-        ]
-        self.buckets = self._cut(taken, packed, moves)
-        self.alone = [[item for item in bucket if shardings[item].alone] for bucket in self.buckets]
-        self.wires = [self._wires_of(bucket) for bucket in self.buckets]
-        self.groups = {wire.group for wires in self.wires for wire in wires}
-        # Bytes of each bucket: when it is there, while it is unpacked, and in flight.
-        self.sizes = [sum(taken[item] for item in bucket) for bucket in self.buckets]
-        doubled = [sum(taken[item] + packed[item] for item in bucket) for bucket in self.buckets]
-        self.unpacking, self.flying = doubled, doubled if self._on_gpu else self.sizes
-
-    def _cut(self, taken: Sequence[int], packed: Sequence[int], moves: Sequence[int]) -> list[list[int]]:
-        """Items by bucket, from the bytes that each takes, how many of them are packed, and what it takes to set off.
-
-        On a GPU the first bucket is soon packed and set off, as the wire waits for it; but not at the cost of one more
-        bucket, which takes the host's time.
-        """
-        limits = [self.bucket_bytes // part for part in ((4, 2, 1) if self._on_gpu else (1,))]
-        return min((self._filled(taken, packed, moves, limit) for limit in limits), key=len)
-
-    def _filled(
-        self, taken: Sequence[int], packed: Sequence[int], moves: Sequence[int], packed_first: int
-    ) -> list[list[int]]:
-        buckets: list[list[int]] = []
-        filled = packing = setting_off = 0
-        for item, extra in enumerate(packed):
-            fits = filled + taken[item] + extra <= self.bucket_bytes
-            if self._on_gpu:
-                first = len(buckets) == 1
-                fits = fits and not (first and packing + 2 * extra > packed_first)
-                fits = fits and setting_off + moves[item] <= (_AT_FIRST if first else _AT_ONCE)
-            if not buckets or not fits:
-                buckets.append([])
-                filled = packing = setting_off = 0
-            buckets[-1].append(item)
-            filled += taken[item] + extra
-            packing += 2 * extra
-            setting_off += moves[item]
-        return buckets
-
-    def _wires_of(self, bucket: list[int]) -> list[Wire]:
-        found: dict[tuple[dist.ProcessGroup, torch.device], list[int]] = {}
-        for item in bucket:
-            sharding = self.shardings[item]
-            if sharding.group is not None and not sharding.alone:
-                found.setdefault((sharding.group, sharding.device), []).append(item)
-        return [Wire(group, items, self.shardings) for (group, _), items in found.items()]
-
-
-_plans = Recent[Plan](most=20_000)  # items
-
-
-def plan_of(shardings: Sequence[Sharding], bucket_bytes: int) -> Plan:
-    """A plan for the places, from the few that were used last if it is one of them."""
-    if all(sharding.alone for sharding in shardings):
-        return Plan(shardings, bucket_bytes)
-    key = (bucket_bytes, *map(id, shardings))  # a plan keeps its places, so that an id means one place
-    plan = _plans.get(key)
-    if plan is None:
-        plan = Plan(shardings, bucket_bytes)
-        _plans.put(key, plan, len(shardings))
-    return plan
+_WORDS = status.MARK_BYTES // 8
+# What every backend gathers as it is, and torch.cat takes.
+_COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 
 
 def gather(
@@ -140,286 +39,482 @@ def gather(
     *,
     dst: int | None = None,
     out: Out | None = None,
-    settle: Sequence[dist.ProcessGroup] = (),
     told: set[dist.ProcessGroup] | None = None,
 ) -> Iterator[list[torch.Tensor | None]]:
-    """Bring the whole of every quantity to every rank (or to one), bucket by bucket, in order.
+    """Bring the whole of every item to every rank (or to one), bucket by bucket, in order.
 
     All ranks of the plan's groups must call it and take the same number of buckets.
 
     Args:
-        plan: which quantities, and their buckets.
-        locate: this rank's pieces of some items: for each a tensor of the fragment's size, any strides, or None. What
+        plan: the items and their buckets.
+        locate: this rank's shards of some items: for each a tensor of the fragment's size, any strides, or None. What
             it raises is raised on every rank.
         dst: the global rank that receives, or None for all.
         out: where item i is to be written, contiguous, of the whole shape; a fresh tensor unless told.
-        settle: groups whose ranks tell each other at the end how it went, which all of them wait for: that a rank lacks
-            what all of them hold whole is told nobody, unless something travels later.
         told: takes the groups whose ranks all know of a failure.
 
     Yields:
         For each bucket, the whole tensors in the plan's order, None where another rank receives.
 
     Raises:
-        FragmentError: a rank could not deliver its piece; the same on every rank.
+        FragmentError: a rank could not deliver its shard; the same on every rank.
     """
-    convoy = _Convoy(plan, locate, dst, out, set() if told is None else told)
+    run = _Gather(plan, locate, dst, out, set() if told is None else told)
     try:
-        for bucket in range(len(plan.buckets)):
-            convoy.fill(bucket, plan.unpacking[bucket])
-            wholes = convoy.land(bucket)
-            convoy.fill(bucket, plan.sizes[bucket])
-            if convoy.failure is None:
-                yield wholes
-            elif convoy.told >= plan.groups:
+        for number, bucket in enumerate(plan.buckets):
+            for ahead in plan.buckets[number + (number > 0) : number + 2]:
+                run.start(ahead)
+            wholes = run.finish(bucket)
+            if run.failure is None:
+                yield [wholes.pop(item) for item in bucket.items]
+            elif run.told >= plan.groups:
                 break
-        convoy.settle(settle)
-        if convoy.failure is not None:
-            convoy.fail()
+        if run.failure is not None:
+            run.fail()
     finally:
-        convoy.wait()
+        for transfers, _, _ in run.in_flight:
+            for transfer in transfers:
+                transfer.wait()
 
 
-_UnderWay = tuple[list[Flight], "Pieces | Exception"]  # of one bucket, with the pieces that are wholes
-
-
-class _Convoy:
-    """The buckets of a plan on their way.
-
-    [Note: failure] All ranks of a group read the same statuses with the same bucket, and send nothing more over that
-    group. What only one rank knows of (a whole that it lacks or has no memory for, what it heard in another of its
-    groups) travels in the place of its pieces with the next bucket that is not yet under way; until all its groups have
-    been told, that rank goes on as the others do, so that nobody waits for it in vain.
-    """
+class _Gather:
+    """What one call of `gather` has in flight, and whether it failed; see [Note: failure]."""
 
     def __init__(
         self, plan: Plan, locate: Locate, dst: int | None, out: Out | None, told: set[dist.ProcessGroup]
     ) -> None:
-        self.plan, self.locate, self.dst, self.out = plan, locate, dst, out
+        self.plan, self.locate, self.dst, self.out, self.told = plan, locate, dst, out, told
         self.here = dst is None or dist.get_rank() == dst
         self.failure: Exception | None = None  # why nothing more is delivered
-        self.told = told  # the groups whose ranks all know of a failure
-        self._word: Exception | None = None  # what this rank sends in the place of pieces
-        self._under_way: list[_UnderWay] = []
-        self._started = 0
+        self.sent: Exception | None = None  # what this rank sends the mark of
+        self.in_flight: list[_Started] = []
 
-    def fill(self, bucket: int, taken: int) -> None:
-        """Start what there is room for beside a bucket, which takes so many bytes, and the next one in any case."""
-        plan = self.plan
-        while self._started < len(plan.buckets):
-            flying = sum(plan.flying[bucket + 1 : self._started + 1])
-            if self._started > bucket + 1 and taken + flying > 2 * plan.bucket_bytes:
-                break
-            self._start(plan.alone[self._started], plan.wires[self._started])
-            self._started += 1
-            self._follow(self._under_way[:-1], last=False)
-        self._follow(self._under_way, last=self._started == len(plan.buckets))
-
-    @staticmethod
-    def _follow(under_way: Sequence[_UnderWay], *, last: bool) -> None:
-        for flights, _ in under_way:
-            for flight in flights:
-                flight.follow(last=last)
-
-    def _start(self, alone: list[int], wires: list[Wire]) -> None:
-        pieces: Pieces | Exception = ()
-        if alone and self.here and self._word is None:
+    def start(self, bucket: Bucket) -> None:
+        """Send this rank's shards of a bucket, or the mark of an error."""
+        asked = bucket.items if self.here else [item for item in bucket.items if item not in bucket.alone]
+        shards: dict[int, torch.Tensor | None] = {}
+        if self.sent is None:
             try:
-                pieces = _whole_pieces(self.plan, alone, self.locate)
+                shards = _located(self.plan.shardings, asked, self.locate)
             except Exception as error:
-                pieces = self._word = error
-        locate = self.locate if self._word is None else raising(self._word)
-        before = len(self._under_way)
-        flights = [
-            Flight.start(wire, locate, self.out, self.dst, before=before)
-            for wire in wires
-            if wire.group not in self.told
+                self.sent = error
+        transfers = [
+            InFlight(transfer, shards, self.sent, self.out, self.dst)
+            for transfer in bucket.transfers
+            if transfer.group not in self.told
         ]
-        self._under_way.append((flights, pieces))
+        self.in_flight.append((transfers, shards, self.sent))
 
-    def land(self, bucket: int) -> list[torch.Tensor | None]:
-        """The wholes of the oldest bucket under way, which nothing refers to any more afterwards."""
-        for flights, _ in self._under_way:
-            for flight in flights:
-                flight.prepare()
-        flights, pieces = self._under_way.pop(0)
-        for flight in flights:
-            flight.wait()
-        wholes: dict[int, torch.Tensor] = {}
-        for flight in flights:
+    def finish(self, bucket: Bucket) -> Wholes:
+        """Wait for the oldest bucket in flight; the wholes, unless anything failed."""
+        transfers, shards, sent = self.in_flight.pop(0)
+        wholes: Wholes = dict.fromkeys(bucket.items)
+        for transfer in transfers:
             try:
-                landed = flight.land()
-                wholes = {**wholes, **landed} if wholes else landed
+                wholes.update(transfer.finish())
             except Exception as error:
                 self.failure = self.failure or error
                 if isinstance(error, FragmentError) and error.status:
-                    self.told.add(flight.wire.group)
-        if isinstance(pieces, Exception):
-            self.failure = self.failure or pieces
-        elif pieces and self.failure is None:
+                    self.told.add(transfer.transfer.group)
+        self.failure = self.failure or sent
+        if self.failure is None and self.here and bucket.alone:
             try:
-                wholes.update(_copied(self.plan, self.plan.alone[bucket], pieces, self.out))
+                wholes.update(self._copied({item: shards[item] for item in bucket.alone}))
             except Exception as error:
                 self.failure = error
-        self._word = self._word or self.failure
-        return list(map(wholes.get, self.plan.buckets[bucket]))
+        self.sent = self.sent or self.failure
+        return wholes
 
-    def settle(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Tell some groups of a failure, one after the other, and hear of theirs."""
-        for group in groups:
-            try:
-                agree(self.failure, [group], self.plan.shardings[0].device)
-            except FragmentError as error:
-                self.failure = error
-                self.told.add(group)
+    def _copied(self, shards: dict[int, torch.Tensor | None]) -> Wholes:
+        """The wholes from shards that are the wholes."""
+        wholes = {item: _room(self.plan.shardings[item], item, self.out) for item in shards}
+        pairs = [(wholes[item], _dense(shard)) for item, shard in shards.items() if shard is not None]
+        kernels.copy([whole for whole, _ in pairs], [shard for _, shard in pairs])
+        return dict(wholes)
 
-    def fail(self) -> NoReturn:
+    def fail(self) -> None:
         """Raise the failure, in the words in which the others hear it."""
-        error, self.failure, self._word = self.failure, None, None
+        error, self.failure, self.sent = self.failure, None, None
         assert error is not None
         try:
             raise_as_told(error, told=bool(self.told))
         finally:
-            del error  # whose traceback refers to this frame
-
-    def wait(self) -> None:
-        """Wait for what is still under way, whatever it says."""
-        for flights, _ in self._under_way:
-            for flight in flights:
-                flight.wait()
+            del error  # its traceback refers to this frame
 
 
-def raise_as_told(error: Exception, *, told: bool) -> NoReturn:
-    """Raise an error of this rank's in the words in which others hear it; ``told`` is whether any do."""
-    try:
-        told = isinstance(error, FragmentError) or (told and not isinstance(error, CollectiveError))
-        if told and not getattr(error, "status", b""):
-            status.check(status.encode(error).view(1, -1), cause=error.__cause__ or error)
-        raise error
-    finally:
-        del error  # whose traceback refers to this frame
+def _located(shardings: Sequence[Sharding], items: Sequence[int], locate: Locate) -> dict[int, torch.Tensor | None]:
+    """This rank's shards of some items, if they are as large as their layouts say."""
+    shards = dict(zip(items, locate(items), strict=True))
+    for item, shard in shards.items():
+        sharding, numel = shardings[item], 0 if shard is None else shard.numel()
+        expected = sharding.shape.numel() if sharding.alone else sharding.held
+        if numel != expected:
+            raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
+    return shards
 
 
-def fetch(plan: Plan, locate: Locate) -> torch.Tensor:
-    """As `gather` for the plan of one item that several ranks hold, without what it takes to have many under way."""
-    wire = plan.wires[0][0]
-    if wire.marked is None:
-        return Flight.start(wire, locate, None, None, later=False).land()[0]
-    whole = room_for(plan.shardings[0], 0, None)
-    try:
-        piece = wire.ready(locate, whole)
-    except Exception as error:
-        return Flight.start(wire, raising(error), None, None, later=False).land()[0]
-    return Flight.at_once(wire, whole, piece)
+def _dense(shard: torch.Tensor) -> torch.Tensor:
+    """The shard itself, unless it is a sparse gradient."""
+    return shard.detach() if shard.layout == torch.strided else shard.detach().to_dense()
 
 
-def raising(error: Exception) -> Locate:
-    """What a rank that has an error locates."""
-
-    def locate(_items: Sequence[int]) -> Pieces:
-        raise error
-
-    return locate
+def _room(sharding: Sharding, item: int, out: Out | None) -> torch.Tensor:
+    return torch.empty(sharding.shape, dtype=sharding.dtype, device=sharding.device) if out is None else out(item)
 
 
-def _whole_pieces(plan: Plan, items: Sequence[int], locate: Locate) -> Pieces:
-    """This rank's pieces that are the wholes."""
-    pieces = locate(items)
-    for item, piece in zip(items, pieces, strict=True):
-        held, expected = 0 if piece is None else piece.numel(), plan.shardings[item].shape.numel()
-        if held != expected:
-            raise FragmentError(f"item {item}: {held} elements are here where the whole has {expected}")
-    return pieces
-
-
-def _copied(plan: Plan, items: Sequence[int], pieces: Pieces, out: Out | None) -> dict[int, torch.Tensor]:
-    """The wholes from pieces that are the wholes."""
-    wholes = {item: room_for(plan.shardings[item], item, out) for item in items}
-    pairs = [(wholes[item], _dense(piece)) for item, piece in zip(items, pieces, strict=True) if piece is not None]
-    kernels.copy([whole for whole, _ in pairs], [piece for _, piece in pairs])
-    return wholes
-
-
-def _dense(piece: torch.Tensor) -> torch.Tensor:
-    """The piece itself, unless it is a sparse gradient."""
-    return piece.detach() if piece.layout == torch.strided else piece.detach().to_dense()
-
-
-def different_values(names: str) -> FragmentError:
-    """The error for what the ranks were given, and not alike."""
-    return RankMismatchError(f"the ranks gave different values for {names}: pass the same on every rank")
-
-
-def agree(
-    error: Exception | None,
-    groups: Sequence[dist.ProcessGroup],
-    device: torch.device,
-    sums: Sequence[int] = (),
-    name: Callable[[int], str] = str,
-    scopes: Sequence[Sequence[dist.ProcessGroup]] | None = None,
-    differ: Callable[[str], FragmentError] = different_values,
-) -> None:
-    """Raise on every rank of the groups if any rank has an error; one small collective for each group.
-
-    All ranks of the groups must call it.
+class InFlight:
+    """One transfer in flight: see [Note: ways] of `plan`.
 
     Args:
-        error: what is wrong here, or None.
-        groups: whose ranks must all be right; without any, this rank alone.
-        device: the parameters' device.
-        sums: 64-bit numbers that should be the same on every rank.
-        name: what the i-th of them is about.
-        scopes: for each of them, in which groups it should be the same; in all of them unless told.
-        differ: makes the error for sums that are not the same, given what they are about.
+        transfer: what travels.
+        shards: this rank's, by item; ignored where there is an error.
+        error: this rank's, of which it sends the mark.
+        out: where item i is to be written; a fresh tensor unless told.
+        dst: the global rank that receives, or None for all.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        shards: dict[int, torch.Tensor | None],
+        error: Exception | None,
+        out: Out | None,
+        dst: int | None,
+    ) -> None:
+        self.transfer, self.error = transfer, error
+        self.here = dst is None or transfer.ranks[transfer.rank] == dst
+        self.works: list[dist.Work] = []
+        self.held: list[torch.Tensor] = []  # what is sent
+        self.own: list[tuple[torch.Tensor, torch.Tensor]] = []  # where this rank's shards belong, and the shards
+        self.marks: torch.Tensor | None = None  # int64, (ranks, 2)
+        self.staging: torch.Tensor | None = None
+        self.out = out
+        self.wholes = self._rooms([*transfer.gathered, *transfer.broadcast])
+        mine = {} if error is not None else {item: s for item in transfer.items if (s := shards[item]) is not None}
+        mine = {item: shard.detach() for item, shard in mine.items() if transfer.shardings[item].sent[transfer.rank]}
+        if dst is None:
+            self._to_all(mine)
+        else:
+            self._to_one(mine, dst)
+
+    def _rooms(self, items: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Where some items are received, if that is here."""
+        return {item: _room(self.transfer.shardings[item], item, self.out) for item in items if self.here}
+
+    def _mark(self, room: torch.Tensor) -> None:
+        """Write this rank's mark, or zeros; int64, (2,)."""
+        if self.error is None:
+            room.zero_()
+        else:
+            room.copy_(torch.tensor(status.mark(self.error), dtype=torch.int64))
+
+    def _to_all(self, mine: dict[int, torch.Tensor]) -> None:
+        transfer = self.transfer
+        outputs = [_bytes(self.wholes[item]) for item in transfer.gathered]
+        inputs = [self._gathered(item, output, mine) for item, output in zip(transfer.gathered, outputs, strict=True)]
+        broadcast = [part for item in transfer.broadcast for part in self._parts(item, mine)]
+        if transfer.sections:
+            self.staging = torch.empty(transfer.begins[-1], dtype=torch.uint8, device=transfer.device)
+            chunk = transfer.chunk(self.staging, transfer.rank)
+            self._pack(mine, chunk)
+            if transfer.padded:
+                self.marks = self.staging.view(transfer.size, -1)[:, : status.MARK_BYTES].view(torch.int64)
+                self._mark(chunk[: status.MARK_BYTES].view(torch.int64))
+                outputs, inputs = [*outputs, self.staging], [*inputs, chunk]
+            else:
+                chunks = [(rank, transfer.chunk(self.staging, rank)) for rank in range(transfer.size)]
+                broadcast += [(rank, part) for rank, part in chunks if part.numel()]
+        if self.marks is None:
+            outputs, inputs = self._with_marks(outputs, inputs)
+        self._launch(outputs, inputs, broadcast)
+
+    def _with_marks(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The marks by an all-gather of their own."""
+        transfer = self.transfer
+        self.marks = torch.empty(transfer.size, _WORDS, dtype=torch.int64, device=transfer.device)
+        mark = torch.empty(_WORDS, dtype=torch.int64, device=transfer.device)
+        self._mark(mark)
+        return [*outputs, _bytes(self.marks)], [*inputs, _bytes(mark)]
+
+    def _launch(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], broadcast: list[tuple[int, torch.Tensor]]
+    ) -> None:
+        group = self.transfer.group
+        if outputs:
+            self.works += _collectives.all_gather_many(outputs, inputs, group)
+        if broadcast:
+            self.works += _collectives.broadcast_many(broadcast, group)
+        self.held = [*inputs, *(part for _, part in broadcast)]
+        if self.own:
+            kernels.copy([part for part, _ in self.own], [shard for _, shard in self.own])
+            self.own.clear()
+
+    def _gathered(self, item: int, whole: torch.Tensor, mine: dict[int, torch.Tensor]) -> torch.Tensor:
+        """This rank's shard for an all-gather into a whole, as bytes; cast where it belongs if it has to be cast."""
+        sharding, shard, rank = self.transfer.shardings[item], mine.get(item), self.transfer.rank
+        if shard is not None and shard.dtype == sharding.dtype:
+            return self._sent(item, rank, mine)
+        part = whole.view(self.transfer.size, -1)[rank]
+        if shard is not None:
+            target = part.view(sharding.dtype)
+            target.copy_(shard.reshape(-1))
+        return part
+
+    def _sent(self, item: int, rank: int, mine: dict[int, torch.Tensor]) -> torch.Tensor:
+        """This rank's shard of an item that travels in place, as bytes."""
+        sharding, shard = self.transfer.shardings[item], mine.get(item)
+        if shard is None:  # this rank sends a mark
+            return torch.empty(sharding.sent[rank] * sharding.dtype.itemsize, dtype=torch.uint8, device=sharding.device)
+        shard = shard.to(sharding.device, sharding.dtype)
+        return _bytes(shard.contiguous())
+
+    def _parts(self, item: int, mine: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """What is broadcast in place of an item, as (sender, bytes)."""
+        transfer = self.transfer
+        whole, size = _bytes(self.wholes[item]), self.wholes[item].itemsize
+        for rank, start, numel in transfer.shardings[item].spans or ():
+            part = whole[start * size : (start + numel) * size]
+            if rank == transfer.rank and item in mine:
+                shard = self._sent(item, rank, mine)
+                self.own.append((part, shard))
+                part = shard
+            yield rank, part
+
+    def _to_one(self, mine: dict[int, torch.Tensor], dst: int) -> None:
+        """The marks to all ranks, everything else from each rank that holds a part to the receiver."""
+        transfer = self.transfer
+        self._launch(*self._with_marks([], []), [])
+        if dst not in transfer.ranks:
+            return  # its ranks have what they hold; the receiver is none of them
+        parts = [part for item in (*transfer.gathered, *transfer.broadcast) for part in self._parts_to(item, mine)]
+        if transfer.sections:
+            self.staging = torch.empty(transfer.begins[-1], dtype=torch.uint8, device=transfer.device)
+            self._pack(mine, transfer.chunk(self.staging, transfer.rank))
+            parts += [
+                (rank, transfer.chunk(self.staging, rank))
+                for rank in range(transfer.size)
+                if any(sum(section.sent[rank]) for section in transfer.sections)
+            ]
+        operations, root = [], transfer.ranks.index(dst)
+        for rank, part in parts:
+            if rank != root and (self.here or rank == transfer.rank):
+                call, peer = (dist.irecv, transfer.ranks[rank]) if self.here else (dist.isend, dst)
+                operations.append(dist.P2POp(call, part, peer, group=transfer.group))
+        if operations:
+            self.works += _collectives.exchange_many(operations)
+        self.held += [part for _, part in parts]
+
+    def _parts_to(self, item: int, mine: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """What is sent in place to one rank, as (sender, bytes): all parts there, this rank's elsewhere."""
+        transfer = self.transfer
+        sharding = transfer.shardings[item]
+        for rank, start, numel in sharding.spans or ():
+            if self.here:
+                size = sharding.dtype.itemsize
+                part = _bytes(self.wholes[item])[start * size : (start + numel) * size]
+                if rank == transfer.rank and item in mine:
+                    part.copy_(self._sent(item, rank, mine))
+                yield rank, part
+            elif rank == transfer.rank:
+                yield rank, self._sent(item, rank, mine)
+
+    def _pack(self, mine: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
+        """Fill this rank's chunk."""
+        transfer = self.transfer
+        room = chunk if transfer.home == transfer.device else torch.empty_like(chunk, device=transfer.home)
+        for section in transfer.sections:
+            shards = [mine[item] for item in section.items if item in mine]
+            if shards:
+                _pack_section(section, section.of(room, transfer.rank), shards, transfer.rank)
+        if room is not chunk:
+            chunk.copy_(room)
+
+    def _unpack(self) -> None:
+        """Bring the shards from the staging buffer to where they belong."""
+        transfer = self.transfer
+        assert self.staging is not None
+        self.wholes.update(self._rooms([item for section in transfer.sections for item in section.items]))
+        staging = self.staging if transfer.home == transfer.device else self.staging.to(transfer.home)
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for section in transfer.sections:
+            if section.even and transfer.padded and section.dtype in _COMMON:
+                width = sum(section.sent[0]) * section.dtype.itemsize
+                rows = staging.view(transfer.size, -1).narrow(1, section.begins[0], width).view(section.dtype)
+                targets = [self.wholes[item].view(transfer.size, -1) for item in section.items]
+                torch.split_with_sizes_copy(rows, section.sent[0], dim=1, out=targets)
+            else:
+                for rank in range(transfer.size):
+                    pairs += self._pairs(section, transfer.chunk(staging, rank), rank)
+        if pairs:
+            kernels.copy([part for part, _ in pairs], [shard for _, shard in pairs])
+
+    def _pairs(self, section: Section, chunk: torch.Tensor, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each shard of a rank belongs, and the shard."""
+        shards = section.of(chunk, rank).split_with_sizes(section.sent[rank])
+        for item, shard in zip(section.items, shards, strict=True):
+            layout = self.transfer.shardings[item].layout
+            fragment = layout.fragments[rank]
+            if shard.numel() and fragment is not None:
+                target = box(self.wholes[item], layout.shape, fragment)
+                yield target, shard.view(target.shape)
+
+    def wait(self) -> None:
+        """Wait for the data: the host on a CPU, the current stream on a GPU."""
+        while self.works:
+            _collectives.wait_for(self.works.pop(0))
+        self.held.clear()
+
+    def finish(self) -> dict[int, torch.Tensor]:
+        """Wait, raise what any rank has to say, and return the wholes that are received here."""
+        self.wait()
+        assert self.marks is not None
+        self.check(self.marks.tolist())
+        return self.unpacked()
+
+    def unpacked(self) -> dict[int, torch.Tensor]:
+        """The wholes that are received here, once the data is there."""
+        if self.here and self.staging is not None:
+            with torch.no_grad():
+                self._unpack()
+            self.staging = None
+        return self.wholes
+
+    def check(self, marks: list[list[int]]) -> None:
+        """Raise what any rank has to say."""
+        transfer = self.transfer
+        holds = [any(transfer.shardings[item].sent[rank] for item in transfer.items) for rank in range(transfer.size)]
+        _raise_marks(marks, transfer.ranks, self.error, holds)
+
+
+def _pack_section(section: Section, room: torch.Tensor, shards: list[torch.Tensor], rank: int) -> None:
+    """Shards one after the other, cast to the section's dtype."""
+    alike = {(shard.dtype, shard.device) for shard in shards} == {(section.dtype, room.device)}
+    with torch.no_grad():
+        if alike and section.dtype in _COMMON:
+            torch.cat([shard.reshape(-1) for shard in shards], out=room)
+        else:
+            parts = room.split_with_sizes([numel for numel in section.sent[rank] if numel])
+            kernels.copy(list(parts), shards)
+
+
+def _raise_marks(
+    marks: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    error: Exception | None,
+    holds: Sequence[bool] | None = None,
+    *,
+    certain: bool = True,
+) -> None:
+    """Raise the error of the lowest rank that sent a mark; ``holds`` and the cause are as in `status.check`."""
+    if all(mark[0] != status.MAGIC for mark in marks):
+        return
+    found = status.statuses(marks, ranks, certain=certain)
+    if found is not None:
+        status.check(found, holders=holds, cause=error)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as bytes: what every backend moves, whatever the dtype."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+class _Direct:
+    """One item whose shards are equal intervals of the whole: gathered where they belong, with no staging buffer.
+
+    A rank that fails sends a mark and NaN behind it, see [Note: mark] of `status`.
+    """
+
+    def __init__(self, sharding: Sharding, ranks: Sequence[int]) -> None:
+        assert sharding.group is not None
+        self.group, self.ranks, self.device = sharding.group, ranks, sharding.device
+        self.shape, self.dtype, self.numel = sharding.shape, sharding.dtype, sharding.held
+        self.as_bytes = sharding.dtype not in _COMMON
+
+    def gather(self, shard: torch.Tensor | None, error: Exception | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole, and what may be marks: int64, (ranks, 2)."""
+        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if error is not None or shard is None:
+            shard = self._marked(error)
+        elif shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
+            shard = shard.to(self.device, self.dtype).contiguous()
+        flat, shard = (_bytes(whole), _bytes(shard)) if self.as_bytes else (whole.view(-1), shard.view(-1))
+        _collectives.all_gather(flat, shard.detach() if shard.requires_grad else shard, group=self.group)
+        return whole, flat.view(torch.int64).view(len(self.ranks), -1)[:, :_WORDS]
+
+    def _marked(self, error: Exception | None) -> torch.Tensor:
+        assert error is not None  # every rank holds a shard
+        shard = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+        if self.dtype.is_floating_point:
+            shard = torch.full((self.numel,), float("nan"), device=self.device).to(self.dtype)
+        mark = torch.tensor(status.mark(error), dtype=torch.int64)
+        _bytes(shard)[: status.MARK_BYTES].copy_(_bytes(mark))
+        return shard
+
+
+def _prepared(sharding: Sharding) -> _Direct | Transfer:
+    transfer = Transfer([0], [sharding])
+    nbytes = sharding.held * sharding.dtype.itemsize
+    if sharding.even and transfer.device == transfer.home and nbytes and nbytes % status.MARK_BYTES == 0:
+        return _Direct(sharding, transfer.ranks)
+    return transfer
+
+
+def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], None] | None = None) -> torch.Tensor:
+    """Gather one item that several ranks hold. All ranks of its group must call it.
+
+    Args:
+        sharding: of the item; without stages.
+        locate: as in `gather`; called with ``[0]``.
+        later: on a GPU do not wait for the data, see [Note: deferred] of `_flight`. It is called with the error of any
+            rank, on every rank, at the next call. None waits.
 
     Raises:
-        FragmentError: the error of the lowest failing rank, or what ``differ`` makes.
-        RankMismatchError: the sums are not the same, or not as many.
+        FragmentError: a rank could not deliver its shard.
     """
-    failing = [] if error is None else [status.encode(error)]
-    fine: list[torch.Tensor] = []  # statuses without an error
-    for _ in range(min(len(groups), 2)):  # the second round carries what one group knows to the ranks of another
-        for group in groups:
-            chosen = [i for i in range(len(sums)) if scopes is None or group in scopes[i]]
-            digest = status.encode_sums([sums[i] for i in chosen])
-            mine = status.first_of(failing) if failing else digest
-            statuses = _all_gather(mine, group, device)
-            found = statuses[statuses[:, 0] != 0]
-            failing.extend(found)
-            fine.extend(statuses[statuses[:, 0] == 0])
-            if not len(found) and not torch.equal(statuses, mine.expand_as(statuses)):
-                error_of_all = _mismatch(sums, chosen, statuses, group, device, name, differ)
-                failing.append(status.encode(error_of_all, of_all=True))
-    if failing:
-        status.check(torch.stack(failing + fine), cause=error)
+    error: Exception | None = None
+    shards: dict[int, torch.Tensor | None] = {}
+    try:
+        shards = _located([sharding], [0], locate)
+    except Exception as caught:
+        error = caught
+    check: Callable[[list[list[int]]], None]
+    prepared = sharding.plans.get("one")
+    if prepared is None:
+        prepared = sharding.plans["one"] = _prepared(sharding)
+    if isinstance(prepared, _Direct):
+        whole, marks = prepared.gather(shards.get(0), error)
+        check = partial(_raise_marks, ranks=prepared.ranks, error=error, certain=False)
+    else:
+        transfer = InFlight(prepared, shards, error, None, None)
+        transfer.wait()
+        assert transfer.marks is not None
+        marks, check = transfer.marks, transfer.check
+        whole = transfer.unpacked()[0]
+    if later is None or not marks.is_cuda:
+        check(marks.tolist())
+        return whole
+    _defer(marks, check, later)
+    if error is not None:
+        try:
+            raise_as_told(error, told=True)
+        finally:
+            del error  # its traceback refers to this frame
+    return whole
 
 
-def _mismatch(
-    sums: Sequence[int],
-    chosen: list[int],
-    statuses: torch.Tensor,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    name: Callable[[int], str],
-    differ: Callable[[str], FragmentError],
-) -> FragmentError:
-    """Which of the sums differ; all ranks of the group call it once they know that some do."""
-    counts = status.counts(statuses)
-    if len(set(counts)) > 1:
-        return RankMismatchError(
-            f"the ranks of a group passed different numbers of things, by group rank: {counts}; make the same call on "
-            "every rank"
-        )
-    rows = _all_gather(torch.tensor([sums[i] for i in chosen], dtype=torch.int64), group, device)
-    different = [name(i) for i, equal in zip(chosen, (rows == rows[0]).all(dim=0).tolist(), strict=True) if not equal]
-    names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-    return differ(names)
+def _defer(marks: torch.Tensor, check: Callable[[list[list[int]]], None], later: Callable[[Exception], None]) -> None:
+    """Read the marks at the next call."""
+    host = marks.to("cpu", non_blocking=True)  # pinned
+    there = torch.cuda.current_stream(marks.device).record_event()
 
+    def checked() -> None:
+        there.synchronize()
+        try:
+            check(host.tolist())
+        except FragmentError as error:
+            later(error)
+            raise
 
-def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
-    """A CPU tensor of every rank of the group, stacked, on the CPU."""
-    wired = mine.to(wire_device(group, device))
-    _collectives.leave_gently(wired.device.type)
-    rows = torch.empty(group.size(), *mine.shape, dtype=mine.dtype, device=wired.device)
-    _collectives.all_gather(rows.view(-1), wired, group=group)
-    return rows.cpu()
+    _flight.defer(checked)

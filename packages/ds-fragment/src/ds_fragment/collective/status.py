@@ -1,31 +1,34 @@
 """How an error on one rank becomes the same error on every rank.
 
 [Note: status] A collective that one rank does not join hangs the others. So a rank whose input is bad joins all the
-same, and sends its error in the place of its data: every contribution to an exchange begins with a *status* of
-`STATUS_BYTES` bytes, zero when all is well. After the exchange each rank reads all of them, and if any is set, all
-ranks raise the error of the lowest failing rank, by type and by text. An `UnusedGradientError`, which callers take for
-None, comes after all other errors. It costs no round trip of its own. An error that came from another rank is passed on
-as it came, so that its rank stays known.
+same, and sends its error instead of its data. All ranks read the same errors and raise the one of the lowest failing
+rank, by type and by text. An `UnusedGradientError`, which callers take for None, comes after all other errors. An error
+that came from another rank is passed on as it came, so that its rank stays known. The encoded error is its *status*,
+`STATUS_BYTES` bytes.
 
-[Note: mark] Where large data travels in place, out of the piece and into the whole, there is no room before it, and a
-status beside it would be a collective more. There the failing rank sends `MARK` at the beginning of its piece of an
-item of which every rank sends a piece. All ranks receive the same bytes and look there; where any of them finds a
-mark, all do, and exchange the statuses then. A mark that is data, by a chance of one in 2**128, costs a round trip
-and no more.
+[Note: mark] Beside shards there is room for 16 bytes only: zeros, or a *mark*. The failing rank puts its status into
+the store of the default process group and sends the mark, which says under which key the status is there. So an
+exchange without an error costs nothing more. The 16-bit words of a mark are NaN, in fp16, bf16, fp32 and fp64: a rank
+that has to send data, and fails, sends a mark and NaN behind it. Data that looks like a mark and has no status in the
+store is data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import zlib
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ds_fragment import errors
 
-MARK = hashlib.sha256(b"ds-fragment: an error").digest()[:16]
-_MARK = list(MARK)
+MARK_BYTES = 16
+_NAN = 0x7FF0  # the upper twelve bits of each word of a mark
+MAGIC = sum((_NAN | bits) << 16 * word for word, bits in enumerate((0xD, 0x5, 0xA, 0x1)))  # its first eight bytes
 STATUS_BYTES = 512  # a multiple of the alignment that the data behind it needs
 _TEXT_AT = 7  # after the code, the global rank (4 bytes) and the length of the text (2)
 _SUMS_AT = 8  # bytes before what `encode_sums` writes: a count (8 bytes) and a digest
@@ -62,14 +65,60 @@ def encode(error: Exception, *, of_all: bool = False) -> torch.Tensor:
     return torch.frombuffer(bytearray(blob.ljust(STATUS_BYTES, b"\0")), dtype=torch.uint8)
 
 
-def mark(piece: torch.Tensor) -> None:
-    """Mark a piece, uint8 and 1-D, as that of a rank that has an error."""
-    piece[: len(MARK)].copy_(torch.frombuffer(bytearray(MARK), dtype=torch.uint8))
+def mark(error: Exception) -> list[int]:
+    """Put the status of this rank's error into the store; the mark of it, as two 64-bit integers."""
+    blob = bytes(encode(error).tolist())
+    key = zlib.crc32(blob) & 0xFFF
+    try:
+        store = distributed_c10d._get_default_store()
+        name = _name(dist.get_rank(), key)
+        store.set(name, blob)  # type: ignore[arg-type]
+        store.check([name])  # comes back when the store has it
+    except (RuntimeError, ValueError):  # a store that is gone: the other ranks know the type alone
+        logging.getLogger("ds.fragment").warning("the other ranks could not be told of: %s", error)
+    return [MAGIC, _NAN | blob[0] | sum((_NAN | key >> 4 * i & 0xF) << 16 * (i + 1) for i in range(3))]
 
 
-def is_marked(pieces: torch.Tensor) -> bool:
-    """Whether any rank's piece, of which a row has the first bytes, begins with the mark."""
-    return _MARK in pieces.tolist()
+def statuses(heads: Sequence[Sequence[int]], ranks: Sequence[int], *, certain: bool = True) -> torch.Tensor | None:
+    """The statuses behind the marks that the ranks of a group sent; None where there is no mark.
+
+    Args:
+        heads: by group rank, what it sent as two 64-bit integers.
+        ranks: the global ranks.
+        certain: whether what looks like a mark is one; else only if the store has its status.
+
+    Returns:
+        uint8, (ranks, STATUS_BYTES).
+    """
+    found = torch.zeros(len(ranks), STATUS_BYTES, dtype=torch.uint8)
+    failing = False
+    for row, (head, rank) in enumerate(zip(heads, ranks, strict=True)):
+        blob = _stored(head[1], rank, certain) if head[0] == MAGIC else b""
+        if blob:
+            failing = True
+            found[row] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    return found if failing else None
+
+
+def _stored(word: int, rank: int, certain: bool) -> bytes:
+    """The status that a rank put into the store, given the second half of its mark; empty if there is none."""
+    code = word & 0xF
+    key = sum((word >> 16 * (i + 1) & 0xF) << 4 * i for i in range(3))
+    try:
+        store = distributed_c10d._get_default_store()
+        if store.check([_name(rank, key)]):
+            return bytes(store.get(_name(rank, key)))
+    except (RuntimeError, ValueError):
+        pass
+    if not certain:
+        return b""
+    kind = _TYPES[code - 1] if 0 < code <= len(_TYPES) else errors.FragmentError
+    blob = bytes(encode(kind("it failed, and its own error says why")).tolist())
+    return blob[:1] + rank.to_bytes(4, "little", signed=True) + blob[5:]
+
+
+def _name(rank: int, key: int) -> str:
+    return f"ds_fragment/error/{rank}/{key}"
 
 
 def encode_sums(sums: Sequence[int]) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment.collective.exchange import Locate, Pieces, Sharding, bucket_bytes_for, gather, plan_of
+from ds_fragment.collective.exchange import Locate, Shards, gather
+from ds_fragment.collective.plan import Plan, bucket_bytes_for
 from ds_fragment.engines.state import readable
 from ds_fragment.errors import (
     GradientUnavailableError,
@@ -23,6 +24,7 @@ from ds_fragment.errors import (
 )
 from ds_fragment.layout import Fragment, Layout
 from ds_fragment.record import registry
+from ds_fragment.sharding import Sharding
 
 
 class Adapter(ABC):
@@ -242,10 +244,10 @@ def spread(params: Sequence[torch.Tensor], shardings: Sequence[Sharding], locate
     """
     order = _in_turn(shardings)
 
-    def located(items: Sequence[int]) -> Pieces:
+    def located(items: Sequence[int]) -> Shards:
         return locate([order[item] for item in items])
 
-    plan = plan_of([shardings[item] for item in order], bucket_bytes_for(shardings))
+    plan = Plan([shardings[item] for item in order], bucket_bytes_for(shardings))
     for _ in gather(plan, located, out=lambda i: params[order[i]].data):
         pass
 

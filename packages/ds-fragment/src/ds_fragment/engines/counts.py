@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from ds_fragment.collective.exchange import Locate, Plan, Sharding, gather
+from ds_fragment.collective.exchange import Locate, gather
+from ds_fragment.collective.plan import Plan
 from ds_fragment.engines.shards import Shards
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, StateNotReadyError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.layout import Fragment, Layout
+from ds_fragment.sharding import Sharding
 
 
 def is_absent(param: torch.Tensor, error: FragmentError) -> bool:

@@ -24,7 +24,7 @@ from ds_fragment import _collectives
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, RankMismatchError
 from ds_fragment.layout import Layout, interval, overlap
 from ds_fragment.record import forget, note, noted
-from ds_fragment.sharding import Sharding, wire_device
+from ds_fragment.sharding import Sharding
 
 
 class FlatOwner(Protocol):
@@ -65,7 +65,9 @@ class Slices:
             rows = [[*self.mine, 0]]
         else:
             digest = int.from_bytes(hashlib.sha256(repr(self._spans).encode()).digest()[:7], "little")
-            row = torch.tensor([*self.mine, digest], dtype=torch.int64, device=wire_device(self.group, self._device))
+            row = torch.tensor(
+                [*self.mine, digest], dtype=torch.int64, device=_collectives.device_for(self.group, self._device)
+            )
             table = torch.empty(self.group.size(), 3, dtype=torch.int64, device=row.device)
             _collectives.leave_gently(row.device.type)
             _collectives.all_gather(table.view(-1), row, group=self.group)

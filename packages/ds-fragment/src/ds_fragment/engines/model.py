@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ds_fragment.engines import held_by
 from ds_fragment.engines.loaded import is_a, is_gathered
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.record import clean_name
+from ds_fragment.record import clean_name, registry
 
 Named = tuple[str, torch.Tensor]
 
@@ -84,12 +84,44 @@ def _tensors(items: Sequence[Any], kinds: set[type]) -> list[torch.Tensor]:
     return list(items)
 
 
-def check_what(what: object) -> str:
+def parameter_finder(model: nn.Module | None) -> Callable[[object], torch.Tensor]:
+    """A function that gives the parameter of a name; a tensor is given back as it is.
+
+    Args:
+        model: where names are looked up; in the attached models unless told.
+    """
+    known: dict[str, list[torch.Tensor]] = {}
+
+    def find(key: object) -> torch.Tensor:
+        if isinstance(key, torch.Tensor):
+            return key
+        if not isinstance(key, str):
+            raise TypeError(f"values has a {type(key).__name__} for a key, expected a parameter or its name")
+        if not known:
+            for each in (model,) if model is not None else registry.models():
+                for name, param in own_parameters(each, remove_duplicate=False):
+                    if all(param is not other for other in known.setdefault(name, [])):
+                        known[name].append(param)
+        found = known.get(clean_name(key), [])
+        if len(found) != 1:
+            where = "the model" if model is not None else "the attached models"
+            raise InvalidValueError(
+                f"'{key}' is the name of {len(found)} parameters of {where}, expected 1: pass model=, or names as "
+                "model.named_parameters() gives them"
+            )
+        return found[0]
+
+    return find
+
+
+def check_what(what: object, *, writes: bool = False) -> str:
     """The quantity's name.
 
     Raises:
-        InvalidValueError: it is not a string.
+        InvalidValueError: it is not a string, or cannot be written.
     """
+    if writes and what == "lp":
+        raise InvalidValueError("what is 'lp', which cannot be written by itself: write 'value' with refresh_lp=True")
     if not isinstance(what, str) or not what:
         raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad' or the key of an optimizer state")
     return what

@@ -1,7 +1,9 @@
-"""Sums over the bits of tensors, to tell whether ranks hold the same."""
+"""Digests of tensors, to tell whether ranks hold the same."""
 
 from __future__ import annotations
 
+import ctypes
+import zlib
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -10,14 +12,27 @@ import torch
 _SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
 
 
-def checksum(whole: torch.Tensor) -> int:
-    """A sum over the bits weighted by position, to tell different values apart; equal bits give equal sums."""
-    bits = _words(whole)
-    weights = torch.arange(1, min(len(bits), _SUM_AT_ONCE) + 1, device=whole.device)
-    total = torch.zeros((), dtype=torch.int64, device=whole.device)
-    for part in torch.split(bits, _SUM_AT_ONCE):
-        total = total * 31 + (part * weights[: len(part)]).sum()
-    return int(total)
+def digest(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """A number for the bits that a value has in a dtype, and their order: the same on ranks with the same value.
+
+    Args:
+        value: on any device.
+        dtype: what it is cast to.
+        device: the parameter's: a CPU takes a CRC-32 of the bytes, a GPU sums words weighted by position.
+    """
+    flat = value.detach().resolve_neg().reshape(-1)
+    if device.type == "cpu":
+        total = 0
+        for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _SUM_AT_ONCE):
+            there = part.to("cpu", dtype)
+            if there.numel():
+                total = zlib.crc32((ctypes.c_char * there.nbytes).from_address(there.data_ptr()), total)
+        return total
+    weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part in torch.split(flat, _SUM_AT_ONCE):
+        words = _words(part.to(dtype))
+        weighted = weighted * 31 + (words * torch.arange(1, len(words) + 1, device=words.device)).sum()
+    return int(weighted)
 
 
 def checksums(pieces: Sequence[torch.Tensor | None]) -> list[int]:
