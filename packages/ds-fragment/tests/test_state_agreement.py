@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, attach, iter_full, norms
-from ds_fragment.api.read import read_one
+from ds_fragment.api.single import read_one
 from ds_fragment.engines import shards
 from ds_fragment.tensor_fragment import safe_get_full_optimizer_state
 from fragment_oracle import assert_same, ragged, raised

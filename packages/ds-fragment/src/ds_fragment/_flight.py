@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-_unchecked: deque[Callable[[], None]] = deque()
+unchecked: deque[Callable[[], None]] = deque()  # the oldest read first
 
 
 def defer(check: Callable[[], None]) -> None:
     """Have the next call make a check, which waits for the read and raises what another rank failed with."""
-    _unchecked.append(check)
+    unchecked.append(check)
 
 
 def check_earlier(newest: int = 0) -> None:
     """Make the checks that were deferred, but for the newest ones."""
-    while len(_unchecked) > newest:
-        _unchecked.popleft()()
+    while len(unchecked) > newest:
+        unchecked.popleft()()
 
 
 def synchronize() -> None:

@@ -16,11 +16,6 @@ from ds_fragment.engines.shards import Shards
 K = TypeVar("K")
 
 
-def read_one(param: torch.Tensor, what: str) -> torch.Tensor:
-    """The whole of one quantity of one parameter, a fresh tensor."""
-    return Shards([param], what, "safe_get_full").one()
-
-
 def iter_full(
     params: nn.Module | Iterable[torch.Tensor] | Iterable[Named],
     what: str = "value",

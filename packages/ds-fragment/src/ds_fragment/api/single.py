@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ds_fragment.api.read import read_one
 from ds_fragment.api.write import set_local, set_many, update_many
 from ds_fragment.engines import held_by
 from ds_fragment.engines.counts import is_absent
 from ds_fragment.engines.model import check_what
+from ds_fragment.engines.shards import Shards
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, UnlinkedParameterError
 from ds_fragment.record import registry
@@ -200,6 +200,11 @@ def safe_update_full_grad_vectorized(
     """
     chosen = [param for param in param_list if param.requires_grad]
     update_many(chosen, lambda param, grad: update_func(grad, param), "grad")
+
+
+def read_one(param: torch.Tensor, what: str) -> torch.Tensor:
+    """The whole of one quantity of one parameter, a fresh tensor."""
+    return Shards([param], what, "safe_get_full").one()
 
 
 def _or_none(param: torch.Tensor, read: Callable[[], torch.Tensor]) -> torch.Tensor | None:

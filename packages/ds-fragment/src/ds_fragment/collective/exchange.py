@@ -146,11 +146,14 @@ def _located(shardings: Sequence[Sharding], items: Sequence[int], locate: Locate
     """This rank's shards of some items, if they are as large as their layouts say."""
     shards = dict(zip(items, locate(items), strict=True))
     for item, shard in shards.items():
-        sharding, numel = shardings[item], 0 if shard is None else shard.numel()
-        expected = sharding.shape.numel() if sharding.alone else sharding.held
-        if numel != expected:
-            raise FragmentError(f"item {item}: {numel} elements are here where the layout says {expected}")
+        _check_size(shardings[item], item, shard)
     return shards
+
+
+def _check_size(sharding: Sharding, item: int, shard: torch.Tensor | None) -> None:
+    numel = 0 if shard is None else shard.numel()
+    if numel != sharding.held:
+        raise FragmentError(f"item {item}: {numel} elements are here where the layout says {sharding.held}")
 
 
 def _dense(shard: torch.Tensor) -> torch.Tensor:
@@ -473,10 +476,12 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
     Raises:
         FragmentError: a rank could not deliver its shard.
     """
+    shard: torch.Tensor | None = None
     error: Exception | None = None
-    shards: dict[int, torch.Tensor | None] = {}
     try:
-        shards = _located([sharding], [0], locate)
+        (shard,) = locate([0])
+        if shard is not None or sharding.held:
+            _check_size(sharding, 0, shard)
     except Exception as caught:
         error = caught
     check: Callable[[list[list[int]]], None]
@@ -484,10 +489,10 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
     if prepared is None:
         prepared = sharding.plans["one"] = _prepared(sharding)
     if isinstance(prepared, _Direct):
-        whole, marks = prepared.gather(shards.get(0), error)
+        whole, marks = prepared.gather(shard, error)
         check = partial(_raise_marks, ranks=prepared.ranks, error=error, certain=False)
     else:
-        transfer = InFlight(prepared, shards, error, None, None)
+        transfer = InFlight(prepared, {0: shard}, error, None, None)
         transfer.wait()
         assert transfer.marks is not None
         marks, check = transfer.marks, transfer.check

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import TypeVar
 
 import torch
@@ -59,6 +60,7 @@ class Shards:
         shardings: of each, how the quantity is sharded.
         error: what this rank cannot tell or found wrong; it sends it instead of its first shards.
         told: the groups whose ranks all know of an error.
+        checked: whether the call is made in `checked`.
     """
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
@@ -78,7 +80,8 @@ class Shards:
             with known_engine():
                 raise
         self.shardings = self.homes if what == "value" else [self._sharding(item) for item in range(len(self.params))]
-        if time_limit() is not None:
+        self.checked = time_limit() is not None
+        if self.checked:
             meet(list(dict.fromkeys(group for home in self.homes for group in home.groups)), lambda: self._words(call))
         if is_state(what):
             with self.named_if_broken(range(len(self.params))):
@@ -119,6 +122,8 @@ class Shards:
     def _agree(self) -> None:
         """See [Note: agreement]; the ranks need not agree on what no group shares."""
         known = [self._known(item) for item in range(len(self.params))]
+        if self.error is None and all(map(is_, known, self.shardings)):
+            return
         new, others = [], dict[tuple[dist.ProcessGroup, ...], list[int]]()
         for item, home in enumerate(self.homes):
             if known[item] is None and self.what not in record_of(self.params[item]).agreed:
@@ -313,11 +318,12 @@ class Shards:
             ((_, tensor),) = self.full([0])
             return tensor
         absent = self.what == "grad" and 0 in sharding.sent  # only a rank that holds a shard knows whether there is one
-        waits = absent or not self.params[0].requires_grad or time_limit() is not None
+        waits = absent or self.checked or not self.params[0].requires_grad
         told = {sharding.shards[0]}
         try:
             tensor = fetch(sharding, self.pieces, later=None if waits else lambda _: self._doubt(told))
-            _flight.check_earlier(newest=1)
+            if _flight.unchecked:
+                _flight.check_earlier(newest=1)
         except Exception as error:  # to enter the context for every parameter takes as long as to find it
             if isinstance(error, FragmentError):  # all ranks of the group know of it
                 self.told.update(told)
