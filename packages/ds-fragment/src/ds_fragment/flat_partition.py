@@ -14,7 +14,7 @@ group into ``hp_param.grad`` and clears them; `publish`, after the optimizer's s
 between, and only then, there is a reduced gradient to read. It takes memory then only, so that the activations of the
 backward pass have what it leaves. Nothing that outlives `reduce_gradients` holds an lp gradient either: its work is
 planned by the kernels' functions, which know tensors by their addresses and find the plan again where an allocator
-gives the next step the same ones; `Fragments` would keep the tensors.
+gives the next step the same ones.
 
 [Note: mean] What is reduced is divided by the number of ranks and multiplied by the reciprocal of the scale, as
 `torch.amp` does. A number of ranks that is a power of two divides exactly either way, and goes into that factor. For

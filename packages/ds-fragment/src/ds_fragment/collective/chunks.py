@@ -15,11 +15,12 @@ import torch
 
 from ds_fragment import kernels
 from ds_fragment.collective import status
-from ds_fragment.collective.sections import COMMON, Room, Section, stretches
+from ds_fragment.collective.sections import COMMON, Room, Section
 from ds_fragment.sharding import Out, Sharding, box, room_for
 
 _LITTLE = 1 << 20  # bytes received by which latency counts and padding does not
 _LITTLE_GPU = 8 << 20
+_CHUNK_ALIGN = 128  # bytes
 _SECTION_ALIGN = 16  # bytes; a multiple of every dtype's size
 _ROOM_ALIGN = 16  # bytes between tensors that share a storage, the widest load of a GPU
 
@@ -29,7 +30,7 @@ class Unpacking:
     """How whole items are made of chunks, which takes no memory where those are on the items' device.
 
     Attributes:
-        moves: what moves all of it, on the device's current stream; given the blocks.
+        moves: what moves all of it, on the device's current stream.
         single: by item, tensors of their own.
         shared: storages in which items stand together, and where.
     """
@@ -38,10 +39,10 @@ class Unpacking:
     single: dict[int, torch.Tensor] = field(default_factory=dict)
     shared: list[tuple[Room, torch.Tensor]] = field(default_factory=list)
 
-    def move(self, blocks: int | None = None) -> None:
-        """Set the moves off, by so many blocks of a GPU: see `kernels.copy`."""
+    def move(self) -> None:
+        """Set the moves off."""
         for move in self.moves:
-            move(blocks=blocks)
+            move()
 
     def wholes(self) -> dict[int, torch.Tensor]:
         """By item, its whole; to make many takes its time, which is best done while others are on their way."""
@@ -85,7 +86,7 @@ class Chunks:
         self.gathered = 0 < padded <= little or 0 < 4 * padded <= 5 * sum(bodies)
         self.head = status.STATUS_BYTES if self.gathered else 0
         lengths = [self.head + (longest if self.gathered else body) for body in bodies]
-        self.lengths = [_aligned(length, kernels.ALIGN) for length in lengths]
+        self.lengths = [_aligned(length, _CHUNK_ALIGN) for length in lengths]
         self.begins = list(accumulate(self.lengths, initial=0))
         for rank in range(size):
             position = self.head
@@ -93,10 +94,8 @@ class Chunks:
                 section.begins.append(position)
                 position += _aligned(section.nbytes(rank))
         self.shares = home.type == "cuda"
-        self._tensors: kernels.Tensors | None = None
         self._rooms: dict[int, Room] = {}  # by section, as those below
         self._single: dict[int, list[tuple[int, Room]]] = {}  # with the rank
-        self._tables: dict[int, kernels.Stretches] = {}
 
     def of(self, landing: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's chunk in the landing."""
@@ -121,20 +120,10 @@ class Chunks:
         if self.device != self.home:
             landing = landing.to(self.home)
         shares = out is None and self.shares
-        usable = kernels.usable(self.home)
-        if usable and out is not None:
-            found.single = self._unpack_into(out, landing)
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number, section in enumerate(self.sections):
-            if section.items[0] in found.single:
-                continue
             if shares and section.cut == "single":
                 found.shared += self._landed_whole(number, landing)
-            elif shares and usable and section.cut in ("even", "runs"):
-                room = self._room(number)
-                storage = room.fresh(self.home)
-                found.shared.append((room, storage))
-                found.moves.append(partial(self._table(number).move, storage, landing))
             else:
                 if shares:
                     room = self._room(number)
@@ -157,7 +146,7 @@ class Chunks:
         holder = next(rank for rank, (sent,) in enumerate(section.sent) if sent)
         landed = section.of(self.of(landing, holder), holder)
         whole = torch.empty(self.shardings[item].shape, dtype=landed.dtype, device=landed.device)
-        return Unpacking([lambda blocks: whole.view(-1).copy_(landed)], {item: whole})
+        return Unpacking([lambda: whole.view(-1).copy_(landed)], {item: whole})
 
     def _pairs(
         self, section: Section, landing: torch.Tensor, wholes: dict[int, torch.Tensor]
@@ -171,34 +160,6 @@ class Chunks:
                 target = box(wholes[item], layout.shape, fragment)
                 yield target, part if target.dim() == 1 else part.view(target.shape)
 
-    def _unpack_into(self, out: Out, landing: torch.Tensor) -> dict[int, torch.Tensor]:
-        """By kernel: every item whose pieces are stretches of it, into the caller's tensors; or nothing."""
-        sections = [section for section in self.sections if section.cut != "boxes"]
-        items = [item for section in sections for item in section.items]
-        targets = list(map(out, items))
-        if self._tensors is None:
-            offsets, dtypes, pieces, numels = [], [], [], []
-            first = 0  # of the section's items among all
-            for section in sections:
-                for position, start, numel, byte in self._landed(section):
-                    offsets.append(byte)
-                    dtypes.append(section.dtype)
-                    pieces.append((first + position, start))
-                    numels.append(numel)
-                first += len(section.items)
-            self._tensors = kernels.Tensors(offsets, dtypes, pieces, numels)
-        return dict(zip(items, targets, strict=True)) if self._tensors.unpack(landing, targets) else {}
-
-    def _landed(self, section: Section) -> Iterator[tuple[int, int, int, int]]:
-        """Every stretch of a section's items: whose, by position; where in the whole; elements; byte of the landing."""
-        offsets = [section.offsets(rank) for rank in range(self.size)]
-        for position, item in enumerate(section.items):
-            cuts = [(rank, 0, section.sent[rank][position]) for rank in range(self.size)]
-            if section.cut != "single":
-                cuts = stretches(self.shardings[item].layout, 1) or []
-            for rank, start, numel in cuts:
-                yield position, start, numel, self.begins[rank] + offsets[rank][position]
-
     def _landed_whole(self, number: int, landing: torch.Tensor) -> Iterator[tuple[Room, torch.Tensor]]:
         """Where the items of a section that one rank each sends whole have landed."""
         section = self.sections[number]
@@ -211,11 +172,8 @@ class Chunks:
             self._single[number] = rooms
         return ((room, section.of(self.of(landing, rank), rank)) for rank, room in self._single[number])
 
-    def _unpack_rows(
-        self, section: Section, landing: torch.Tensor, wholes: list[torch.Tensor], blocks: int | None
-    ) -> None:
+    def _unpack_rows(self, section: Section, landing: torch.Tensor, wholes: list[torch.Tensor]) -> None:
         """Every rank's piece of every item at once, as columns of a table with a row for each rank."""
-        del blocks  # torch takes what it takes
         rows = landing.view(self.size, -1).narrow(1, section.begins[0], section.nbytes(0)).view(section.dtype)
         targets = [whole.view(self.size, -1) for whole in wholes]
         with torch.no_grad():
@@ -226,18 +184,6 @@ class Chunks:
         if number not in self._rooms:
             self._rooms[number] = Room(self.sections[number].items, self.shardings, _ROOM_ALIGN)
         return self._rooms[number]
-
-    def _table(self, number: int) -> kernels.Stretches:
-        """From the landing into the section's shared room."""
-        if number not in self._tables:
-            section, room = self.sections[number], self._room(number)
-            size = section.dtype.itemsize
-            rows = [
-                (size * (room.starts[position] + start), byte, size * numel)
-                for position, start, numel, byte in self._landed(section)
-            ]
-            self._tables[number] = kernels.Stretches.within(rows, self.home)
-        return self._tables[number]
 
 
 def _aligned(nbytes: int, align: int = _SECTION_ALIGN) -> int:

@@ -26,9 +26,6 @@ from ds_fragment.collective.chunks import Unpacking
 from ds_fragment.collective.wire import Locate, Wire, as_bytes
 from ds_fragment.sharding import Out
 
-# Blocks, as were fastest on two H200: for what the caller waits for, and for a rank's own parts, which have time.
-_FEW, _FEWEST = 32, 20
-
 
 @dataclass(slots=True)
 class _Behind:
@@ -108,7 +105,7 @@ class Flight:
         flight = cls(wire, out, dst, later)
         chunk = flight._room()
         try:
-            flight.pieces = wire.load(locate, flight.wholes, chunk, blocks=_FEW if before > 1 else None)
+            flight.pieces = wire.load(locate, flight.wholes, chunk)
         except Exception as error:
             flight.error, flight.pieces = error, {}
             chunk.zero_()
@@ -196,7 +193,7 @@ class Flight:
         if self.own:  # meanwhile this rank's parts go to their own places
             stream = _beside(self.wire.device)
             with _after_current(stream):
-                kernels.copy([part for part, _ in self.own], [sent for _, sent in self.own], blocks=_FEWEST)
+                kernels.copy([part for part, _ in self.own], [sent for _, sent in self.own])
 
     def _gather(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         """The statuses, and what else all ranks send as much of."""
@@ -264,7 +261,7 @@ class Flight:
             heads = self._heads().to("cpu", non_blocking=True)
             told = stream.record_event()
             if unpacking is not None:
-                unpacking.move(None if last else _FEW)
+                unpacking.move()
             self.behind = _Behind(caller, heads, told, unpacking, stream.record_event())
 
     def prepare(self) -> None:

@@ -37,7 +37,7 @@ _BROADCAST_ONE = 128 << 20  # likewise where there is nothing else: two broadcas
 Pieces = Sequence["torch.Tensor | None"]
 Locate = Callable[[Sequence[int]], Pieces]
 
-_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
+_requires_grad = attrgetter("requires_grad")
 
 
 class Wire:
@@ -76,7 +76,6 @@ class Wire:
         self.in_place = {item: in_place[item] for item in (*self.even, *self.apart)}
         dtypes = {shardings[item].dtype for item in self.in_place}
         self.as_bytes = not (dtypes <= COMMON and coalesces)
-        self._only_dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all that travels in place, if it is one
         sections = self.sections = self._sections([item for item in items if item not in in_place])
         self.chunks = Chunks(sections, shardings, self.size, self.home, self.device)
         self.only = sections[0] if len(sections) == 1 and len(sections[0].items) == 1 and not in_place else None
@@ -85,7 +84,6 @@ class Wire:
         least = self.size * len(status.MARK)
         roomy = [item for item in self.in_place if item in equal and shardings[item].nbytes >= least]
         self.marked = roomy[0] if roomy and not self.chunks.gathered else None
-        self._packer: kernels.Tensors | None = None
 
     def _moving_in_place(self, items: Sequence[int]) -> dict[int, list[tuple[int, int, int]]]:
         """What travels in place, and its stretches."""
@@ -112,32 +110,22 @@ class Wire:
         """Where each item that travels in place is received."""
         return {item: room_for(self.shardings[item], item, out) for item in self.in_place}
 
-    def load(
-        self, locate: Locate, wholes: dict[int, torch.Tensor], chunk: torch.Tensor, *, blocks: int | None = None
-    ) -> dict[int, torch.Tensor]:
+    def load(self, locate: Locate, wholes: dict[int, torch.Tensor], chunk: torch.Tensor) -> dict[int, torch.Tensor]:
         """Fill this rank's chunk, with a status that is all zeros, and return the pieces that travel in place, by item.
 
         Those are ready for it: contiguous, of the place's dtype, on the wire's device. What was not is copied to where
         it is received, if that is here, and sent from there. The rank is asked about all items, as it may know of an
-        error where it sends nothing. ``blocks``: of a GPU, see `kernels.copy`.
+        error where it sends nothing.
         """
         found = locate(self.items)
-        lead = len(self.in_place)
-        # Of one item that travels alone torch's copy does.
-        usable = bool(self.sections) and self.only is None and kernels.usable(self.device)
-        again = usable and self._packer is not None and self._packer.again(chunk, found[lead:], blocks=blocks)
-        self._check(found[:lead] if again else found)  # what is sent again has been
-        packed = again or (usable and self._pack_by_kernel(found[lead:], chunk, blocks))
-        if packed:
-            found = found[:lead]
-        triples = zip(self.items, found, self.sent, strict=not packed)
+        self._check(found)
+        triples = zip(self.items, found, self.sent, strict=True)
         pieces = {item: piece for item, piece, sent in triples if sent and piece is not None}
         if any(map(_requires_grad, pieces.values())):
             pieces = {item: piece.detach() for item, piece in pieces.items()}
         if self.in_place:
             self._set_off(pieces, wholes)
-        if not packed:
-            self._pack(pieces, chunk)
+        self._pack(pieces, chunk)
         return pieces
 
     def ready(self, locate: Locate, whole: torch.Tensor) -> torch.Tensor:
@@ -162,9 +150,6 @@ class Wire:
     def _set_off(self, pieces: dict[int, torch.Tensor], wholes: dict[int, torch.Tensor]) -> None:
         """Make what travels in place ready for it."""
         moving = [item for item in self.in_place if item in pieces]
-        tensors = [pieces[item] for item in moving]
-        if set(map(_dtype, tensors)) <= {self._only_dtype} and kernels.all_plain(tensors, self.device):
-            return  # as a rule on a GPU, and told fast
         late = [item for item in moving if not self._travels(pieces[item], self.shardings[item].dtype)]
         if not wholes:
             for item in late:
@@ -182,28 +167,6 @@ class Wire:
         size = whole.dtype.itemsize
         start, nbytes = next((start, nbytes) for rank, start, nbytes in self.in_place[item] if rank == self.rank)
         return whole.view(-1).narrow(0, start // size, nbytes // size)
-
-    def _pack_by_kernel(self, packing: Pieces, chunk: torch.Tensor, blocks: int | None) -> bool:
-        """Fill the chunk with the pieces of the sections; False, and nothing done, where no kernel can."""
-        pairs = zip(packing, self.sent[len(self.in_place) :], strict=True)
-        mine = [piece for piece, sent in pairs if sent and piece is not None]
-        if not mine:
-            return False
-        if self._packer is None:
-            self._packer = self._prepared()
-        return self._packer.pack(chunk, mine, blocks=blocks)
-
-    def _prepared(self) -> kernels.Tensors:
-        """What packs this rank's chunk."""
-        offsets, dtypes = [], []
-        for section in self.sections:
-            for offset, numel in zip(section.offsets(self.rank), section.sent[self.rank], strict=True):
-                if numel:
-                    offsets.append(offset)
-                    dtypes.append(section.dtype)
-        head = self.chunks.head
-        status = torch.zeros(head, dtype=torch.uint8, device=self.device) if head else None
-        return kernels.Tensors(offsets, dtypes, head=status)
 
     def _pack(self, pieces: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
         """Fill the chunk by torch."""
