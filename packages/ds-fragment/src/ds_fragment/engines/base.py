@@ -22,13 +22,21 @@ from ds_fragment.errors import (
     UnusedGradientError,
 )
 from ds_fragment.layout import Fragment, Layout
-from ds_fragment.record import registry
+from ds_fragment.record import record_of, registry
 
 
 class Adapter(ABC):
-    """Reads and writes the pieces of one engine's parameters."""
+    """Reads and writes the pieces of one engine's parameters.
+
+    Attributes:
+        name: of the engine, for messages and reports.
+        marks: a parameter without any of these is not this engine's, and `claims` is not called for it. A name is an
+            attribute that is set on the parameter, or not None; a class is that of a note in the parameter's record.
+            None if `claims` has to be called for every parameter.
+    """
 
     name: str
+    marks: tuple[str | type, ...] | None = None
 
     @abstractmethod
     def claims(self, param: torch.Tensor) -> bool:
@@ -139,7 +147,15 @@ def adapter_of(param: Any) -> Adapter:
     """
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"param is a {type(param).__name__}, expected a parameter of the model (a torch.Tensor)")
-    return next(adapter for adapter in _adapters if adapter.claims(param))
+    attributes, notes = vars(param), record_of(param).notes
+
+    def has(mark: str | type) -> bool:
+        if isinstance(mark, type):
+            return mark in notes
+        return mark in attributes or getattr(param, mark, None) is not None
+
+    asked = (adapter for adapter in _adapters if adapter.marks is None or any(map(has, adapter.marks)))
+    return next(adapter for adapter in asked if adapter.claims(param))
 
 
 def held_by(param: Any) -> tuple[Adapter, torch.Tensor]:

@@ -37,6 +37,7 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
     """Claims what the low-precision optimizer of an attached engine trains."""
 
     name = "deepspeed"
+    marks = (_Slot,)
 
     def learn(self, model: nn.Module) -> None:
         """The optimizer of a DeepSpeedEngine."""

@@ -34,6 +34,7 @@ class DTensorAdapter(Adapter):
     """Claims every DTensor."""
 
     name = "dtensor"
+    marks = ("_spec",)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether it is a DTensor."""

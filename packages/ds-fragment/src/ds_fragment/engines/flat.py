@@ -22,6 +22,7 @@ class FlatAdapter(Adapter):
     """Claims every parameter that was linked here; those that DeepSpeed linked are not its own."""
 
     name = "flat partition"
+    marks = (FlatLink,)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether the parameter was linked by `link_hp_params` or a `FlatPartition`."""

@@ -50,6 +50,7 @@ class Fsdp1Adapter(Adapter):
     """Claims the original parameters of FSDP1 modules; the model must be attached."""
 
     name = "fsdp1"
+    marks = ("_fsdp_flattened", "_base")  # a view of a gathered flat parameter has a base
 
     def learn(self, model: nn.Module) -> None:
         """Where each original parameter is."""

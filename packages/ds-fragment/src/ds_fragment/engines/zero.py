@@ -58,6 +58,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
     """Claims what DeepSpeed linked, and what an attached engine leaves untrained beside it."""
 
     name = "deepspeed zero-1/2"
+    marks = ("_hp_mapping", FlatSlot)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether DeepSpeed linked the parameter, by its own `link_hp_params` or by that of this package."""

@@ -46,6 +46,7 @@ class Zero3Adapter(DeepSpeedAdapter):
     """Claims partitioned parameters, which know their optimizer."""
 
     name = "deepspeed zero-3"
+    marks = ("ds_id",)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether ZeRO-3 partitioned the parameter."""
