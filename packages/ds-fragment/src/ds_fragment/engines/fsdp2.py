@@ -39,7 +39,6 @@ class Fsdp2Adapter(DTensorAdapter):
 
     name = "fsdp2"
     marks = None  # FSDP2 sets nothing on a parameter: `claims` looks through its modules
-    marks = None  # FSDP2 sets nothing on a parameter: `claims` looks through its modules
 
     def learn(self, model: nn.Module) -> None:
         """FSDP2's records of the parameters."""
