@@ -34,8 +34,7 @@ from torch import nn
 
 from ds_fragment import _collectives, kernels
 from ds_fragment.collective.exchange import agree, wire_device
-from ds_fragment.engines.flat import publish
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of, publish
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
 from ds_fragment.record import registry

@@ -35,7 +35,7 @@ from ds_fragment.engines.deepspeed import (
     remembered,
     unused_gradient,
 )
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of
 from ds_fragment.engines.loaded import class_of
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
