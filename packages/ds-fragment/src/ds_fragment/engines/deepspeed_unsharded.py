@@ -34,13 +34,13 @@ class _Slot(NamedTuple):
 
 
 class DeepSpeedUnshardedAdapter(PlainAdapter):
-    """Claims what the low-precision optimizer of an attached engine trains."""
+    """Claims the parameters that the low-precision optimizer of an attached engine trains."""
 
     name = "deepspeed"
     marks = (_Slot,)
 
     def learn(self, model: nn.Module) -> None:
-        """The optimizer of a DeepSpeedEngine."""
+        """Note where the optimizer of a DeepSpeedEngine keeps each parameter."""
         optimizer: Any = getattr(model, "optimizer", None)
         if not _is_fused(optimizer) and not is_a(
             optimizer, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"
@@ -55,7 +55,7 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         registry.add_optimizer(optimizer.optimizer)
 
     def claims(self, param: torch.Tensor) -> bool:
-        """Whether the engine is there, and trains the parameter."""
+        """Whether the engine is alive, and trains the parameter."""
         slot = noted(param, _Slot)
         return slot is not None and slot.engine() is not None
 

@@ -60,7 +60,7 @@ class DTensorAdapter(Adapter):
         return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """What DTensors say of how they are placed, and who updates them."""
+        """The specs of the parameters; of state also the specs, or shapes, of its entries."""
         specs = list(map(_spec, params))
         if what in ("value", "grad"):
             return specs
@@ -123,8 +123,7 @@ class DTensorAdapter(Adapter):
 
 
 def _sharding_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Sharding:
-    """Where a quantity of the parameter is that is placed like ``tensor``; a kind is placed alike, of one dtype."""
-
+    """The sharding of a quantity that is placed like ``tensor``; ``kind`` has its key and dtype."""
     return record_of(param).sharding(kind, tensor._spec, lambda: mesh_sharding(tensor, kind[1]))
 
 

@@ -106,7 +106,7 @@ class tensor_fragment:
         return list(self._states())
 
     def get_optim_state_fragment(self, key: str) -> Any:
-        """This rank's part of one optimizer state: 1-D, a view; what is not one number an element comes as it is.
+        """This rank's part of one optimizer state: 1-D, a view; whole unless it has one number an element.
 
         Raises:
             StateNotReadyError: the optimizer has not stepped yet.
@@ -192,7 +192,7 @@ class _Slice:
             return self._tensor
         source = self._source() if self._source is not None else None
         if source is None:
-            raise UnlinkedParameterError(f"{what} of this fragment is gone: what made it was deleted")
+            raise UnlinkedParameterError(f"{what} of this fragment is gone: its owner was deleted")
         return source.data.view(-1).narrow(0, self._start, self._numel)
 
 
@@ -251,7 +251,7 @@ def map_to_flat_opt_states(
 ) -> None:
     """Bring optimizer state that is linked by fragment back into flat tensors, and link the fragments to those.
 
-    It is what a checkpoint loader does after each fragment's state was replaced. No communication.
+    A checkpoint loader calls it after each fragment's state was replaced. No communication.
 
     Args:
         flat_hp_tensor: this rank's flat partition, 1-D, the key into ``optim_state``.

@@ -52,7 +52,7 @@ class Fsdp1Adapter(Adapter):
     marks = ("_fsdp_flattened", "_base")  # a view of a gathered flat parameter has a base
 
     def learn(self, model: nn.Module) -> None:
-        """Where each original parameter is."""
+        """Note where each original parameter is."""
         for module in model.modules():
             handle = getattr(module, "_handle", None)
             flat = getattr(handle, "flat_param", None)
