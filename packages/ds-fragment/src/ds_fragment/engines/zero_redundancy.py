@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ds_fragment.engines.base import Adapter, state_entry
+from ds_fragment.engines.base import state_entry
 from ds_fragment.engines.loaded import is_a
 from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import StateKeyError, StateNotReadyError
@@ -25,18 +24,13 @@ from ds_fragment.sharding import Sharding
 _Table = dict[int, dict[str, tuple[torch.Size, torch.dtype] | str]]
 
 
-class ZeroRedundancyAdapter(Adapter):
+class ZeroRedundancyAdapter(PlainAdapter):
     """Claims parameters whose attached optimizer is a ZeroRedundancyOptimizer."""
 
     name = "zero redundancy optimizer"
 
     def __init__(self) -> None:
-        self._plain = PlainAdapter()
         self._tables: MutableMapping[Any, _Table] = weakref.WeakKeyDictionary()  # by optimizer
-
-    def learn(self, model: nn.Module) -> None:
-        """What DistributedDataParallel says of the gradients."""
-        self._plain.learn(model)
 
     def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """Of the parameter's dtype: only the owner of a state knows that of the state."""
@@ -53,7 +47,7 @@ class ZeroRedundancyAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Whole on every rank; optimizer state is the owner's to send. The first call for state is collective."""
         if what in ("value", "grad"):
-            return self._plain.sharding(param, what)
+            return super().sharding(param, what)
         optimizer = _optimizer(param)
         state = self._table(optimizer).get(optimizer._param_to_index[param], {})
         if not state:
@@ -98,10 +92,10 @@ class ZeroRedundancyAdapter(Adapter):
         """Never equal: a survey is made at each call, as the look-up is collective until all ranks have state."""
         return [object() for _ in params]
 
-    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
-        """The whole, where it is."""
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:  # type: ignore[override]
+        """The whole; of state None unless this rank owns it."""
         if what in ("value", "grad"):
-            return self._plain.local(param, what)
+            return super().local(param, what)
         optimizer = _optimizer(param)
         if optimizer._param_to_rank[param] != optimizer.process_group.rank():
             return None
@@ -111,14 +105,6 @@ class ZeroRedundancyAdapter(Adapter):
         """The keys of the owner's state; collective like the first read of state."""
         optimizer = _optimizer(param)
         return list(self._table(optimizer).get(optimizer._param_to_index[param], {}))
-
-    def master(self, param: torch.Tensor) -> str:
-        """As for a plain parameter."""
-        return self._plain.master(param)
-
-    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """As for plain parameters."""
-        self._plain.refresh_lp(params, values)
 
 
 def _metadata(state: dict[str, Any], param: torch.Tensor, key: str) -> tuple[torch.Size, torch.dtype] | str:
