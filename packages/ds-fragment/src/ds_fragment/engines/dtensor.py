@@ -75,6 +75,7 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return list(map(_local, params))
         if what == "grad":
+            self._require_reduced(params)
             with torch._C.DisableTorchFunctionSubclass():  # twice as fast
                 grads: list[Any] = list(map(_grad, params))
             if are_dtensors(grads) and (
@@ -84,7 +85,7 @@ class DTensorAdapter(Adapter):
                 for param in params:
                     require_current(param, param)
                 return list(map(_local, grads))
-            return [DTensorAdapter.local(self, param, what) for param in params]
+            return list(map(_local_gradient, params))
         entries = entries_of(params, what)
         if are_dtensors(entries):
             locals_ = list(map(_local, entries))
@@ -100,18 +101,13 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return param._local_tensor.detach()
         if what == "grad":
-            grad = param.grad
-            if grad is None:
-                raise missing_gradient(param, hidden=True)
-            if not is_dtensor(grad) or grad.placements != param.placements:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
-                    f"parameter is placed {param.placements}: redistribute it first"
-                )
-            require_current(param, param)
-            return grad._local_tensor.detach()
+            self._require_reduced([param])
+            return _local_gradient(param)
         entry = state_entry(state_of(param, param), param, what, quantised=True)
         return dense(entry._local_tensor.detach(), param, what) if is_dtensor(entry) else entry
+
+    def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
+        """Raise `GradientUnavailableError` if the engine has not reduced a gradient of the parameters yet."""
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
@@ -120,6 +116,19 @@ class DTensorAdapter(Adapter):
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a low-precision parameter."""
         return value_kind(param.dtype)
+
+
+def _local_gradient(param: Any) -> torch.Tensor:
+    grad = param.grad
+    if grad is None:
+        raise missing_gradient(param, hidden=True)
+    if not is_dtensor(grad) or grad.placements != param.placements:
+        raise GradientUnavailableError(
+            f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
+            f"parameter is placed {param.placements}: redistribute it first"
+        )
+    require_current(param, param)
+    return grad._local_tensor.detach()
 
 
 def _sharding_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Sharding:

@@ -59,18 +59,6 @@ class Fsdp2Adapter(DTensorAdapter):
         found: torch.Tensor = record.sharded_param if unit.copy else param
         return found
 
-    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
-        """As for any DTensor; gradients only if they are reduced."""
-        if what == "grad":
-            self._require_reduced(params)
-        return super().pieces(params, what)
-
-    def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
-        """As for any DTensor; a gradient only if it is reduced."""
-        if what == "grad":
-            self._require_reduced([param])
-        return super().local(param, what)
-
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
         for param in params:
             unit = _unit_of(param)
