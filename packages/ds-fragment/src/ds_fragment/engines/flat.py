@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class FlatLink:
     flat: weakref.ref[torch.Tensor]
     dtype: torch.dtype
     device: torch.device
-    owner: weakref.ref[Any] | None = None
+    owner: weakref.ref[FlatOwner] | None = None
     engine_sought: bool = False
 
     def partition(self, param: torch.Tensor) -> torch.Tensor:
