@@ -11,7 +11,6 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_fragment.engines.deepspeed import UNREDUCED, loss_scale, no_gradient
@@ -83,12 +82,6 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         if _is_fused(engine.optimizer) and found.numel() != 1:
             raise other_shape(found, param, what, flat)
         return found
-
-    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """The engine's data-parallel ranks."""
-        engine, _ = self._kept(param)
-        group = getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "data_parallel_group", None)
-        return () if group is None else (group,)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""
