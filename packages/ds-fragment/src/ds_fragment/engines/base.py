@@ -30,9 +30,9 @@ class Adapter(ABC):
 
     Attributes:
         name: of the engine, for messages and reports.
-        marks: a parameter without any of these is not this engine's, and `claims` is not called for it. A name is an
-            attribute that is set on the parameter, or not None; a class is that of a note in the parameter's record.
-            None if `claims` has to be called for every parameter.
+        marks: a parameter without any of these is not this engine's, and `claims` is not called for it. A name is that
+            of an attribute which was set on the parameter, or ``"_base"`` for a view; a class is that of a note in its
+            record. None if `claims` has to be called for every parameter.
     """
 
     name: str
@@ -147,15 +147,11 @@ def adapter_of(param: Any) -> Adapter:
     """
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"param is a {type(param).__name__}, expected a parameter of the model (a torch.Tensor)")
-    attributes, notes = vars(param), record_of(param).notes
-
-    def has(mark: str | type) -> bool:
-        if isinstance(mark, type):
-            return mark in notes
-        return mark in attributes or getattr(param, mark, None) is not None
-
-    asked = (adapter for adapter in _adapters if adapter.marks is None or any(map(has, adapter.marks)))
-    return next(adapter for adapter in asked if adapter.claims(param))
+    marks = {*vars(param), *record_of(param).notes, *(() if param._base is None else ("_base",))}
+    for adapter in _adapters:
+        if (adapter.marks is None or not marks.isdisjoint(adapter.marks)) and adapter.claims(param):
+            return adapter
+    raise LookupError("no adapter claims the parameter: PlainAdapter, which claims every tensor, is not registered")
 
 
 def held_by(param: Any) -> tuple[Adapter, torch.Tensor]:

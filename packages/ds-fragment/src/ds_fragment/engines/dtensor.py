@@ -34,7 +34,6 @@ class DTensorAdapter(Adapter):
     """Claims every DTensor."""
 
     name = "dtensor"
-    marks: tuple[str | type, ...] | None = ("_spec",)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether it is a DTensor."""

@@ -38,7 +38,6 @@ class Fsdp2Adapter(DTensorAdapter):
     """Claims the parameters of FSDP2 modules, sharded or gathered."""
 
     name = "fsdp2"
-    marks = None  # FSDP2 sets nothing on a parameter: `claims` looks through its modules
 
     def learn(self, model: nn.Module) -> None:
         """Note FSDP2's objects for each parameter."""
