@@ -84,11 +84,11 @@ class Plan:
         assert loaded.library is not None
         self.loaded, self.library, self.op, self.device = loaded, loaded.library, op, device
         self.rest = pieces.rest
-        self._count = len(pieces.kinds)
         moved = {kind for kind, numel in zip(pieces.kinds, pieces.numels, strict=True) if numel}
-        self._kind = moved.pop() if len(moved) == 1 else MIXED
+        kind = moved.pop() if len(moved) == 1 else MIXED
         self._reduces = op in ("gather_grads", "norm")
         self.chunks, self._host = table_of(self.library, op, pieces)
+        self._fields = (len(pieces.kinds), self.chunks, GROUPS[op], BLOCKS[op], device.index, kind)  # of a `Work`
         self._works: dict[int, tuple[Work, torch.Tensor]] = {}  # by stream
 
     def launch(self, *arguments: object) -> None:
@@ -115,12 +115,8 @@ class Plan:
         if stream not in self._works:
             table = torch.empty(self._host.numel(), dtype=torch.uint8, device=self.device)
             table.copy_(self._host.pin_memory(), non_blocking=True)
-            self._works[stream] = (self._describe(table.data_ptr(), stream), table)
+            self._works[stream] = (Work(table.data_ptr(), *self._fields, stream), table)
         return self._works[stream][0], _workspace(self.device, stream).data_ptr() if self._reduces else 0
-
-    def _describe(self, table: int, stream: int) -> Work:
-        shape = GROUPS[self.op], BLOCKS[self.op]
-        return Work(table, self._count, self.chunks, *shape, self.device.index, self._kind, stream)
 
     def _kept(self, stream: int) -> tuple[Work, int]:
         """See [Note: tables]."""
@@ -132,7 +128,7 @@ class Plan:
         code = self.library.dsf_keep(self.device.index, host.data_ptr(), size, zeroed, ctypes.byref(kept))
         self.loaded.check(code, "keeping a work table for a graph")
         assert kept.value is not None
-        return self._describe(kept.value, stream), kept.value + size
+        return Work(kept.value, *self._fields, stream), kept.value + size
 
 
 def table_of(library: ctypes.CDLL, op: Op, pieces: Pieces) -> tuple[int, torch.Tensor]:
