@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from ds_fragment import kernels
-from ds_fragment.kernels import Fragments, plan
+from ds_fragment.kernels import plan
 
 SETS = ("large", "small", "odd", "smaller", "tiny")
 TITLES = {
@@ -101,11 +101,9 @@ class Bench:
 
     def cases(self) -> dict[str, tuple[int, dict[str, Callable[[], Any]]]]:
         """For each operation, its bytes for each call and the ways to do it."""
-        hp, views, lp, n = self.hp, self.views, self.lp, self.numel
-        down, up, low, high = Fragments(hp, lp), Fragments(lp, hp), Fragments(lp), Fragments(views)
+        views, lp, n = self.views, self.lp, self.numel
         flat = torch.empty(n, dtype=torch.bfloat16, device="cuda")
         packed = list(flat.split_with_sizes(self.numels))
-        pack = Fragments(lp, flat)
         found, inverse = torch.zeros(1, device="cuda"), torch.full((1,), 0.5, device="cuda")
 
         def loop(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> Callable[[], None]:
@@ -124,8 +122,7 @@ class Bench:
             "fp32 -> bf16": (
                 6 * n,
                 {
-                    "kernel": down.copy_,
-                    "function": lambda: kernels.copy(lp, views),
+                    "kernel": lambda: kernels.copy(lp, views),
                     "foreach": lambda: torch._foreach_copy_(lp, views),
                     "loop": loop(lp, views),
                 },
@@ -133,27 +130,30 @@ class Bench:
             "bf16 -> fp32": (
                 6 * n,
                 {
-                    "kernel": up.copy_,
-                    "function": lambda: kernels.copy(views, lp),
+                    "kernel": lambda: kernels.copy(views, lp),
                     "foreach": lambda: torch._foreach_copy_(views, lp),
                     "loop": loop(views, lp),
                 },
             ),
             "pack bf16": (
                 4 * n,
-                {"kernel": pack.copy_, "foreach": lambda: torch._foreach_copy_(packed, lp), "loop": loop(packed, lp)},
+                {
+                    "kernel": lambda: kernels.copy(packed, lp),
+                    "foreach": lambda: torch._foreach_copy_(packed, lp),
+                    "loop": loop(packed, lp),
+                },
             ),
             "gather_grads": (
                 6 * n,
-                {"kernel": lambda: up.gather_grads_(scale=inverse, found_inf=found), "torch": sequence},
+                {"kernel": lambda: kernels.gather_grads(views, lp, scale=inverse, found_inf=found), "torch": sequence},
             ),
             "gather_grads, accumulate": (
                 10 * n,
-                {"kernel": lambda: up.gather_grads_(scale=1e-3, accumulate=True, found_inf=found)},
+                {"kernel": lambda: kernels.gather_grads(views, lp, scale=1e-3, accumulate=True, found_inf=found)},
             ),
-            "norm bf16": (2 * n, {"kernel": low.norm, "torch": lambda: torch._foreach_norm(lp)}),
-            "norm fp32": (4 * n, {"kernel": high.norm, "torch": lambda: torch._foreach_norm(views)}),
-            "publish, stochastic": (6 * n, {"kernel": lambda: down.publish_(seed=1)}),
+            "norm bf16": (2 * n, {"kernel": lambda: kernels.norm(lp), "torch": lambda: torch._foreach_norm(lp)}),
+            "norm fp32": (4 * n, {"kernel": lambda: kernels.norm(views), "torch": lambda: torch._foreach_norm(views)}),
+            "publish, stochastic": (6 * n, {"kernel": lambda: kernels.publish(lp, views, seed=1)}),
         }
         return cases
 

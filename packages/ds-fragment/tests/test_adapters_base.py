@@ -13,6 +13,7 @@ from ds_fragment.engines import Adapter, adapter_of, adapters, base
 from ds_fragment.engines.base import entries_of, state_entry, state_of, value_kind
 from ds_fragment.errors import InvalidValueError, StateKeyError, StateNotReadyError, UnlinkedParameterError
 from ds_fragment.layout import whole
+from ds_fragment.record import note
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -68,6 +69,19 @@ def test_a_registered_adapter_is_asked_first(halved: Halved) -> None:
     safe_set_full_fp32_param(mine, torch.full((3,), 4.0))
     assert_same(halved.kept[id(mine)], torch.full((3,), 4.0))
     assert_same(mine.detach(), torch.ones(3))
+
+
+def test_an_engine_is_asked_only_about_parameters_that_have_a_mark_of_its_own(halved: Halved) -> None:
+    asked: list[int] = []
+    halved.claims = lambda param: bool(asked.append(id(param)))  # type: ignore[method-assign, func-returns-value]
+    halved.marks = ("_half", "_base", Halved)
+    plain, named, none, view, noted = (nn.Parameter(torch.ones(3)) for _ in range(5))
+    named._half, none._half = 0, None  # type: ignore[attr-defined]
+    note(noted, halved)
+    for param in (plain, named, none, view.view(3), noted):
+        adapter_of(param)
+    assert len(asked) == 4
+    assert id(plain) not in asked
 
 
 @pytest.mark.parametrize("thing", [None, 3, "weight", [torch.ones(2)], nn.Linear(2, 2)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, attach, get_local, iter_full
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of
 from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,

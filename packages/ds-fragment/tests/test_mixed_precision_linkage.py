@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import describe, get_local, set_many
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of
 from ds_fragment.errors import InvalidValueError, StateNotReadyError, UnlinkedParameterError
 from ds_fragment.mixed_precision_linkage import (
     lazy_init_hp_params_optimizer_state,

@@ -14,7 +14,7 @@ group into ``hp_param.grad`` and clears them; `publish`, after the optimizer's s
 between, and only then, there is a reduced gradient to read. It takes memory then only, so that the activations of the
 backward pass have what it leaves. Nothing that outlives `reduce_gradients` holds an lp gradient either: its work is
 planned by the kernels' functions, which know tensors by their addresses and find the plan again where an allocator
-gives the next step the same ones; `Fragments` would keep the tensors.
+gives the next step the same ones.
 
 [Note: mean] What is reduced is divided by the number of ranks and multiplied by the reciprocal of the scale, as
 `torch.amp` does. A number of ranks that is a power of two divides exactly either way, and goes into that factor. For
@@ -34,8 +34,7 @@ from torch import nn
 
 from ds_fragment import _collectives, kernels
 from ds_fragment.collective.agree import agree
-from ds_fragment.engines.flat import publish
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of, publish
 from ds_fragment.errors import GradientUnavailableError, InvalidValueError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.mixed_precision_linkage import link_hp_params, unlink_hp_params
 from ds_fragment.record import registry

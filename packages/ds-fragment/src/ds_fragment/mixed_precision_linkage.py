@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment.api import single
+from ds_fragment.engines.flat import FlatLink, Slices
 from ds_fragment.engines.fragment import get_hp_fragment_mapping
-from ds_fragment.engines.links import FlatLink, Slices, set_link
 from ds_fragment.errors import InvalidValueError, UnlinkedParameterError
 from ds_fragment.layout import overlap
-from ds_fragment.record import registry
+from ds_fragment.record import forget, note, record_of, registry
 
 __all__ = ["lazy_init_hp_params_optimizer_state", "link_hp_params", "unlink_hp_params"]
 
@@ -93,8 +93,7 @@ def link_hp_params(
             attributes[method] = _Bound(param, method)
         for name, value in attributes.items():
             setattr(param, name, value)
-        link = FlatLink(slices, offset, numel, dp_group, flat, flat_hp_partition.dtype, flat_hp_partition.device)
-        set_link(param, link)
+        note(param, FlatLink(slices, offset, numel, dp_group, flat, flat_hp_partition.dtype, flat_hp_partition.device))
 
 
 def _offsets(params: Sequence[torch.Tensor], given: Sequence[int] | None) -> list[int]:
@@ -171,7 +170,8 @@ def unlink_hp_params(lp_param_list: Sequence[torch.Tensor]) -> None:
     for param in lp_param_list:
         for name in _ATTRIBUTES:
             param.__dict__.pop(name, None)
-        set_link(param, None)
+        if forget(param, FlatLink) is not None:
+            record_of(param).shardings.clear()
     registry.changed()  # another engine may hold them
 
 

@@ -1,4 +1,4 @@
-"""The functions and Fragments on the CPU: what they take, refuse and notice, and as torch operators."""
+"""The functions on the CPU: what they take and refuse, and as torch operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from ds_fragment import kernels
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.kernels import Fragments, ops
 
 
 def one(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,53 +46,6 @@ def test_weights_that_stay_fp32_are_copied() -> None:
     assert torch.equal(out[0], master[0])
 
 
-def test_fragments_notice_tensors_that_move() -> None:
-    weights, flat = [one(3, 5, dtype=torch.bfloat16), one(7, dtype=torch.bfloat16)], torch.zeros(22)
-    fragments = Fragments(weights, flat)
-    fragments.copy_()
-    assert torch.equal(flat, torch.cat([w.view(-1) for w in weights]).float())
-    old = flat.data
-    flat.data = torch.zeros(22)
-    weights[1].data = one(7, dtype=torch.bfloat16)
-    kept = old.clone()
-    fragments.copy_()
-    assert torch.equal(old, kept)
-    assert torch.equal(flat, torch.cat([w.view(-1) for w in weights]).float())
-    weights[1].data = one(6, dtype=torch.bfloat16)
-    with pytest.raises(InvalidValueError, match=r"dsts is one tensor of shape \(22,\) .* of shape \(21,\)"):
-        fragments.copy_()
-
-
-def test_fragments_do_every_operation() -> None:
-    weights, flat = [one(6), one(2, 2)], torch.ones(10)
-    fragments = Fragments(weights, flat)
-    stats = fragments.gather_grads_(scale=2.0, accumulate=True)
-    assert torch.equal(flat, 1 + 2 * torch.cat([w.view(-1) for w in weights]))
-    torch.testing.assert_close(stats.norm, flat.double().norm(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(fragments.norm().norm, torch.cat([w.view(-1) for w in weights]).double().norm())
-    low = [torch.zeros(6, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.float16)]
-    back = Fragments(flat, low)
-    back.publish_()
-    assert torch.equal(low[1].view(-1), flat[6:].half())
-    back.publish_(seed=4)
-    expected = [torch.zeros_like(x) for x in low]
-    kernels.publish(expected, [flat[:6], flat[6:]], seed=4)
-    assert all(torch.equal(a, b) for a, b in zip(low, expected, strict=True))
-    assert (len(back), repr(back)) == (2, "Fragments(2 tensors, 10 elements)")
-    assert [x.numel() for x in back] == [6, 4]
-
-
-def test_fragments_refuse_what_has_no_meaning() -> None:
-    with pytest.raises(InvalidValueError, match="srcs and dsts are one tensor each"):
-        Fragments(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(InvalidValueError, match="made without dsts"):
-        Fragments([torch.zeros(3)]).copy_()
-    with pytest.raises(InvalidValueError, match=r"srcs is one tensor of shape \(2, 3\)"):
-        Fragments(torch.zeros(2, 3), [torch.zeros(6)])
-    Fragments([], []).copy_()
-    assert Fragments([]).norm().values.tolist() == [0, 0, 0]
-
-
 def test_compiled_code_is_one_graph_and_gives_the_same() -> None:
     def step(hp: list[torch.Tensor], lp: list[torch.Tensor]) -> torch.Tensor:
         kernels.copy(lp, [x * 2 for x in hp])
@@ -111,18 +63,19 @@ def test_compiled_code_is_one_graph_and_gives_the_same() -> None:
 
 def test_operators_are_declared_as_they_behave() -> None:
     low, high = [one(5, dtype=torch.bfloat16)], [one(5)]
+    ops = torch.ops.ds_fragment
     calls = {
-        ops.copy: (low, high),
-        ops.gather_grads: (high, low, 0.5, None, True, torch.zeros(1)),
-        ops.norm: (low,),
-        ops.publish: (low, high, 3, None),
+        ops.copy.default: (low, high),
+        ops.gather_grads.default: (high, low, 0.5, None, True, torch.zeros(1)),
+        ops.norm.default: (low,),
+        ops.publish.default: (low, high, 3, None),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_autograd_sees_what_was_written() -> None:
-    from ds_fragment.kernels.cuda import written
+    from ds_fragment.kernels.functions import written
 
     weight = torch.ones(3)
     before = weight._version

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from ds_fragment import kernels
-from ds_fragment.kernels import Fragments, reference, use_kernels
+from ds_fragment.kernels import reference, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,12 +66,12 @@ def test_copies_are_torchs_bits_in_random_layouts(src: torch.dtype, dst: torch.d
     out, expected = (torch.empty(ARENA, dtype=torch.uint8, device="cuda") for _ in range(2))
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     pieces = 0
-    for number in range(250):
+    for _ in range(250):
         pairs = layout(rng, memory, out.view(dst))
         srcs = [memory[s : s + n] for s, _, n in pairs]
         for target in (out, expected):
             target.fill_(POISON if dst != torch.bool else 1)
-        kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs, blocks=(None, 20)[number % 2])
+        kernels.copy([out.view(dst)[d : d + n] for _, d, n in pairs], srcs)
         reference.copy([expected.view(dst)[d : d + n] for _, d, n in pairs], srcs)
         wrong += (out != expected).sum()
         pieces += len(pairs)
@@ -110,7 +110,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     numel = (1 << 31) + 12_345
     srcs = torch.randint(-30000, 30000, (numel + 1,), dtype=torch.int16, device="cuda").view(torch.bfloat16)[1:]
     dsts = torch.full((numel + 8,), -7.0, device="cuda")
-    Fragments([srcs], [dsts[3 : 3 + numel]]).copy_()
+    kernels.copy([dsts[3 : 3 + numel]], [srcs])
     step = 1 << 28
     for i in range(0, numel, step):
         part = dsts[3 + i : 3 + min(i + step, numel)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ds_fragment import kernels
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.kernels import Fragments, use_kernels
+from ds_fragment.kernels import use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -33,7 +33,7 @@ def test_a_graph_replays_after_the_work_is_forgotten(warm: bool) -> None:
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
         kernels.copy(out, hp)
-        stats = Fragments(out, hp).gather_grads_(scale=scale, accumulate=True)
+        stats = kernels.gather_grads(hp, out, scale=scale, accumulate=True)
         kernels.publish(rounded, hp, seed=seed)
         return stats.values, kernels.norm(rounded).values
 
@@ -88,47 +88,31 @@ def test_compiled_code_calls_the_kernels(backend: str) -> None:
 
 def test_tensors_that_move_are_noticed() -> None:
     srcs, dsts = tensors(torch.float32), tensors(torch.bfloat16)
-    fragments = Fragments(srcs, dsts)
-    fragments.copy_()
+    kernels.copy(dsts, srcs)
     old = dsts[1].data
     srcs[2].data = torch.randn(4096, device="cuda")
     dsts[1].data = torch.zeros(70_001, dtype=torch.bfloat16, device="cuda")
     before = old.clone()
     srcs[1].fill_(3.0)
-    fragments.copy_()
+    kernels.copy(dsts, srcs)
     assert torch.equal(old, before)
     for src, dst in zip(srcs, dsts, strict=True):
         assert torch.equal(dst, src.bfloat16())
     dsts[0].data = torch.zeros(4, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(InvalidValueError, match=r"dsts\[0\] has 4 elements and srcs\[0\] 5"):
-        fragments.copy_()
-
-
-def test_a_flat_tensor_that_moves_is_noticed() -> None:
-    srcs = tensors(torch.bfloat16)
-    flat = torch.nn.Parameter(torch.zeros(sum(x.numel() for x in srcs), device="cuda"))
-    fragments = Fragments(srcs, flat)
-    fragments.copy_()
-    flat.data = torch.zeros_like(flat)
-    srcs[0].data = torch.randn(5, device="cuda").bfloat16()
-    fragments.copy_()
-    assert torch.equal(flat.detach(), torch.cat(srcs).float())
-    back = Fragments(flat, [torch.empty_like(x) for x in srcs])
-    back.copy_()
-    assert all(torch.equal(a, b) for a, b in zip(back.dsts, srcs, strict=True))
+        kernels.copy(dsts, srcs)
 
 
 def test_launches_go_to_the_current_stream() -> None:
     src, dst = torch.randn(1 << 20, device="cuda"), torch.zeros(1 << 20, dtype=torch.bfloat16, device="cuda")
-    fragments = Fragments([src], [dst])
     for _ in range(3):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
             src.normal_()
-            fragments.copy_()
-            norm = fragments.norm()
+            kernels.copy([dst], [src])
+            norm = kernels.norm([src])
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(dst, src.bfloat16())
         torch.testing.assert_close(norm.sum_squares, src.double().square().sum(), rtol=1e-6, atol=0)

@@ -47,7 +47,6 @@ def test_the_constants_agree_with_the_header() -> None:
     numbers = dict(re.findall(r"#define (DSF_\w+) (\w+)", HEADER))
     assert int(numbers["DSF_ABI"]) == _library.ABI
     assert int(numbers["DSF_WORKSPACE"]) == _library.WORKSPACE_BYTES
-    assert int(numbers["DSF_LINE"]) == _library.LINE
     assert int(numbers["DSF_MIXED"].rstrip("u"), 16) == _library.MIXED
     fields = re.search(r"typedef struct \{(.*?)\} dsf_work", HEADER, re.DOTALL)
     assert fields is not None

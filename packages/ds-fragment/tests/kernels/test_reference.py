@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from ds_fragment.kernels import reference
-from ds_fragment.kernels.philox import dither, philox, words
+from ds_fragment.kernels.reference import dither, philox, words
 
 
 def test_philox_gives_the_published_vectors() -> None:

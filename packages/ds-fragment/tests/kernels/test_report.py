@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from ds_fragment import __version__
-from ds_fragment.kernels import diagnosis, report, use_kernels, why_reference
+from ds_fragment.kernels import choice, report, use_kernels, why_reference
 from ds_fragment.kernels.library import Loaded, load
 
 
 def test_the_report_names_the_reason_for_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = load(tmp_path / "libds_fragment.so")
-    monkeypatch.setattr(diagnosis, "loaded", lambda: missing)
+    monkeypatch.setattr(choice, "loaded", lambda: missing)
     lines = report()
     assert lines["library"] == f"none: {missing.reason}"
     assert lines["in use"] == f"torch's own operators, because {missing.reason}"
@@ -25,7 +25,7 @@ def test_the_report_names_the_reason_for_the_reference(monkeypatch: pytest.Monke
 
 
 def test_the_report_describes_the_library(monkeypatch: pytest.MonkeyPatch, library: Loaded) -> None:
-    monkeypatch.setattr(diagnosis, "loaded", lambda: library)
+    monkeypatch.setattr(choice, "loaded", lambda: library)
     lines = report()
     assert lines["library"] == str(library.path)
     assert lines["architectures"] == library.architectures

@@ -1,8 +1,9 @@
-"""What holds a parameter's pieces: one file an engine, found through one list.
+"""The engines that hold a parameter's shards: one adapter and one file for each, found through one list.
 
-[Note: adapter] An adapter answers for one engine: is this parameter yours; where is a quantity of it (a `Sharding`: the
-same answer on every rank, computed and not communicated); which piece is here (a view, not a copy). And it brings the
-low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, or the key of an optimizer state.
+[Note: adapter] An adapter answers three questions for one engine: does it hold this parameter; where is a quantity of
+the parameter (a `Sharding`: equal on every rank, computed without communication); which piece does this rank hold (a
+view, not a copy). It also updates the low-precision weights after a write. A quantity is ``"value"``, ``"grad"``, or
+the key of an optimizer state.
 """
 
 from ds_fragment.engines.base import Adapter, adapter_of, adapters, held_by, register_adapter

@@ -1,4 +1,4 @@
-"""The questions that an adapter answers, the list of adapters, and what they share."""
+"""The interface of an adapter, the list of adapters, and functions that several of them use."""
 
 from __future__ import annotations
 
@@ -23,14 +23,22 @@ from ds_fragment.errors import (
     UnusedGradientError,
 )
 from ds_fragment.layout import Fragment, Layout
-from ds_fragment.record import registry
+from ds_fragment.record import record_of, registry
 from ds_fragment.sharding import Sharding
 
 
 class Adapter(ABC):
-    """Reads and writes the pieces of one engine's parameters."""
+    """Reads and writes the pieces of one engine's parameters.
+
+    Attributes:
+        name: of the engine, for messages and reports.
+        marks: a parameter without any of these is not this engine's, and `claims` is not called for it. A name is that
+            of an attribute which was set on the parameter, or ``"_base"`` for a view; a class is that of a note in its
+            record. None if `claims` has to be called for every parameter.
+    """
 
     name: str
+    marks: tuple[str | type, ...] | None = None
 
     @abstractmethod
     def claims(self, param: torch.Tensor) -> bool:
@@ -47,7 +55,7 @@ class Adapter(ABC):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Where a quantity is: an equal `Sharding` on every rank of its group.
 
-        Many reads are faster if it is the same object as long as the quantity does not move.
+        Reads are faster if it is the same object as long as the quantity does not move: see `Record.sharding`.
         """
 
     @abstractmethod
@@ -57,11 +65,11 @@ class Adapter(ABC):
         A view of what the engine holds, or, where the engine keeps something else (a scaled gradient), a fresh tensor.
 
         Raises:
-            FragmentError: it cannot be had here, now; the exchange tells every rank.
+            FragmentError: this rank cannot read it now; the exchange sends the error to every rank.
         """
 
     def prepare(self, params: Sequence[torch.Tensor]) -> None:
-        """What the ranks have to tell each other before `place` can answer; all ranks of the groups call it."""
+        """Exchange what `sharding` needs of the other ranks; all ranks of the groups must call it."""
         return
 
     def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
@@ -71,50 +79,50 @@ class Adapter(ABC):
 
     @abstractmethod
     def state_keys(self, param: torch.Tensor) -> list[str]:
-        """The optimizer states of the parameter that this rank knows of."""
+        """The keys of the optimizer states that this rank has of the parameter."""
 
     @abstractmethod
     def master(self, param: torch.Tensor) -> str:
         """Where the fp32 value comes from: ``"fp32"``, or ``"upcast"`` where only a low-precision one exists."""
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """What the places of the parameters follow from: as long as it is equal, so are the places.
+        """Values that the shardings of the parameters depend on: while they are equal, so are the shardings.
 
-        It is asked before every use of places that were found earlier. May raise what `place` raises.
+        Called before every use of shardings that were found earlier. May raise what `sharding` raises.
         """
         if what == "value":
             return [(adapter_of(param), self.sharding(param, what)) for param in params]
         return [(adapter_of(param), self.sharding(param, "value"), self.sharding(param, what)) for param in params]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
-        """What `local` says of each."""
+        """`local` of each."""
         return [self.local(param, what) for param in params]
 
     def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """Groups whose ranks each hold the whole parameter, and so have to write the same."""
+        """Groups whose ranks each hold the whole parameter, and so must write the same."""
         return ()
 
     def learn(self, model: nn.Module) -> None:
-        """Remember, weakly, what only the model can tell of its parameters; called by `attach`."""
+        """Note, weakly, what follows from the model alone about its parameters; called by `attach`."""
         return
 
     def require_writable(self, param: torch.Tensor) -> None:
-        """Raise a `FragmentError` where what is written now would be lost; the exchange tells every rank."""
+        """Raise a `FragmentError` if a write would be lost now; the exchange sends the error to every rank."""
         return
 
     def write(self, param: torch.Tensor, what: str, piece: torch.Tensor) -> None:
-        """Replace this rank's piece of a quantity; every rank's input is known to be right by then."""
+        """Replace this rank's piece of a quantity; the input of every rank was checked before."""
         target = self.local(param, what)
         assert target is not None
         target.copy_(piece.view(target.shape))
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Bring the low-precision weights up to date with the fp32 pieces, where the engine does not by itself.
+        """Update the low-precision weights from the fp32 pieces, where the engine does not do so itself.
 
         Args:
             params: all of this engine's.
-            values: the whole values where the caller has them, the same on every rank; without them the ranks tell
-                each other, and all must call.
+            values: the whole values where the caller has them, the same on every rank; without them the ranks
+                exchange the pieces, and all must call.
         """
         return
 
@@ -123,7 +131,7 @@ _adapters: list[Adapter] = []
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Ask ``adapter`` about parameters from now on, before those that were registered earlier."""
+    """Ask ``adapter`` about parameters from now on, before the adapters that were registered earlier."""
     _adapters.insert(0, adapter)
     registry.changed()
 
@@ -141,11 +149,15 @@ def adapter_of(param: Any) -> Adapter:
     """
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"param is a {type(param).__name__}, expected a parameter of the model (a torch.Tensor)")
-    return next(adapter for adapter in _adapters if adapter.claims(param))
+    marks = {*vars(param), *record_of(param).notes, *(() if param._base is None else ("_base",))}
+    for adapter in _adapters:
+        if (adapter.marks is None or not marks.isdisjoint(adapter.marks)) and adapter.claims(param):
+            return adapter
+    raise LookupError("no adapter claims the parameter: PlainAdapter, which claims every tensor, is not registered")
 
 
 def held_by(param: Any) -> tuple[Adapter, torch.Tensor]:
-    """The adapter that claims the parameter, and the parameter; in the place of a gathered copy what it is a copy of.
+    """The adapter that claims the parameter, and the parameter itself; for a gathered copy the parameter it is of.
 
     Raises:
         TypeError: it is not a tensor.
@@ -173,7 +185,7 @@ def entries_of(params: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     """One optimizer state of many parameters that are optimized themselves.
 
     Raises:
-        FragmentError: what `state_of` and `state_entry` raise for the first that has none.
+        FragmentError: as `state_of` and `state_entry`, for the first that has none.
     """
     pairs = zip(map(registry.optimizer_of, params), params, strict=True)
     states = [{} if optimizer is None else optimizer.state.get(param, {}) for optimizer, param in pairs]
@@ -235,11 +247,11 @@ def state_entry(state: dict[str, Any], param: torch.Tensor, key: str, *, quantis
 def spread(params: Sequence[torch.Tensor], shardings: Sequence[Sharding], locate: Locate) -> None:
     """Write the fp32 pieces into the whole lp parameters of every rank, cast by their holders.
 
-    All ranks of the places' groups must call it.
+    All ranks of the shardings' groups must call it.
 
     Args:
         params: the lp parameters, whole and contiguous on every rank.
-        places: where their pieces are, of the lp dtype.
+        shardings: where their pieces are, of the lp dtype.
         locate: this rank's fp32 pieces of some of them.
     """
     order = _in_turn(shardings)
@@ -253,7 +265,7 @@ def spread(params: Sequence[torch.Tensor], shardings: Sequence[Sharding], locate
 
 
 def _in_turn(shardings: Sequence[Sharding]) -> list[int]:
-    """An order in which all ranks send as much at any time: of a flat partition, a bit of each slice in turn."""
+    """An order in which all ranks send equally much at any time: a part of each rank's slice in turn."""
     sent: dict[tuple[dist.ProcessGroup | None, int], int] = {}
     before = []
     for sharding in shardings:
@@ -266,7 +278,7 @@ def _in_turn(shardings: Sequence[Sharding]) -> list[int]:
 
 
 def number_sharding(key: str, group: dist.ProcessGroup | None, ranks: Sequence[bool], device: torch.device) -> Sharding:
-    """Where an optimizer state that is one number is, when only some ranks have it: the first of them sends it.
+    """The sharding of an optimizer state that is one number and only some ranks have: the first of them sends it.
 
     Args:
         key: the state's.
@@ -287,5 +299,5 @@ def is_number(key: str) -> bool:
 
 
 def value_kind(dtype: torch.dtype) -> str:
-    """What the value of a tensor that is its own master is."""
+    """The kind of the value of a tensor that has no master of its own: see `Adapter.master`."""
     return "upcast" if dtype.itemsize < 4 else "fp32"

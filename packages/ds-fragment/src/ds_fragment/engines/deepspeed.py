@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO optimizers have in common. DeepSpeed itself is never imported.
+"""The parts common to DeepSpeed's ZeRO optimizers. DeepSpeed itself is never imported.
 
 [Note: flat fp32] Every ZeRO stage keeps, for each group of parameters, one flat fp32 tensor on each rank, and optimizes
 that: the state of the base optimizer belongs to flat tensors, and is cut like them. A number such as ``step`` belongs
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_fragment.engines.base import Adapter, ready_state, state_entry, value_kind
 from ds_fragment.engines.state import other_shape
-from ds_fragment.errors import (
-    FragmentError,
-    GradientUnavailableError,
-    UnlinkedParameterError,
-    UnusedGradientError,
-)
+from ds_fragment.errors import FragmentError, GradientUnavailableError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.layout import Layout, whole
-from ds_fragment.record import forget, note, noted, registry
+from ds_fragment.record import forget, note, noted, record_of, registry
 from ds_fragment.sharding import Sharding
 
 UNUSED = "no backward pass used it since the last optimizer step"
@@ -60,8 +55,8 @@ class Slot:
         untrained: why there is no fp32 value; empty where there is one.
         position: where its gradient is in the engine's lists, among those of this rank's parameters.
         gaps: how many gaps lie before it in this rank's flat tensor; a list of the whole tensor has an entry for each.
-        places: by quantity, made on first use.
-        numel: elements that this rank holds.
+        offset: where this rank's piece begins in the flattened parameter.
+        numel: its elements.
     """
 
     shape: torch.Size
@@ -73,45 +68,54 @@ class Slot:
     untrained: str = ""
     position: int = -1
     gaps: int = 0
-    shardings: dict[object, Sharding] = field(default_factory=dict)
+    offset: int = field(init=False)
     numel: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.numel = self.layout.held(0 if self.group is None else self.group.rank())
+        fragment = self.layout.fragments[0 if self.group is None else self.group.rank()]
+        self.numel = 0 if fragment is None else fragment.numel
+        self.offset = fragment.offset[0] if fragment is not None and fragment.offset else 0
 
-    def sharding(self, key: object, dtype: torch.dtype, device: torch.device) -> Sharding:
-        """The place of a quantity that is cut like the parameter."""
-        if key not in self.shardings:
-            self.shardings[key] = Sharding(self.shape, dtype, device, self.layout, self.group)
-        return self.shardings[key]
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's optimizer; None where there is none, or it is gone."""
+        return None if self.optimizer is None else self.optimizer()
+
+    def sharding(self, param: torch.Tensor, key: Hashable, dtype: torch.dtype) -> Sharding:
+        """Where a quantity is that is cut like the parameter."""
+
+        def make() -> Sharding:
+            return Sharding(self.shape, dtype, param.device, self.layout, self.group)
+
+        return record_of(param).sharding(key, self, make)
 
 
 @dataclass(slots=True, eq=False)
 class Watch:
-    """A hook on a parameter, and whether its gradient of this window begins on what an earlier step left there."""
+    """A hook on a parameter, and whether its gradient of this window was added to an earlier step's remains."""
 
     hook: RemovableHandle
     mixed: bool = False
 
 
 class DeepSpeedAdapter(Adapter):
-    """Reads and writes what a ZeRO optimizer keeps; each stage says where that is."""
+    """Reads and writes the flat tensors of a ZeRO optimizer; each stage's adapter says where they are."""
 
     @abstractmethod
     def _slot(self, param: torch.Tensor) -> Slot:
         """Where the parameter is.
 
         Raises:
-            UnlinkedParameterError: nothing is known of it.
+            UnlinkedParameterError: its engine cannot be found.
         """
 
     @abstractmethod
     def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
-        """This rank's flat fp32 tensor, 1-D."""
+        """This rank's flat fp32 tensor, 1-D, under which the base optimizer keeps its state."""
 
     @abstractmethod
-    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
-        """This rank's piece of a parameter that has no fp32 value."""
+    def _lp_part(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """This rank's part of the low-precision parameter: the value where there is no fp32 one."""
 
     @abstractmethod
     def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
@@ -123,26 +127,29 @@ class DeepSpeedAdapter(Adapter):
 
     @abstractmethod
     def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
-        """Tell the engine what it remembers of the gradient, now that it was written."""
+        """Update what the engine keeps beside a gradient that was written: its norm, and whether it overflows."""
 
-    def _key(self, optimizer: Any, index: int) -> torch.Tensor:
-        """What the base optimizer keeps the state of a flat fp32 tensor under."""
-        return self._flat(optimizer, index)
+    @abstractmethod
+    def _begins_on(self, param: torch.Tensor, optimizer: Any) -> torch.Tensor | bool | None:
+        """What the engine adds a backward pass's gradient to, asked before it does.
+
+        False if it adds it to nothing; None if this is not the window's first.
+        """
+
+    def _readable(self, optimizer: Any, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A flat fp32 tensor, or a state of it, where it can be read and written."""
+        return tensor
 
     def _dtype(self, optimizer: Any, index: int) -> torch.dtype:
-        """Of a flat fp32 tensor, which can be told on every rank, whether or not it can be read."""
+        """The dtype of a flat fp32 tensor, whether or not that can be read now."""
         return self._flat(optimizer, index).dtype
-
-    def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
-        """A state of a flat fp32 tensor where it can be read and written."""
-        return entry
 
     def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
         found: torch.optim.Optimizer = optimizer.optimizer
         return found
 
     def _optimizer(self, param: torch.Tensor, slot: Slot) -> Any:
-        optimizer = None if slot.optimizer is None else slot.optimizer()
+        optimizer = slot.engine
         if optimizer is None or slot.untrained:
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is in no optimizer of DeepSpeed's: {slot.untrained or 'the engine is gone'}"
@@ -153,20 +160,18 @@ class DeepSpeedAdapter(Adapter):
         """An interval of the flattened parameter on each rank; state that is one number is whole on each."""
         slot = self._slot(param)
         if what == "grad":
-            return slot.sharding(what, torch.float32, param.device)
+            return slot.sharding(param, what, torch.float32)
         if what == "value":
             dtype = param.dtype if slot.untrained else self._dtype(self._optimizer(param, slot), slot.index)
-            return slot.sharding((what, dtype), dtype, param.device)
+            return slot.sharding(param, (what, dtype), dtype)
         source = self._source(param, slot, what)
         if source.dim():
-            return slot.sharding(("state", source.dtype), source.dtype, param.device)
-        key = ("number", source.dtype)
-        if key not in slot.shardings:
-            slot.shardings[key] = Sharding(source.shape, source.dtype, source.device, whole(()), None)
-        return slot.shardings[key]
+            return slot.sharding(param, ("state", source.dtype), source.dtype)
+        number = (source.shape, source.dtype, source.device)
+        return record_of(param).sharding(("number", source.dtype), slot, lambda: Sharding(*number, whole(()), None))
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """Where the engine keeps each, and what it optimizes it with."""
+        """Each parameter's slot; of state whether it is a number, and its dtype."""
         slots = list(map(self._slot, params))
         known = list(zip(map(self.claims, params), slots, strict=True))
         if what in ("value", "grad"):
@@ -182,18 +187,26 @@ class DeepSpeedAdapter(Adapter):
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
         slots = list(map(self._slot, params))
         if what == "grad":
-            settled: set[int] = set()
-            return [self._unscaled_gradient(*pair, settled) for pair in zip(params, slots, strict=True)]
+            _synchronize(params, slots)
+            return list(map(self._unscaled_gradient, params, slots))
         return list(map(_cut, slots, self._sources(params, slots, what)))
 
     def _source(self, param: torch.Tensor, slot: Slot, what: str) -> torch.Tensor:
-        """What the parameter's piece of a value or state is cut out of."""
-        if what != "value":
-            return self._entry(param, slot, what)
-        return self._untrained(param, slot) if slot.untrained else self._master(param, slot)
+        """The tensor that this rank's piece of a value or state is cut out of."""
+        if what == "value" and slot.untrained:
+            return self._lp_part(param, slot)
+        optimizer = self._optimizer(param, slot)
+        entry = None if what == "value" else state_entry(self._state(param, slot), param, what)
+        flat = self._readable(optimizer, slot.index, self._flat(optimizer, slot.index)).detach()
+        if entry is None:
+            return flat
+        entry = self._readable(optimizer, slot.index, entry)
+        if entry.dim() and entry.shape != flat.shape:
+            raise other_shape(entry, param, what, flat.shape)
+        return entry
 
     def _sources(self, params: Sequence[torch.Tensor], slots: Sequence[Slot], what: str) -> list[torch.Tensor]:
-        """`_source` of each; the engine is asked once for each of its flat tensors."""
+        """`_source` of each, looked up once for each flat tensor."""
         found: dict[tuple[int, int], torch.Tensor] = {}
         sources = []
         for param, slot in zip(params, slots, strict=True):
@@ -210,43 +223,29 @@ class DeepSpeedAdapter(Adapter):
             super().write(param, what, piece)
             return
         slot = self._slot(param)
-        stored, scale = self._scaled_gradient(param, slot, set())
+        _synchronize([param], [slot])
+        stored, scale = self._stored_gradient(param, slot)
         assert stored is not None
         stored.detach().copy_(piece.reshape(stored.shape).float() * scale)
         self._after_gradient(param, slot, self._optimizer(param, slot), stored)
 
-    def _unscaled_gradient(self, param: torch.Tensor, slot: Slot, settled: set[int]) -> torch.Tensor | None:
-        """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32.
-
-        ``settled`` are the ids of the optimizers that have come to rest in this call.
-        """
-        stored, scale = self._scaled_gradient(param, slot, settled)
+    def _unscaled_gradient(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
+        """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32."""
+        stored, scale = self._stored_gradient(param, slot)
         if stored is None or scale == 1.0:
             return None if stored is None else stored.detach().view(-1)
         return stored.detach().to(torch.float32, copy=True).view(-1).div_(scale)
 
-    def _scaled_gradient(self, param: torch.Tensor, slot: Slot, settled: set[int]) -> tuple[torch.Tensor | None, float]:
+    def _stored_gradient(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor | None, float]:
+        """This rank's piece of the gradient, and the loss scale that it is multiplied by."""
         if slot.untrained:
             raise unused_gradient(param, slot.untrained, others=False)
         optimizer = self._optimizer(param, slot)
-        if id(optimizer) not in settled:
-            settled.add(id(optimizer))
-            _settle(param, optimizer)
         return self._gradient(param, slot, optimizer), loss_scale(optimizer)
-
-    def _master(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
-        return self._flat(self._optimizer(param, slot), slot.index).detach()
 
     def _state(self, param: torch.Tensor, slot: Slot) -> dict[str, Any]:
         optimizer = self._optimizer(param, slot)
-        return ready_state(self._base_optimizer(optimizer, slot.index), self._key(optimizer, slot.index), param)
-
-    def _entry(self, param: torch.Tensor, slot: Slot, key: str) -> torch.Tensor:
-        entry, flat = state_entry(self._state(param, slot), param, key), self._master(param, slot)
-        entry = self._kept(self._optimizer(param, slot), slot.index, entry)
-        if entry.dim() and entry.shape != flat.shape:
-            raise other_shape(entry, param, key, flat.shape)
-        return entry
+        return ready_state(self._base_optimizer(optimizer, slot.index), self._flat(optimizer, slot.index), param)
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the base optimizer's state, the same on every rank."""
@@ -256,22 +255,13 @@ class DeepSpeedAdapter(Adapter):
         """A true master, but for parameters that are not trained."""
         return value_kind(self.sharding(param, "value").dtype)
 
-    def _watch(
-        self, param: torch.Tensor, optimizer: Any, begins_on: Callable[[torch.Tensor, Any], torch.Tensor | bool | None]
-    ) -> None:
-        """Note at each backward pass whether the window's gradient of the parameter begins on old remains.
-
-        Args:
-            param: the parameter.
-            optimizer: DeepSpeed's.
-            begins_on: called with both before the engine sees the gradient; returns what the gradient will be added
-                to, False if to nothing, None if this is not the window's first.
-        """
+    def _watch(self, param: torch.Tensor, optimizer: Any) -> None:
+        """Note at each backward pass whether the window's gradient of the parameter begins on old remains."""
         held_param, held_optimizer = weakref.ref(param), weakref.ref(optimizer)
 
         def see(_gradient: torch.Tensor) -> None:
             param, optimizer = held_param(), held_optimizer()
-            remains = None if param is None or optimizer is None else begins_on(param, optimizer)
+            remains = None if param is None or optimizer is None else self._begins_on(param, optimizer)
             if remains is not None:
                 watch.mixed = bool(remains.any()) if isinstance(remains, torch.Tensor) else remains
 
@@ -297,7 +287,7 @@ def _cut(slot: Slot, source: torch.Tensor) -> torch.Tensor | None:
 
 
 def no_gradient(param: torch.Tensor, reason: str) -> GradientUnavailableError:
-    """The error for a gradient that cannot be had."""
+    """The error for a gradient that cannot be read."""
     return GradientUnavailableError(f"{registry.name_of(param)} has no reduced gradient: {reason}")
 
 
@@ -315,7 +305,7 @@ def unused_gradient(param: torch.Tensor, reason: str, *, others: bool) -> Gradie
 
 
 def loss_scale(optimizer: Any) -> float:
-    """What the engine multiplied the loss of this window by."""
+    """The factor that the engine multiplied the loss of this window by."""
     scaler = getattr(optimizer, "torch_autocast_gradscaler", None)
     if scaler is not None and not optimizer.custom_loss_scaler:
         return float(scaler.get_scale())
@@ -329,7 +319,7 @@ def at_boundary(optimizer: Any) -> bool:
 
 
 def remembered(optimizer: Any, name: str) -> Any:
-    """What the engine notes of its gradients.
+    """The table in which the engine notes its gradients.
 
     Raises:
         FragmentError: an older DeepSpeed, which cannot tell old gradients from new ones.
@@ -342,12 +332,13 @@ def remembered(optimizer: Any, name: str) -> Any:
     return getattr(optimizer, name)
 
 
-def _settle(param: torch.Tensor, optimizer: Any) -> None:
-    """Wait for what the engine does with gradients beside the current CUDA stream."""
-    if not param.is_cuda:
-        return
-    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
-        torch.cuda.synchronize(param.device)
-    stream = getattr(optimizer, "reduce_and_partition_stream", None)
-    if stream is not None:
-        torch.cuda.current_stream(param.device).wait_stream(stream)
+def _synchronize(params: Sequence[torch.Tensor], slots: Sequence[Slot]) -> None:
+    """Wait for the engines' work on gradients that runs beside the current CUDA stream."""
+    pairs = zip(params, slots, strict=True)
+    engines = {id(slot.optimizer): (slot.engine, param.device) for param, slot in pairs if param.is_cuda}
+    for optimizer, device in engines.values():
+        if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+            torch.cuda.synchronize(device)
+        stream = getattr(optimizer, "reduce_and_partition_stream", None)
+        if stream is not None:
+            torch.cuda.current_stream(device).wait_stream(stream)

@@ -11,7 +11,6 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_fragment.engines.deepspeed import UNREDUCED, loss_scale, no_gradient
@@ -34,12 +33,13 @@ class _Slot(NamedTuple):
 
 
 class DeepSpeedUnshardedAdapter(PlainAdapter):
-    """Claims what the low-precision optimizer of an attached engine trains."""
+    """Claims the parameters that the low-precision optimizer of an attached engine trains."""
 
     name = "deepspeed"
+    marks = (_Slot,)
 
     def learn(self, model: nn.Module) -> None:
-        """The optimizer of a DeepSpeedEngine."""
+        """Note where the optimizer of a DeepSpeedEngine keeps each parameter."""
         optimizer: Any = getattr(model, "optimizer", None)
         if not _is_fused(optimizer) and not is_a(
             optimizer, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"
@@ -54,7 +54,7 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         registry.add_optimizer(optimizer.optimizer)
 
     def claims(self, param: torch.Tensor) -> bool:
-        """Whether the engine is there, and trains the parameter."""
+        """Whether the engine is alive, and trains the parameter."""
         slot = noted(param, _Slot)
         return slot is not None and slot.engine() is not None
 
@@ -82,12 +82,6 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         if _is_fused(engine.optimizer) and found.numel() != 1:
             raise other_shape(found, param, what, flat)
         return found
-
-    def writers(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """The engine's data-parallel ranks."""
-        engine, _ = self._kept(param)
-        group = getattr(engine, "seq_data_parallel_group", None) or getattr(engine, "data_parallel_group", None)
-        return () if group is None else (group,)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The master or its state; the gradient in fp32, where it is known to be reduced."""

@@ -59,7 +59,7 @@ class DTensorAdapter(Adapter):
         return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """What DTensors say of how they are placed, and who updates them."""
+        """The specs of the parameters; of state also the specs, or shapes, of its entries."""
         specs = list(map(_spec, params))
         if what in ("value", "grad"):
             return specs
@@ -74,6 +74,7 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return list(map(_local, params))
         if what == "grad":
+            self._require_reduced(params)
             with torch._C.DisableTorchFunctionSubclass():  # twice as fast
                 grads: list[Any] = list(map(_grad, params))
             if are_dtensors(grads) and (
@@ -83,7 +84,7 @@ class DTensorAdapter(Adapter):
                 for param in params:
                     require_current(param, param)
                 return list(map(_local, grads))
-            return [DTensorAdapter.local(self, param, what) for param in params]
+            return list(map(_local_gradient, params))
         entries = entries_of(params, what)
         if are_dtensors(entries):
             locals_ = list(map(_local, entries))
@@ -99,18 +100,13 @@ class DTensorAdapter(Adapter):
         if what == "value":
             return param._local_tensor.detach()
         if what == "grad":
-            grad = param.grad
-            if grad is None:
-                raise missing_gradient(param, hidden=True)
-            if not is_dtensor(grad) or grad.placements != param.placements:
-                raise GradientUnavailableError(
-                    f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
-                    f"parameter is placed {param.placements}: redistribute it first"
-                )
-            require_current(param, param)
-            return grad._local_tensor.detach()
+            self._require_reduced([param])
+            return _local_gradient(param)
         entry = state_entry(state_of(param, param), param, what, quantised=True)
         return dense(entry._local_tensor.detach(), param, what) if is_dtensor(entry) else entry
+
+    def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
+        """Raise `GradientUnavailableError` if the engine has not reduced a gradient of the parameters yet."""
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
@@ -121,9 +117,21 @@ class DTensorAdapter(Adapter):
         return value_kind(param.dtype)
 
 
-def _sharding_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Sharding:
-    """Where a quantity of the parameter is that is placed like ``tensor``; a kind is placed alike, of one dtype."""
+def _local_gradient(param: Any) -> torch.Tensor:
+    grad = param.grad
+    if grad is None:
+        raise missing_gradient(param, hidden=True)
+    if not is_dtensor(grad) or grad.placements != param.placements:
+        raise GradientUnavailableError(
+            f"{registry.name_of(param)} has a gradient placed {getattr(grad, 'placements', None)} where the "
+            f"parameter is placed {param.placements}: redistribute it first"
+        )
+    require_current(param, param)
+    return grad._local_tensor.detach()
 
+
+def _sharding_like(param: DTensor, tensor: DTensor, kind: tuple[str, torch.dtype]) -> Sharding:
+    """The sharding of a quantity that is placed like ``tensor``; ``kind`` has its key and dtype."""
     return record_of(param).sharding(kind, tensor._spec, lambda: mesh_sharding(tensor, kind[1]))
 
 

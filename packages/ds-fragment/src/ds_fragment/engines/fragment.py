@@ -8,7 +8,7 @@ rank's partition; an *address* its (start, numel) in elements.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ class tensor_fragment:
             step.
     """
 
+    _lp: Callable[[], torch.Tensor]
+    _hp: Callable[[], torch.Tensor]
+
     def __init__(
         self,
         lp_fragment: torch.Tensor,
@@ -64,26 +67,25 @@ class tensor_fragment:
         self.use_offload = use_offload
         self.param_group_index = param_group_index
         self.optim_fragment = optim_fragment
-        self._lp = _Slice.held(lp_fragment)
-        self._hp = _Slice.held(hp_fragment)
+        self.lp_fragment, self.hp_fragment = lp_fragment, hp_fragment
 
     @property
     def lp_fragment(self) -> torch.Tensor:
         """This rank's part of the lp parameter, 1-D, a view."""
-        return self._lp.tensor("the low-precision parameter")
+        return self._lp()
 
     @lp_fragment.setter
     def lp_fragment(self, value: torch.Tensor) -> None:
-        self._lp = _Slice.held(value)
+        self._lp = lambda: value
 
     @property
     def hp_fragment(self) -> torch.Tensor:
         """The same elements in fp32, 1-D, a view of the flat partition."""
-        return self._hp.tensor("the flat fp32 partition")
+        return self._hp()
 
     @hp_fragment.setter
     def hp_fragment(self, value: torch.Tensor) -> None:
-        self._hp = _Slice.held(value)
+        self._hp = lambda: value
 
     def update_hp(self) -> None:
         """Write the lp values into the fp32 fragment."""
@@ -106,7 +108,7 @@ class tensor_fragment:
         return list(self._states())
 
     def get_optim_state_fragment(self, key: str) -> Any:
-        """This rank's part of one optimizer state: 1-D, a view; what is not one number an element comes as it is.
+        """This rank's part of one optimizer state: 1-D, a view; whole unless it has one number an element.
 
         Raises:
             StateNotReadyError: the optimizer has not stepped yet.
@@ -171,29 +173,17 @@ class tensor_fragment:
         return f"tensor_fragment(lp={self.lp_fragment_address}, hp={self.hp_fragment_address})"
 
 
-class _Slice:
-    """A stretch of a flattened tensor that is held weakly, or a tensor of its own."""
+def _weak_slice(source: torch.Tensor, start: int, numel: int, what: str) -> Callable[[], torch.Tensor]:
+    """A function that returns the elements of a flattened tensor, as long as somebody else holds that."""
+    reference = weakref.ref(source)
 
-    def __init__(
-        self, tensor: torch.Tensor | None, source: weakref.ref[torch.Tensor] | None, start: int, numel: int
-    ) -> None:
-        self._tensor, self._source, self._start, self._numel = tensor, source, start, numel
+    def tensor() -> torch.Tensor:
+        held = reference()
+        if held is None:
+            raise UnlinkedParameterError(f"{what} of this fragment is gone: its owner was deleted")
+        return held.data.view(-1).narrow(0, start, numel)
 
-    @classmethod
-    def held(cls, tensor: torch.Tensor) -> _Slice:
-        return cls(tensor, None, 0, 0)
-
-    @classmethod
-    def of(cls, source: torch.Tensor, start: int, numel: int) -> _Slice:
-        return cls(None, weakref.ref(source), start, numel)
-
-    def tensor(self, what: str) -> torch.Tensor:
-        if self._tensor is not None:
-            return self._tensor
-        source = self._source() if self._source is not None else None
-        if source is None:
-            raise UnlinkedParameterError(f"{what} of this fragment is gone: what made it was deleted")
-        return source.data.view(-1).narrow(0, self._start, self._numel)
+    return tensor
 
 
 def get_hp_fragment_mapping(
@@ -238,8 +228,8 @@ def get_hp_fragment_mapping(
         use_offload,
         param_group_index,
     )
-    fragment._lp = _Slice.of(lp_param, lp.start, numel)
-    fragment._hp = _Slice.of(flat_hp_partition, hp.start, numel)
+    fragment._lp = _weak_slice(lp_param, lp.start, numel, "the low-precision parameter")
+    fragment._hp = _weak_slice(flat_hp_partition, hp.start, numel, "the flat fp32 partition")
     return fragment
 
 
@@ -251,7 +241,7 @@ def map_to_flat_opt_states(
 ) -> None:
     """Bring optimizer state that is linked by fragment back into flat tensors, and link the fragments to those.
 
-    It is what a checkpoint loader does after each fragment's state was replaced. No communication.
+    A checkpoint loader calls it after each fragment's state was replaced. No communication.
 
     Args:
         flat_hp_tensor: this rank's flat partition, 1-D, the key into ``optim_state``.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,28 +31,28 @@ from ds_fragment.engines.base import (
 from ds_fragment.engines.gradient import require_current
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.layout import flat_layout
-from ds_fragment.record import note, noted, registry
+from ds_fragment.record import note, noted, record_of, registry
 from ds_fragment.sharding import Sharding
 
 
-@dataclass(slots=True)
-class _Record:
+@dataclass(slots=True, eq=False)
+class _Interval:
     """Where one original parameter is in its unit's flat parameter."""
 
     unit: weakref.ref[Any]  # the FullyShardedDataParallel
     handle: weakref.ref[Any]
     start: int  # in the flat parameter with its padding, in elements
     shape: torch.Size
-    shardings: dict[str, Sharding] = field(default_factory=dict)
 
 
 class Fsdp1Adapter(Adapter):
     """Claims the original parameters of FSDP1 modules; the model must be attached."""
 
     name = "fsdp1"
+    marks = ("_fsdp_flattened", "_base")  # a view of a gathered flat parameter has a base
 
     def learn(self, model: nn.Module) -> None:
-        """Where each original parameter is."""
+        """Note where each original parameter is."""
         for module in model.modules():
             handle = getattr(module, "_handle", None)
             flat = getattr(handle, "flat_param", None)
@@ -64,8 +64,8 @@ class Fsdp1Adapter(Adapter):
                     starts.append(position)
                 position += numel
             for param, start, shape in zip(flat._params, starts, flat._shapes, strict=True):
-                if noted(param, _Record) is None:
-                    note(param, _Record(weakref.ref(module), weakref.ref(handle), start, torch.Size(shape)))
+                if noted(param, _Interval) is None:
+                    note(param, _Interval(weakref.ref(module), weakref.ref(handle), start, torch.Size(shape)))
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether FSDP1 flattened it."""
@@ -77,26 +77,13 @@ class Fsdp1Adapter(Adapter):
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank of the shard group."""
-        record, handle = self._known(param)
+        interval, handle = self._known(param)
         kind = what if what in ("value", "grad") or is_number(what) else "state"
-        if kind not in record.shardings:
-            group, flat = handle.process_group, handle.flat_param
-            replicas = _replicas(record.unit(), handle)
-            if handle.uses_sharded_strategy:
-                layout = flat_layout(record.start, record.shape.numel(), flat._sharded_size.numel(), group.size())
-            else:
-                layout, group = flat_layout(0, record.shape.numel(), record.shape.numel(), 1), None
-            shard = _shard(handle)
-            if is_number(kind):
-                holds = [fragment is not None for fragment in layout.fragments]
-                record.shardings[kind] = number_sharding(what, group, holds, shard.device)
-            else:
-                record.shardings[kind] = Sharding(record.shape, shard.dtype, shard.device, layout, group, replicas)
-        return record.shardings[kind]
+        return record_of(param).sharding(kind, interval, lambda: _sharding(interval, handle, kind))
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's interval."""
-        record, handle = self._known(param)
+        interval, handle = self._known(param)
         sharding = self.sharding(param, "value")
         fragment = sharding.layout.fragments[sharding.rank]
         if what == "grad":
@@ -104,8 +91,8 @@ class Fsdp1Adapter(Adapter):
         if fragment is None:
             return None
         if what == "value":
-            begin = record.start + fragment.offset[0] - sharding.rank * handle.flat_param._sharded_size.numel()
-            return _shard(handle).detach().narrow(0, begin if sharding.group else record.start, fragment.numel)
+            begin = interval.start + fragment.offset[0] - sharding.rank * handle.flat_param._sharded_size.numel()
+            return _shard(handle).detach().narrow(0, begin if sharding.group else interval.start, fragment.numel)
         if what == "grad":
             if param.grad is None:
                 raise missing_gradient(param)
@@ -130,7 +117,7 @@ class Fsdp1Adapter(Adapter):
             )
 
     def require_writable(self, param: torch.Tensor) -> None:
-        """Not while a context of FSDP1's holds the whole parameters, which it writes back at its end."""
+        """Refuse while `summon_full_params` holds the whole parameters, which it writes back at its end."""
         _, handle = self._known(param)
         if handle._training_state.name == "SUMMON_FULL_PARAMS":
             raise FragmentError(
@@ -139,25 +126,25 @@ class Fsdp1Adapter(Adapter):
             )
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Free what is gathered of old values: the next forward, or backward, gathers anew."""
-        records = {id(handle): record for record, handle in map(self._known, params)}
-        for record in records.values():
-            _reshard(record.unit())
+        """Free the gathered copies of old values: the next forward, or backward, gathers again."""
+        intervals = {id(handle): interval for interval, handle in map(self._known, params)}
+        for interval in intervals.values():
+            _reshard(interval.unit())
 
-    def _known(self, param: torch.Tensor) -> tuple[_Record, Any]:
+    def _known(self, param: torch.Tensor) -> tuple[_Interval, Any]:
         if hasattr(param, "_numels_with_padding"):
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is a flat parameter of FSDP1, which is several parameters with padding "
                 "between them: make the FullyShardedDataParallel with use_orig_params=True to read and write each"
             )
-        record = noted(param, _Record)
-        handle = None if record is None else record.handle()
-        if record is None or handle is None:
+        interval = noted(param, _Interval)
+        handle = None if interval is None else interval.handle()
+        if interval is None or handle is None:
             raise UnlinkedParameterError(
                 f"{registry.name_of(param)} is held by FSDP1, which parameters do not know: call attach(model, "
                 "optimizer) with the FSDP module on every rank first"
             )
-        return record, handle
+        return interval, handle
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state; none on a rank that holds nothing."""
@@ -167,6 +154,19 @@ class Fsdp1Adapter(Adapter):
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a flat parameter of low precision."""
         return value_kind(_shard(self._known(param)[1]).dtype)
+
+
+def _sharding(interval: _Interval, handle: Any, kind: str) -> Sharding:
+    """Where a quantity of the parameter is: a number on each rank that holds a part of it, others cut like it."""
+    group, numel, shard = handle.process_group, interval.shape.numel(), _shard(handle)
+    if handle.uses_sharded_strategy:
+        layout = flat_layout(interval.start, numel, handle.flat_param._sharded_size.numel(), group.size())
+    else:
+        layout, group = flat_layout(0, numel, numel, 1), None
+    if is_number(kind):
+        return number_sharding(kind, group, [fragment is not None for fragment in layout.fragments], shard.device)
+    replicas = _replicas(interval.unit(), handle)
+    return Sharding(interval.shape, shard.dtype, shard.device, layout, group, replicas)
 
 
 def _original(param: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ def _original(param: torch.Tensor) -> torch.Tensor:
 
 
 def _reshard(unit: Any) -> None:
-    """Free what a unit has gathered; no communication. One that is at work, or summoned, is left as it is."""
+    """Free the copy that an idle unit has gathered; no communication. A unit in use, or summoned, is left as it is."""
     handle = unit._handle
     if handle is None or handle._training_state.name != "IDLE":
         return

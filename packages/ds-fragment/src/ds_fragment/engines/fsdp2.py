@@ -1,8 +1,8 @@
-"""FSDP2 (`fully_shard`), as far as it is more than DTensors: it tells what gradients are worth, and gathers copies.
+"""FSDP2 (`fully_shard`): DTensors, of which FSDP2 gathers copies, and whose gradients it may not have reduced.
 
 Between a forward and a backward pass the module's parameters may be copies of low precision, gathered or sharded over
-fewer ranks; the sharded parameter is read and written in their place. Copies of old values are given back after a
-write. torch keeps a list of all such modules, so that they are known without `attach`.
+fewer ranks; the sharded parameter is read and written in their place. A write frees copies of old values. torch keeps
+a list of all such modules, so that `attach` is not needed to find them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ds_fragment.record import note, record_of, registry
 
 @dataclass(frozen=True)
 class _Unit:
-    """What FSDP2 keeps of a parameter, weakly: of the parameter itself, and of those that are gathered with it."""
+    """FSDP2's objects for a parameter, weakly: its own, and that of the group which is gathered together."""
 
     param: weakref.ref[Any]  # an FSDPParam
     group: weakref.ref[Any]  # an FSDPParamGroup
-    copy: bool  # whether it is noted of a gathered copy
+    copy: bool  # whether the note is on a gathered copy
 
 
 class _NoUnit:
-    """Noted of a plain tensor: it is not FSDP2's gathered copy of a parameter."""
+    """A note on a plain tensor: it is no gathered copy of FSDP2's."""
 
 
 class Fsdp2Adapter(DTensorAdapter):
@@ -40,7 +40,7 @@ class Fsdp2Adapter(DTensorAdapter):
     name = "fsdp2"
 
     def learn(self, model: nn.Module) -> None:
-        """FSDP2's records of the parameters."""
+        """Note FSDP2's objects for each parameter."""
         for module in model.modules():
             if is_a(module, "torch.distributed.fsdp", "FSDPModule"):
                 _note_units(composable_state(module))
@@ -57,18 +57,6 @@ class Fsdp2Adapter(DTensorAdapter):
         record: Any = unit.param()
         found: torch.Tensor = record.sharded_param if unit.copy else param
         return found
-
-    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
-        """As for any DTensor, if they are gradients that are reduced."""
-        if what == "grad":
-            self._require_reduced(params)
-        return super().pieces(params, what)
-
-    def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
-        """As for any DTensor, if it is a gradient that is reduced."""
-        if what == "grad":
-            self._require_reduced([param])
-        return super().local(param, what)
 
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
         for param in params:
@@ -89,7 +77,7 @@ class Fsdp2Adapter(DTensorAdapter):
             )
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """Give back what is gathered of old values: the next forward, or backward, gathers anew."""
+        """Free the gathered copies of old values: the next forward, or backward, gathers again."""
         units = map(_unit_of, params)
         for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
             if group is not None and not group.is_sharded:
@@ -97,7 +85,7 @@ class Fsdp2Adapter(DTensorAdapter):
 
 
 def _unit_of(param: torch.Tensor) -> _Unit | None:
-    """What FSDP2 keeps of the parameter, or of what it is a gathered copy of; None where it is not FSDP2's."""
+    """FSDP2's objects for the parameter, or for the one that it is a gathered copy of; None if FSDP2 has none."""
     notes = record_of(param).notes
     if _Unit not in notes and _NoUnit not in notes:
         for reference in list(composable_states().values()):

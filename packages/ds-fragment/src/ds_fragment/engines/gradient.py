@@ -1,12 +1,12 @@
-"""Whether the gradient that lies in ``param.grad`` is one to step with, and not multiplied by a loss scale.
+"""Checks that the gradient in ``param.grad`` has not been stepped with, and is not multiplied by a loss scale.
 
 [Note: stepped] A gradient stays in ``param.grad`` after the optimizer has stepped with it. A hook on all of torch's
 optimizers leaves a mark on it then: the version that torch counts of the gradient's memory. A gradient of another
 version, or in another tensor, is a new one.
 
 [Note: scaled] A `torch.amp.GradScaler` multiplies the loss and so the gradients, until ``unscale_(optimizer)``.
-Nothing on a gradient tells. So its ``scale`` is wrapped: the backward pass of a loss that it gives out marks the
-gradients of attached models that it changes.
+Nothing on a gradient shows that. So ``GradScaler.scale`` is wrapped: the backward pass of a loss that it returns marks
+the gradients of attached models that it changes.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _tensors(scaled: Any) -> Iterator[torch.Tensor]:
 
 
 def _watch_backward(scaler: int, _: torch.Tensor) -> None:
-    """At the beginning of the backward pass of a scaled loss, see to it that what it changes is marked at the end."""
+    """At the start of a scaled loss's backward pass, queue a callback that marks the gradients it has changed."""
     before = {id(param): _state(param) for param in _attached()}
 
     def mark() -> None:
@@ -112,7 +112,7 @@ def _watch_backward(scaler: int, _: torch.Tensor) -> None:
             if param.grad is not None and _state(param) != before.get(id(param)):
                 _memory(param.grad).__dict__.setdefault(_SCALED, {})[id(param)] = scaler
 
-    # What engines do at the end of a backward pass is queued during it: after the first of these, before the second.
+    # Engines queue their own callbacks during the pass. The inner one is queued behind those, so that it runs last.
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(mark))
 
@@ -130,10 +130,10 @@ def _state(param: torch.Tensor) -> tuple[int, int] | None:
 
 
 def require_current(owner: torch.Tensor, param: torch.Tensor) -> None:
-    """Raise if the gradient in ``owner.grad`` is not to be stepped with as it is.
+    """Raise if the gradient in ``owner.grad`` is not the one that the next step will use.
 
     Args:
-        owner: what has the gradient: the parameter, or its fp32 master.
+        owner: the tensor that has the gradient: the parameter, or its fp32 master.
         param: the parameter of the model, for messages.
 
     Raises:
@@ -155,7 +155,7 @@ def require_current(owner: torch.Tensor, param: torch.Tensor) -> None:
 
 
 def _is_scaled(owner: torch.Tensor, param: torch.Tensor, memory: torch.Tensor) -> bool:
-    """Whether the gradient came of a scaled loss and was not unscaled since; so it may be where nobody watched."""
+    """Whether the gradient is of a scaled loss and was not unscaled since; assumed of models not attached."""
     scaler = getattr(memory, _SCALED, {}).get(id(owner))
     if scaler is None:
         return not registry.is_named(param)

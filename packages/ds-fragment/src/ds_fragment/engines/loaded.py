@@ -1,4 +1,4 @@
-"""Engines' classes, without importing the engines: who has an object of one has imported it already."""
+"""Engines' classes, looked up without importing the engines: an object exists only if its module was imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_a(thing: object, module: str, name: str) -> bool:
 
 
 def is_dtensor(thing: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. Importing their module takes half a second, which only who has one need pay."""
+    """Whether it is a DTensor, without importing their module, which takes half a second."""
     return isinstance(thing, class_of("torch.distributed.tensor", "DTensor"))
 
 
@@ -47,14 +47,14 @@ def are_dtensors(things: Iterable[object]) -> bool:
 
 
 def composable_states() -> Mapping[Any, weakref.ref[Any]]:
-    """What torch keeps of the modules under `fully_shard` or `replicate`, by module."""
+    """torch's states of the modules under `fully_shard` or `replicate`, by module."""
     states = sys.modules.get("torch.distributed._composable_state")
     found: Mapping[Any, weakref.ref[Any]] = {} if states is None else states._module_state_mapping
     return found
 
 
 def composable_state(module: object) -> object:
-    """What torch keeps of a module under `fully_shard` or `replicate`; None of any other."""
+    """torch's state of a module under `fully_shard` or `replicate`; None of any other."""
     reference = composable_states().get(module)
     return None if reference is None else reference()
 

@@ -1,8 +1,8 @@
-"""What ZeRO-3 has swapped out to NVMe, as tensors in its files.
+"""The tensors that ZeRO-3 has swapped out to NVMe, mapped from its files.
 
-Each swapped tensor has a file of its own. It is mapped into memory, so that a read touches no more than the piece that
-is asked for, what is written there is what DeepSpeed reads next, and nothing of DeepSpeed's changes hands: its own
-functions bring in a parameter's whole group each time, gradients and all, and let go of those that were in no file.
+Each swapped tensor has a file of its own. It is mapped into memory: a read touches only the piece that is asked for,
+and DeepSpeed next reads the values written there. DeepSpeed's own functions are not used, since they bring in a
+parameter's whole group each time, gradients included, and drop gradients that were in no file.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from ds_fragment.sharding import Sharding
 
 
 class PlainAdapter(Adapter):
-    """Claims every tensor that nobody else does: nothing to communicate, the whole is here."""
+    """Claims every tensor that no other adapter does: each rank holds the whole."""
 
     name = "plain"
 
     def learn(self, model: nn.Module) -> None:
-        """Which parameters a DistributedDataParallel, or a DeepSpeedEngine, reduces the gradients of."""
+        """Note the group over which DistributedDataParallel or a DeepSpeedEngine reduces each gradient."""
         for module in model.modules():
             group = _data_parallel_group(module)
             if group is not None:
@@ -40,7 +40,7 @@ class PlainAdapter(Adapter):
         return True
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
-        """All of it is here."""
+        """Whole on this rank."""
         found = self._part(param, self._owned(param), what) if what == "value" else self.local(param, what)
         like = (found.shape, found.dtype, found.device)
         return record_of(param).sharding(like, None, lambda: Sharding(*like, whole(found.shape), None))
@@ -69,12 +69,12 @@ class PlainAdapter(Adapter):
         return self._part(param, entry, what)
 
     def _owned(self, param: torch.Tensor) -> torch.Tensor:
-        """What the optimizer updates: the attached master, or the parameter itself."""
+        """The tensor that the optimizer updates: the attached master, or the parameter itself."""
         master = registry.master_of(param)
         return param if master is None else master
 
     def _part(self, param: torch.Tensor, found: torch.Tensor, what: str) -> torch.Tensor:
-        """The parameter's own, of what the optimizer updates or keeps beside that."""
+        """The parameter's own part of the tensor that the optimizer updates, or of a state of it."""
         return found
 
     def state_keys(self, param: torch.Tensor) -> list[str]:
@@ -126,7 +126,7 @@ def _replicate_group(state: Any) -> dist.ProcessGroup | None:
 
 
 def _warn_of_masters(param: torch.Tensor) -> None:
-    """Say that a value is upcast where an engine may keep its fp32 master unseen."""
+    """Warn that a value is upcast, where an engine that was not attached may keep an fp32 master."""
     if "deepspeed.runtime.engine" in sys.modules and not registry.is_named(param):
         warnings.warn(
             f"the value of {registry.name_of(param)} is its {param.dtype} weight, upcast: if a DeepSpeed engine "

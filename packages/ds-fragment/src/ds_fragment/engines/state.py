@@ -1,13 +1,13 @@
-"""Optimizer state of every kind: what it is, what is read of it, and whether the ranks hold the same.
+"""Optimizer state of every kind: which can be read and how, and whether the ranks hold the same.
 
 [Note: kinds] An optimizer may keep anything beside a parameter. A number, a dense tensor and a DTensor are read as they
-are. A quantised tensor is read through its own ``dequantize``. Everything else is refused, in words that say what it
-is. A plain tensor beside a sharded DTensor parameter is the whole if it has the whole shape, or is one number. Of any
-other shape nothing says what it is a part of: one that is as large as the local tensor may be this rank's piece, or a
-matrix of low rank that all ranks have in common.
+are. A quantised tensor is read through its own ``dequantize``. Everything else raises an error that names its class.
+A plain tensor beside a sharded DTensor parameter is the whole if it has the whole shape, or is one number. Of any
+other shape it is refused: one that is as large as the local tensor may be this rank's piece, or a matrix of low rank
+that all ranks have in common.
 
-[Note: same] What every rank holds whole may still be each rank's own, as a statistic of its local gradient is. So the
-ranks compare it before they read it.
+[Note: same] State that every rank holds whole may still differ over the ranks, as a statistic of the local gradient
+does. So the ranks compare it before they read it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _KEPT_AS = "_ds_fragment_kept_as"  # the attribute of a tensor that was computed
 
 
 def about(param: torch.Tensor, key: str) -> str:
-    """The state in words, for messages."""
+    """The name of the state in messages."""
     return f"optim_state_key '{key}' of {registry.name_of(param)}"
 
 
 def readable(entry: object, param: torch.Tensor, key: str, *, quantised: bool = False) -> torch.Tensor:
-    """What an optimizer keeps, as a tensor: see [Note: kinds]. Python numbers become 0-dimensional tensors.
+    """An entry of an optimizer's state as a tensor: see [Note: kinds]. Python numbers become 0-dimensional tensors.
 
     Args:
-        entry: what it keeps.
+        entry: a tensor, a number, or anything else.
         param: the parameter, for messages.
         key: the state's.
         quantised: whether a quantised tensor may be read.
@@ -59,7 +59,7 @@ def readable(entry: object, param: torch.Tensor, key: str, *, quantised: bool = 
 
 
 def are_dense(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all are of torch's own classes, so that `dense` has nothing to do; fast for many."""
+    """Whether all are of torch's own classes, which `dense` returns as they are; fast for many."""
     return set(map(type, tensors)) <= _DENSE
 
 
@@ -67,7 +67,7 @@ def dense(tensor: torch.Tensor, param: torch.Tensor, key: str, *, quantised: boo
     """A tensor of any class as one of torch's own.
 
     Raises:
-        StateKeyError: its class says nothing of how, or it is sparse.
+        StateKeyError: it is sparse, or of a class that cannot be read as a dense tensor.
     """
     kind: Any = type(tensor)
     if tensor.layout != torch.strided:
@@ -104,7 +104,7 @@ def require_whole(entry: torch.Tensor, param: DTensor, key: str) -> None:
     """Raise unless a plain tensor beside a sharded parameter can only be the whole: see [Note: kinds].
 
     Raises:
-        StateKeyError: nothing says what it is a part of.
+        StateKeyError: it has another shape, and more than one element.
     """
     if entry.shape != param.shape and entry.numel() != 1:
         local = tuple(param._local_tensor.shape)
@@ -116,7 +116,7 @@ def require_whole(entry: torch.Tensor, param: DTensor, key: str) -> None:
 
 
 def other_shape(entry: torch.Tensor, param: torch.Tensor, key: str, shape: torch.Size) -> StateKeyError:
-    """The error for state of a flat tensor that is no number of each element, nor one of all."""
+    """The error for state of a flat tensor that is neither one number an element nor one number."""
     return StateKeyError(
         f"{about(param, key)} has shape {tuple(entry.shape)} for the flat {tuple(shape)} that the parameter is part "
         "of: it is no number of each element, nor one of all"
@@ -124,7 +124,7 @@ def other_shape(entry: torch.Tensor, param: torch.Tensor, key: str, shape: torch
 
 
 def different_state(what: str, names: str) -> StateKeyError:
-    """The error for state that every rank holds whole, and each holds another."""
+    """The error for state that every rank holds whole, with values that differ."""
     return StateKeyError(
         f"'{what}' of {names} differs over the ranks: it is each rank's own, such as a local statistic, and no rank "
         "has the whole; read it in optimizer.state on each rank"

@@ -1,10 +1,9 @@
-"""What an adapter asks an engine for and the engine does not have, in a version that came later.
+"""Private attributes that a later version of an engine has renamed: turned into an `EngineChangedError`.
 
-[Note: private] Adapters read private attributes of torch and DeepSpeed, as nothing public says where the pieces are. A
-later version may rename one. That is no error of the caller's, and more than an `AttributeError`: it is an
-`EngineChangedError`, which says which version lacks what. A failed look-up is taken for one where an adapter made it,
-or what adapters look up engines with (`_READERS`), or code of the engine that these called; and for attributes only
-where the object is of a class of the engine's.
+[Note: private] Adapters read private attributes of torch and DeepSpeed, as there is no public way to find the pieces. A
+later version may rename one. The user then gets an `EngineChangedError`, which names the version and the attribute, in
+place of an `AttributeError`. A failed look-up counts as such where the modules of `_READERS` made it, or code of the
+engine that these called; and an attribute's only where the object is of a class of the engine's.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _READERS = ("ds_fragment.engines.",)
 
 
 class known_engine(contextlib.ContextDecorator):
-    """Raise an `EngineChangedError` where an adapter that is called in it asks an engine for what it does not have."""
+    """Raise an `EngineChangedError` for an attribute that an engine lacks and an adapter called inside reads."""
 
     def __enter__(self) -> None:
         return
@@ -40,7 +39,7 @@ class known_engine(contextlib.ContextDecorator):
 
 
 def engine_changed(error: Exception) -> EngineChangedError | None:
-    """What to raise in the place of a failed look-up; None if it is another error. See [Note: private]."""
+    """The error to raise for a failed look-up; None if the look-up is not an adapter's. See [Note: private]."""
     if not _asked_by_reader(error.__traceback__):
         return None
     if isinstance(error, AttributeError):
@@ -62,7 +61,7 @@ def engine_changed(error: Exception) -> EngineChangedError | None:
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Ask a model's wrappers for what tells that they hold parameters, as adapters take its lack for an answer.
+    """Read the attributes of a model's wrappers by which adapters recognise them, and which they may lack silently.
 
     Raises:
         AttributeError: a wrapper does not have it.
@@ -79,7 +78,7 @@ def check_wrappers(model: nn.Module) -> None:
 
 
 def _asked_by_reader(trace: TracebackType | None) -> bool:
-    """Whether the last caller that is no engine is one of those that read engines' private attributes."""
+    """Whether the innermost caller outside the engines is one of `_READERS`."""
     caller = ""
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
@@ -90,7 +89,7 @@ def _asked_by_reader(trace: TracebackType | None) -> bool:
 
 
 def _modules(thing: object) -> list[str]:
-    """Where an object is from: its module, or those of its class and the bases."""
+    """The modules that an object is from: itself, or those of its class and the bases."""
     if isinstance(thing, ModuleType):
         return [thing.__name__]
     return [kind.__module__ for kind in (thing if isinstance(thing, type) else type(thing)).__mro__]

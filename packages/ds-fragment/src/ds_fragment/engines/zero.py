@@ -35,12 +35,12 @@ from ds_fragment.engines.deepspeed import (
     remembered,
     unused_gradient,
 )
-from ds_fragment.engines.links import link_of
+from ds_fragment.engines.flat import link_of
 from ds_fragment.engines.loaded import class_of
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import GradientUnavailableError, UnlinkedParameterError
 from ds_fragment.layout import Fragment, Layout, flat_layout, whole
-from ds_fragment.record import note, noted, registry
+from ds_fragment.record import note, noted, record_of, registry
 from ds_fragment.sharding import Sharding
 
 _MOMENTUM = "momentum_buffer"
@@ -55,9 +55,10 @@ class FlatSlot(Slot):
 
 
 class DeepSpeedFlatAdapter(DeepSpeedAdapter):
-    """Claims what DeepSpeed linked, and what an attached engine leaves untrained beside it."""
+    """Claims parameters that DeepSpeed linked, and those that an attached engine leaves untrained."""
 
     name = "deepspeed zero-1/2"
+    marks = ("_hp_mapping", FlatSlot)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether DeepSpeed linked the parameter, by its own `link_hp_params` or by that of this package."""
@@ -65,7 +66,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         if link is not None and link.owner is not None:
             return False
         slot = noted(param, FlatSlot)
-        if slot is not None and slot.optimizer is not None and slot.optimizer() is not None:
+        if slot is not None and slot.engine is not None:
             return True
         if not hasattr(param, "_hp_mapping"):
             return False
@@ -77,20 +78,20 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         return noted(param, FlatSlot) is not None
 
     def learn(self, model: nn.Module) -> None:
-        """The optimizer of a DeepSpeedEngine."""
+        """Note where the optimizer of a DeepSpeedEngine keeps each parameter."""
         optimizer = getattr(model, "optimizer", None)
         if not _is_flat(optimizer):
             return
         self._learn_optimizer(optimizer)
         for param in model.parameters():
             if not hasattr(param, "_hp_mapping"):
-                note(
-                    param, FlatSlot(param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED)
-                )
+                slot = FlatSlot(param.shape, whole(param.shape), None, weakref.ref(optimizer), untrained=UNTRAINED)
+                note(param, slot)
 
     def _learn_optimizer(self, optimizer: Any) -> None:
         reference = weakref.ref(optimizer)
-        for index, params in enumerate(_params(optimizer)):
+        groups = optimizer.bf16_groups if _is_bf16(optimizer) else optimizer.round_robin_bit16_groups
+        for index, params in enumerate(groups):  # the trained parameters, in the order of the concatenation
             group, size = optimizer.real_dp_process_group[index], self._flat(optimizer, index).numel()
             held = params if _is_bf16(optimizer) else optimizer.params_in_partition[index]
             positions = {id(param): position for position, param in enumerate(held)}
@@ -98,17 +99,16 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             for param, start in zip(params, _starts(optimizer, index, params), strict=True):
                 layout = flat_layout(start, param.numel(), size, group.size())
                 slot = FlatSlot(param.shape, layout, group, reference, index, position=positions.get(id(param), -1))
-                fragment = layout.fragments[group.rank()]
-                if fragment is not None:
-                    slot.start = start + fragment.offset[0] - group.rank() * size
+                if slot.numel:
+                    slot.start = start + slot.offset - group.rank() * size
                     gaps += slot.start > end_of_last
                     slot.gaps, end_of_last = gaps, slot.start + slot.numel
                 note(param, slot)
                 if getattr(optimizer, "cpu_offload", False):
-                    self._watch(param, optimizer, self._begins_on)
+                    self._watch(param, optimizer)
 
     def _learn_living(self) -> None:
-        """Learn every BF16_Optimizer that there is: unlike other optimizers it leaves no trace on its parameters."""
+        """Learn every living BF16_Optimizer: unlike other optimizers it sets no hook on its parameters."""
         kind = class_of("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer")
         for thing in gc.get_objects():
             if type(thing) is kind and getattr(thing, "fp32_groups_flat_partition", None):
@@ -116,12 +116,12 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
 
     def _slot(self, param: torch.Tensor) -> Slot:
         slot = noted(param, FlatSlot)
-        if slot is None or slot.optimizer is None or slot.optimizer() is None:
+        if slot is None or slot.engine is None:
             optimizer = _discovered(param)
-            if optimizer is not None:
-                self._learn_optimizer(optimizer)
-            else:
+            if optimizer is None:
                 self._learn_living()
+            else:
+                self._learn_optimizer(optimizer)
             slot = noted(param, FlatSlot)
         if slot is None:
             raise UnlinkedParameterError(
@@ -136,36 +136,36 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         found: torch.Tensor = flats[index]
         return found
 
-    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
+    def _lp_part(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
         return param.detach()
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """As for every stage, but BF16_Optimizer keeps the whole of each gradient on every rank."""
         slot = self._slot(param)
         if what == "grad" and not slot.untrained and _is_bf16(self._optimizer(param, slot)):
-            if what not in slot.shardings:
-                everything = flat_layout(0, param.numel(), param.numel(), 1)
-                slot.shardings[what] = Sharding(slot.shape, torch.float32, param.device, everything, None)
-            return slot.shardings[what]
+            everything = flat_layout(0, param.numel(), param.numel(), 1)
+            like = (slot.shape, torch.float32, param.device)
+            return record_of(param).sharding("grad", slot, lambda: Sharding(*like, everything, None))
         if _is_whole_momentum(param, slot, what):
-            return _momentum_sharding(slot, self._momentum(param, slot)[0])
+            buffer, _ = self._momentum(param, slot)
+            return record_of(param).sharding((what, buffer.dtype), slot, lambda: _momentum_sharding(slot, buffer))
         return super().sharding(param, what)
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As for every stage, but for Muon's momentum."""
         if what != _MOMENTUM:
             return super().pieces(params, what)
-        return [self._momentum_piece(param, self._slot(param)) for param in params]
+        return [
+            self._momentum(param, slot)[1]
+            if _is_whole_momentum(param, slot, what)
+            else DeepSpeedAdapter.pieces(self, [param], what)[0]
+            for param, slot in zip(params, map(self._slot, params), strict=True)
+        ]
 
-    def _momentum_piece(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
-        if _is_whole_momentum(param, slot, _MOMENTUM):
-            return self._momentum(param, slot)[1]
-        return super().pieces([param], _MOMENTUM)[0]
-
-    def _entry(self, param: torch.Tensor, slot: Slot, key: str) -> torch.Tensor:
-        return (
-            self._momentum(param, slot)[0] if _is_whole_momentum(param, slot, key) else super()._entry(param, slot, key)
-        )
+    def _source(self, param: torch.Tensor, slot: Slot, what: str) -> torch.Tensor:
+        if _is_whole_momentum(param, slot, what):
+            return self._momentum(param, slot)[0]
+        return super()._source(param, slot, what)
 
     def _momentum(self, param: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Muon's momentum on this rank, and the parameter's part of it: see [Note: Muon].
@@ -188,7 +188,6 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
             return _gradient_bf16(param, slot, optimizer)
         if optimizer.cpu_offload:
             return self._gradient_offloaded(param, slot, optimizer)
-        offset = _offset(slot)
         reduced = optimizer.averaged_gradients.get(slot.index)
         if reduced is not None and _is_muon(param, optimizer):
             raise no_gradient(param, _ORTHOGONALISED)
@@ -198,7 +197,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         summed = getattr(optimizer, "all_grad_tensors", {})  # an older DeepSpeed sums where it averages
         running = summed.get(slot.index) if optimizer.partition_gradients else None
         if running is not None:  # whole tensors, of which only this rank's fragment is reduced
-            return running[slot.position].view(-1).narrow(0, offset, slot.numel) if slot.numel else None
+            return running[slot.position].view(-1).narrow(0, slot.offset, slot.numel) if slot.numel else None
         raise _missing(param, optimizer, others=False)
 
     def _gradient_offloaded(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
@@ -220,7 +219,7 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         running: torch.Tensor = optimizer.accumulated_grads_in_cpu[identity].view(-1)
         if optimizer.low_precision_master_weights_and_grads:
             return running
-        return running.narrow(0, _offset(slot), slot.numel)
+        return running.narrow(0, slot.offset, slot.numel)
 
     def _begins_on(self, param: torch.Tensor, optimizer: Any) -> torch.Tensor | bool | None:
         identity = optimizer.get_param_id(param)
@@ -246,37 +245,31 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
                     param.data.copy_(value)
             return
         chosen = [(param, slot) for param, slot in zip(params, slots, strict=True) if not slot.untrained]
-        shardings = [slot.sharding("lp", param.dtype, param.device) for param, slot in chosen]
+        shardings = [slot.sharding(param, "lp", param.dtype) for param, slot in chosen]
         spread(
             [param for param, _ in chosen], shardings, lambda items: self.pieces([chosen[i][0] for i in items], "value")
         )
 
 
 def _is_muon(param: torch.Tensor, optimizer: Any) -> bool:
-    """Whether DeepSpeed's Muon updates the parameter; told as DeepSpeed tells it."""
+    """Whether DeepSpeed's Muon updates the parameter; by the test that DeepSpeed makes."""
     return bool(getattr(param, "use_muon", False)) and "muon" in type(optimizer.optimizer).__name__.lower()
 
 
 def _is_whole_momentum(param: torch.Tensor, slot: Slot, what: str) -> bool:
     """Whether a quantity is a momentum that is not cut like the flat partition: see [Note: Muon]."""
-    if what != _MOMENTUM or slot.untrained or slot.optimizer is None:
+    if what != _MOMENTUM or slot.untrained or slot.engine is None:
         return False
-    optimizer: Any = slot.optimizer()
-    if optimizer is None or _is_bf16(optimizer) or optimizer.cpu_offload:
-        return False
-    return _is_muon(param, optimizer)
+    return not _is_bf16(slot.engine) and not slot.engine.cpu_offload and _is_muon(param, slot.engine)
 
 
 def _momentum_sharding(slot: Slot, buffer: torch.Tensor) -> Sharding:
     """The whole on each rank that holds a part of the parameter; the first of them sends it."""
-    key = (_MOMENTUM, buffer.dtype)
-    if key not in slot.shardings:
-        everything = Fragment((0,), (slot.shape.numel(),))
-        fragments = tuple(None if fragment is None else everything for fragment in slot.layout.fragments)
-        holders = [rank for rank, fragment in enumerate(fragments) if fragment is not None]
-        layout = Layout(slot.layout.shape, fragments, frozenset(holders[1:]))
-        slot.shardings[key] = Sharding(slot.shape, buffer.dtype, buffer.device, layout, slot.group)
-    return slot.shardings[key]
+    everything = Fragment((0,), (slot.shape.numel(),))
+    fragments = tuple(None if fragment is None else everything for fragment in slot.layout.fragments)
+    holders = [rank for rank, fragment in enumerate(fragments) if fragment is not None]
+    layout = Layout(slot.layout.shape, fragments, frozenset(holders[1:]))
+    return Sharding(slot.shape, buffer.dtype, buffer.device, layout, slot.group)
 
 
 def _is_bf16(optimizer: Any) -> bool:
@@ -285,13 +278,6 @@ def _is_bf16(optimizer: Any) -> bool:
 
 def _is_flat(optimizer: Any) -> bool:
     return _is_bf16(optimizer) or hasattr(optimizer, "single_partition_of_fp32_groups")
-
-
-def _params(optimizer: Any) -> list[list[torch.Tensor]]:
-    """The trained parameters of each group, in the order in which they are concatenated."""
-    found: list[list[torch.Tensor]]
-    found = optimizer.bf16_groups if _is_bf16(optimizer) else optimizer.round_robin_bit16_groups
-    return found
 
 
 def _starts(optimizer: Any, index: int, params: Sequence[torch.Tensor]) -> list[int]:
@@ -310,12 +296,6 @@ def _discovered(param: torch.Tensor) -> Any:
                 if _is_flat(cell.cell_contents):
                     return cell.cell_contents
     return None
-
-
-def _offset(slot: Slot) -> int:
-    """Where this rank's fragment begins in the flattened parameter."""
-    fragment = slot.layout.fragments[0 if slot.group is None else slot.group.rank()]
-    return 0 if fragment is None else fragment.offset[0]
 
 
 def _gradient_bf16(param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:

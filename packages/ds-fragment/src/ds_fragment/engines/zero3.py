@@ -46,40 +46,42 @@ class Zero3Adapter(DeepSpeedAdapter):
     """Claims partitioned parameters, which know their optimizer."""
 
     name = "deepspeed zero-3"
+    marks = ("ds_id",)
 
     def claims(self, param: torch.Tensor) -> bool:
         """Whether ZeRO-3 partitioned the parameter."""
         return hasattr(param, "ds_id")
 
     def learn(self, model: nn.Module) -> None:
-        """Nothing is needed but to tell gradients that began on an earlier step's from those that did not."""
+        """Watch for gradients that are added to an earlier step's; parameters know the rest themselves."""
         for param in model.parameters():
             if self.claims(param):
                 slot = self._slot(param)
-                if slot.optimizer is not None and not slot.untrained and slot.numel:
-                    self._watch(param, slot.optimizer(), self._begins_on)
+                if slot.engine is not None and not slot.untrained and slot.numel:
+                    self._watch(param, slot.engine)
 
     def _slot(self, param: torch.Tensor) -> Slot:
         optimizer = getattr(param, "_z3_optimizer", None)
         slot = noted(param, Zero3Slot)
-        if slot is None or (None if slot.optimizer is None else slot.optimizer()) is not optimizer:
+        if slot is None or slot.engine is not optimizer:
             slot = _slot_of(param, optimizer)
             note(param, slot)
         return slot
 
     def _flat(self, optimizer: Any, index: int) -> torch.Tensor:
-        return nvme.flat_of(optimizer, index) if nvme.is_swapped(optimizer, index) else self._key(optimizer, index)
-
-    def _key(self, optimizer: Any, index: int) -> torch.Tensor:
         found: torch.Tensor = optimizer.fp32_partitioned_groups_flat[index]
         return found
 
-    def _kept(self, optimizer: Any, index: int, entry: torch.Tensor) -> torch.Tensor:
-        return nvme.entry_of(optimizer, index, entry) if nvme.is_swapped(optimizer, index) else entry
+    def _readable(self, optimizer: Any, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        if not nvme.is_swapped(optimizer, index):
+            return tensor
+        if tensor is self._flat(optimizer, index):
+            return nvme.flat_of(optimizer, index)
+        return nvme.entry_of(optimizer, index, tensor)
 
     def _dtype(self, optimizer: Any, index: int) -> torch.dtype:
         swapped = nvme.is_swapped(optimizer, index)
-        return nvme.dtype_of(optimizer, index) if swapped else self._key(optimizer, index).dtype
+        return nvme.dtype_of(optimizer, index) if swapped else super()._dtype(optimizer, index)
 
     def _base_optimizer(self, optimizer: Any, index: int) -> torch.optim.Optimizer:
         devices = getattr(optimizer, "subgroup_to_device", {})  # some stay on the device where ratio < 1
@@ -87,54 +89,62 @@ class Zero3Adapter(DeepSpeedAdapter):
         found: torch.optim.Optimizer = optimizer.backup_optimizer if kept else optimizer.optimizer
         return found
 
-    def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
-        return _part(param, slot)
+    def _lp_part(self, param: Any, slot: Slot) -> torch.Tensor:
+        """Without its padding."""
+        part: torch.Tensor = param.ds_tensor
+        name, status = registry.name_of(param), _status(part)
+        if hasattr(part, "ds_quant_scale"):
+            raise FragmentError(f"{name} is quantised (zero_quantized_nontrainable_weights): it has no readable value")
+        if status == "NOT_AVAILABLE":
+            in_file = nvme.part_of(param)
+            if in_file is not None:
+                part, status = in_file, "AVAILABLE"
+        if part.numel() < slot.numel or status != "AVAILABLE":
+            raise FragmentError(f"{name} is offloaded, or on its way from NVMe: bring it back first")
+        return part.detach().narrow(0, 0, slot.numel)
 
-    def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
+    def _gradient(self, param: Any, slot: Slot, optimizer: Any) -> torch.Tensor | None:
         if not slot.numel:
             return None  # the ranks that hold it say whether there is one
         reduced = remembered(optimizer, "_offload_boundary_param_ids")
-        if _identity(param) not in reduced:
+        if param.ds_id not in reduced:
             if param.grad is not None:
                 raise no_gradient(param, UNREDUCED)
             raise unused_gradient(param, UNUSED, others=bool(reduced))
         if is_mixed(param):
             raise no_gradient(param, MIXED)
         if _in_fp32_tensors(optimizer) and not nvme.is_swapped(optimizer, slot.index):
-            return self._stepped(slot, optimizer)
+            # An optimizer that is offloaded to the CPU steps with this.
+            gradient: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
+            return gradient.narrow(0, slot.start, slot.numel)
         return self._running(param, slot, optimizer)
 
-    def _stepped(self, slot: Slot, optimizer: Any) -> torch.Tensor:
-        """What an optimizer that is offloaded to the CPU will step with."""
-        gradient: torch.Tensor = self._flat(optimizer, slot.index).grad  # type: ignore[assignment]
-        return gradient.narrow(0, slot.start, slot.numel)
-
-    def _running(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor:
-        """The sum over the window so far, which an optimizer on the device will step with, and what went to NVMe."""
-        found: torch.Tensor = getattr(optimizer, _GRADIENTS)[_identity(param)]
+    def _running(self, param: Any, slot: Slot, optimizer: Any) -> torch.Tensor:
+        """The sum over the window so far, with which an optimizer on the device or on NVMe steps."""
+        found: torch.Tensor = getattr(optimizer, _GRADIENTS)[param.ds_id]
         return found.narrow(0, 0, slot.numel)
 
-    def _begins_on(self, param: torch.Tensor, optimizer: Any) -> torch.Tensor | bool | None:
+    def _begins_on(self, param: Any, optimizer: Any) -> torch.Tensor | bool | None:
         if optimizer.micro_step_id == 0:
             return False
-        if _identity(param) in remembered(optimizer, "_offload_boundary_param_ids"):
+        if param.ds_id in remembered(optimizer, "_offload_boundary_param_ids"):
             return None
         return self._running(param, self._slot(param), optimizer)
 
-    def _after_gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
+    def _after_gradient(self, param: Any, slot: Slot, optimizer: Any, stored: torch.Tensor) -> None:
         if _in_fp32_tensors(optimizer):
             if nvme.is_swapped(optimizer, slot.index):
                 nvme.put_gradient(optimizer, slot.index, slot.start, stored)
             else:
                 self._running(param, slot, optimizer).copy_(stored)  # where DeepSpeed looks for overflows
-            optimizer.norm_for_param_grads[_identity(param)] = stored.norm()
+            optimizer.norm_for_param_grads[param.ds_id] = stored.norm()
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Round the new values into the low-precision parts, and into parameters that are gathered right now."""
         gathered = []
         for item, param in enumerate(params):
             slot, handle = self._slot(param), cast(Any, param)
-            part, master = _part(param, slot), self.local(param, "value")
+            part, master = self._lp_part(param, slot), self.local(param, "value")
             if master is not None and not slot.untrained:
                 part.copy_(master)
             in_file = nvme.part_of(param) if _status(handle.ds_tensor) == "AVAILABLE" else None
@@ -149,7 +159,7 @@ class Zero3Adapter(DeepSpeedAdapter):
             return
         slots = [self._slot(params[item]) for item in gathered]
         chosen = [params[item] for item in gathered]
-        shardings = [slot.sharding("lp", param.dtype, param.device) for param, slot in zip(chosen, slots, strict=True)]
+        shardings = [slot.sharding(param, "lp", param.dtype) for param, slot in zip(chosen, slots, strict=True)]
         spread(chosen, shardings, lambda items: self.pieces([chosen[i] for i in items], "value"))
 
 
@@ -167,29 +177,9 @@ def _slot_of(param: Any, optimizer: Any) -> Zero3Slot:
     return slot
 
 
-def _identity(param: Any) -> int:
-    identity: int = param.ds_id
-    return identity
-
-
 def _in_fp32_tensors(optimizer: Any) -> bool:
     """Whether the gradients are in the fp32 tensors of an offloaded optimizer already."""
     return bool(optimizer.offload_optimizer and at_boundary(optimizer))
-
-
-def _part(param: Any, slot: Slot) -> torch.Tensor:
-    """This rank's low-precision part without its padding."""
-    part: torch.Tensor = param.ds_tensor
-    name, status = registry.name_of(param), _status(part)
-    if hasattr(part, "ds_quant_scale"):
-        raise FragmentError(f"{name} is quantised (zero_quantized_nontrainable_weights): it has no readable value")
-    if status == "NOT_AVAILABLE":
-        in_file = nvme.part_of(param)
-        if in_file is not None:
-            part, status = in_file, "AVAILABLE"
-    if part.numel() < slot.numel or status != "AVAILABLE":
-        raise FragmentError(f"{name} is offloaded, or on its way from NVMe: bring it back first")
-    return part.detach().narrow(0, 0, slot.numel)
 
 
 def _status(part: Any) -> str:

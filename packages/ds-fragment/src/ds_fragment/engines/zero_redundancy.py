@@ -1,6 +1,6 @@
 """`ZeroRedundancyOptimizer`: parameters are whole on every rank, each one's optimizer state is on one rank alone.
 
-What state a rank keeps only that rank knows, so shapes and dtypes travel once, for all parameters together.
+Only the owner of a state has its shape and dtype: the ranks exchange those once, for all parameters together.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ds_fragment.engines.base import Adapter, state_entry
+from ds_fragment.engines.base import state_entry
 from ds_fragment.engines.loaded import is_a
 from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import StateKeyError, StateNotReadyError
 from ds_fragment.layout import Fragment, Layout
-from ds_fragment.record import registry
+from ds_fragment.record import record_of, registry
 from ds_fragment.sharding import Sharding
 
 # By parameter index: by state key, shape and dtype; or why it cannot be read.
 _Table = dict[int, dict[str, tuple[torch.Size, torch.dtype] | str]]
 
 
-class ZeroRedundancyAdapter(Adapter):
+class ZeroRedundancyAdapter(PlainAdapter):
     """Claims parameters whose attached optimizer is a ZeroRedundancyOptimizer."""
 
     name = "zero redundancy optimizer"
 
     def __init__(self) -> None:
-        self._plain = PlainAdapter()
-        self._tables: MutableMapping[Any, tuple[_Table, dict[tuple[int, str], Sharding]]] = weakref.WeakKeyDictionary()
-
-    def learn(self, model: nn.Module) -> None:
-        """What DistributedDataParallel says of the gradients."""
-        self._plain.learn(model)
+        self._tables: MutableMapping[Any, _Table] = weakref.WeakKeyDictionary()  # by optimizer
 
     def empty(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """Of the parameter's dtype: only the owner of a state knows that of the state."""
@@ -53,11 +47,9 @@ class ZeroRedundancyAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Whole on every rank; optimizer state is the owner's to send. The first call for state is collective."""
         if what in ("value", "grad"):
-            return self._plain.sharding(param, what)
+            return super().sharding(param, what)
         optimizer = _optimizer(param)
-        index = optimizer._param_to_index[param]
-        table, shardings = self._table(optimizer)
-        state = table.get(index, {})
+        state = self._table(optimizer).get(optimizer._param_to_index[param], {})
         if not state:
             raise StateNotReadyError(
                 f"{registry.name_of(param)} has no optimizer state yet: the optimizer makes it at its first step"
@@ -70,17 +62,18 @@ class ZeroRedundancyAdapter(Adapter):
         known = state[what]
         if isinstance(known, str):
             raise StateKeyError(known)
-        if (index, what) not in shardings:
+        group, owner = optimizer.process_group, optimizer._param_to_rank[param]
+
+        def make() -> Sharding:
             shape, dtype = known
-            group = optimizer.process_group
-            owner = optimizer._param_to_rank[param]
             everything = Fragment((0,) * len(shape), tuple(shape))
             fragments = tuple(everything if rank == owner else None for rank in range(group.size()))
-            shardings[index, what] = Sharding(shape, dtype, param.device, Layout(tuple(shape), fragments), group)
-        return shardings[index, what]
+            return Sharding(shape, dtype, param.device, Layout(tuple(shape), fragments), group)
 
-    def _table(self, optimizer: Any) -> tuple[_Table, dict[tuple[int, str], Sharding]]:
-        """What state there is; told by all ranks to all as long as some have none."""
+        return record_of(param).sharding(what, (*known, owner, group), make)
+
+    def _table(self, optimizer: Any) -> _Table:
+        """The state that the ranks keep; every rank tells it to all others, at each call until all have state."""
         found = self._tables.get(optimizer)
         if found is None:
             mine: _Table = {
@@ -90,19 +83,19 @@ class ZeroRedundancyAdapter(Adapter):
             }
             tables: list[Any] = [None] * optimizer.process_group.size()
             dist.all_gather_object(tables, mine, group=optimizer.process_group)
-            found = ({index: state for table in tables for index, state in table.items()}, {})
-            if len(found[0]) == len(optimizer._param_to_index):
+            found = {index: state for table in tables for index, state in table.items()}
+            if len(found) == len(optimizer._param_to_index):
                 self._tables[optimizer] = found
         return found
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """Nothing that lasts: what tells is collective as long as some ranks have no state."""
+        """Never equal: a survey is made at each call, as the look-up is collective until all ranks have state."""
         return [object() for _ in params]
 
-    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
-        """The whole, where it is."""
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:  # type: ignore[override]
+        """The whole; of state None unless this rank owns it."""
         if what in ("value", "grad"):
-            return self._plain.local(param, what)
+            return super().local(param, what)
         optimizer = _optimizer(param)
         if optimizer._param_to_rank[param] != optimizer.process_group.rank():
             return None
@@ -111,19 +104,11 @@ class ZeroRedundancyAdapter(Adapter):
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the owner's state; collective like the first read of state."""
         optimizer = _optimizer(param)
-        return list(self._table(optimizer)[0].get(optimizer._param_to_index[param], {}))
-
-    def master(self, param: torch.Tensor) -> str:
-        """As for a plain parameter."""
-        return self._plain.master(param)
-
-    def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
-        """As for plain parameters."""
-        self._plain.refresh_lp(params, values)
+        return list(self._table(optimizer).get(optimizer._param_to_index[param], {}))
 
 
 def _metadata(state: dict[str, Any], param: torch.Tensor, key: str) -> tuple[torch.Size, torch.dtype] | str:
-    """What travels of a state; why not, for the ranks that have to be told."""
+    """Shape and dtype of a state, for the other ranks; or the reason why it cannot be read."""
     try:
         entry = state_entry(state, param, key, quantised=True)
     except StateKeyError as error:

@@ -1,4 +1,4 @@
-"""The one switch between the CUDA kernels and plain torch."""
+"""The one switch between the CUDA kernels and torch's own operators, and the report on which of them is in use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.kernels.errors import KernelError
-from ds_fragment.kernels.library import loaded
+from ds_fragment.kernels.library import KernelError, loaded
 
 Choice = Literal["auto", "cuda", "reference"]
 
@@ -27,7 +26,7 @@ def _valid(choice: str, what: str) -> Choice:
 
 
 def chosen() -> Choice:
-    """What is in force: the innermost `use_kernels`, else the variable DS_FRAGMENT_KERNELS, else ``auto``."""
+    """The choice in force: the innermost `use_kernels`, else the variable DS_FRAGMENT_KERNELS, else ``auto``."""
     inside = _chosen.get()
     return _valid(os.environ.get(VARIABLE) or "auto", VARIABLE) if inside is None else inside
 
@@ -60,7 +59,7 @@ def usable(device: torch.device) -> bool:
     """Whether the kernels are chosen and run on a device.
 
     Raises:
-        KernelError: they are asked for, and do not.
+        KernelError: ``cuda`` is chosen, and they do not run there.
     """
     if device.type != "cuda":
         return False
@@ -71,3 +70,35 @@ def usable(device: torch.device) -> bool:
     if reason is not None and choice == "cuda":
         raise KernelError(f"the CUDA kernels were asked for, but {reason}")
     return reason is None
+
+
+def why_reference() -> str | None:
+    """Why torch moves the fragments of CUDA tensors here; None if the kernels do."""
+    if chosen() == "reference":
+        return f"it was chosen ({VARIABLE} or use_kernels)"
+    found = loaded()
+    reason = found.why_no_device()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    return found.why_not(torch.cuda.current_device())
+
+
+def report() -> dict[str, str]:
+    """The library, what it was compiled for, the driver, the devices, and what is in use; one line each."""
+    found = loaded()
+    reason = why_reference()
+    lines = {"library": str(found.path) if found.library is not None else f"none: {found.reason}"}
+    if found.library is not None:
+        lines["architectures"] = found.architectures
+        lines["compiled with"] = f"CUDA {found.toolkit}"
+        lines["driver"] = f"runs CUDA up to {found.driver}" if found.driver else "none"
+    lines["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    for index in range(torch.cuda.device_count()):
+        capability = "".join(map(str, torch.cuda.get_device_capability(index)))
+        state = found.why_not(index) or "ready"
+        lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{capability}: {state}"
+    lines["choice"] = chosen()
+    lines["in use"] = "CUDA kernels" if reason is None else f"torch's own operators, because {reason}"
+    return lines

@@ -6,17 +6,20 @@ import ctypes
 import functools
 import os
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_fragment.kernels.errors import KernelError
+from ds_fragment.errors import FragmentError
 
 ABI = 3  # DSF_ABI of csrc/ds_fragment.h
 WORKSPACE_BYTES = 65536  # DSF_WORKSPACE
 MIXED = 0xFE  # DSF_MIXED
-LINE = 128  # DSF_LINE
 LIBRARY = Path(__file__).with_name("libds_fragment.so")
 PATH_VARIABLE = "DS_FRAGMENT_LIBRARY"
+
+
+class KernelError(FragmentError, RuntimeError):
+    """The CUDA kernels were asked for and cannot run, or a launch failed; the message says why."""
 
 
 class Work(ctypes.Structure):
@@ -31,7 +34,7 @@ class Work(ctypes.Structure):
         ("device", c_int32),
         ("kind", c_uint32),  # of all pieces, or MIXED
         ("stream", c_void_p),
-        ("dst_base", c_uint64),  # added to the table's addresses; multiples of LINE
+        ("dst_base", c_uint64),  # added to the table's addresses; 0, as those are absolute
         ("src_base", c_uint64),
     )
 
@@ -50,20 +53,10 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "dsf_ready": (c_int, (c_int,)),  # device
     "dsf_capturing": (c_int, (c_void_p,)),  # stream
     "dsf_error": (c_char_p, (c_int,)),  # code
+    # n, dsts, srcs, numels, kinds (n bytes), groups, align_source, out (host), bytes, need; returns chunks, or -1
     "dsf_plan": (
-        c_int64,  # chunks, or -1
-        (
-            c_int64,  # n
-            _u64s,  # dsts
-            _u64s,  # srcs
-            _u64s,  # numels
-            c_char_p,  # kinds, n bytes
-            c_uint32,  # groups
-            c_int,  # align_source
-            c_void_p,  # out, host
-            c_uint64,  # bytes
-            POINTER(c_uint64),  # need
-        ),
+        c_int64,
+        (c_int64, _u64s, _u64s, _u64s, c_char_p, c_uint32, c_int, c_void_p, c_uint64, POINTER(c_uint64)),
     ),
     # device, host, bytes, zeroed, out
     "dsf_keep": (c_int, (c_int, c_void_p, c_uint64, c_uint64, POINTER(c_void_p))),
@@ -77,11 +70,12 @@ SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """The library, if it could be loaded, and else why not."""
+    """The library, or the reason why it could not be loaded."""
 
     path: Path
     library: ctypes.CDLL | None
     reason: str | None
+    _ready: dict[int, str | None] = field(default_factory=dict, compare=False)  # by device, see `why_not`
 
     @property
     def architectures(self) -> str:
@@ -118,12 +112,8 @@ class Loaded:
         assert self.library is not None
         return f"{self.library.dsf_error(code).decode()} (CUDA error {code})"
 
-    @functools.cached_property
-    def _ready(self) -> dict[int, str | None]:
-        return {}
-
     def why_not(self, device: int) -> str | None:
-        """Why the kernels do not run on a device, or None if they do; asked of the driver once."""
+        """Why the kernels do not run on a device, or None if they do; the driver is asked once."""
         if self.library is None:
             return self.reason
         if device not in self._ready:
@@ -134,11 +124,7 @@ class Loaded:
         return self._ready[device]
 
     def check(self, code: int, what: str) -> None:
-        """Raise what CUDA says of a launch.
-
-        Raises:
-            KernelError: the code is not 0.
-        """
+        """Raise `KernelError` with what CUDA says, unless the code is 0."""
         if code != 0:
             raise KernelError(f"{what} failed: {self.error(code)}")
 
@@ -148,7 +134,7 @@ def _release(version: int) -> str:
 
 
 def load(path: Path) -> Loaded:
-    """Load the library at a path; what goes wrong is the answer's reason."""
+    """Load the library at a path; a failure becomes the reason."""
     if not path.is_file():
         return Loaded(
             path,
@@ -158,17 +144,15 @@ def load(path: Path) -> Loaded:
         )
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return Loaded(path, None, f"{path.name} could not be loaded: {error}")
-    try:
         library.dsf_abi.restype, library.dsf_abi.argtypes = c_int, []
-        found = library.dsf_abi()
-        if found != ABI:
+        if (found := library.dsf_abi()) != ABI:
             reason = f"{path.name} has interface {found} where this version needs {ABI}: reinstall ds-fragment"
             return Loaded(path, None, reason)
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
+    except OSError as error:
+        return Loaded(path, None, f"{path.name} could not be loaded: {error}")
     except AttributeError as error:
         return Loaded(path, None, f"{path.name} is not the library of this version: {error}; reinstall ds-fragment")
     return Loaded(path, library, None)

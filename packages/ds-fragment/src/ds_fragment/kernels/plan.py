@@ -12,14 +12,12 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from ds_fragment.kernels.errors import KernelError
-from ds_fragment.kernels.library import MIXED, WORKSPACE_BYTES, Loaded, Work
+from ds_fragment.kernels.library import MIXED, WORKSPACE_BYTES, KernelError, Loaded, Work
 
 Op = Literal["copy", "gather_grads", "norm", "publish"]
 
@@ -31,9 +29,7 @@ BLOCKS: dict[Op, int] = {"copy": EACH_CHUNK, "gather_grads": 0, "norm": 0, "publ
 
 SAME = 15 | 15 << 4  # DSF_BYTES on both sides
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsf_type
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-_nbytes, _dtype = attrgetter("nbytes"), attrgetter("dtype")
-
+PLAIN = {torch.Tensor, torch.nn.Parameter}  # types that are memory and nothing else
 
 # The same as torch.cuda.current_stream(device).cuda_stream, without an object in between; what Triton launches on.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -51,122 +47,76 @@ def kind_of(op: Op, dst: torch.dtype, src: torch.dtype) -> int | None:
     return CODES[src] | CODES[dst] << 4 if src in CODES and dst in CODES else None
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """What a list of tensors is made of, column by column, since that is the fastest way to ask.
+class Pieces(NamedTuple):
+    """What goes to the kernel, column by column."""
 
-    Attributes:
-        addresses: of the first elements.
-        sizes: in bytes.
-        dtypes: one each.
-        contiguous: one each.
-    """
-
-    addresses: list[int]
-    sizes: list[int]
-    dtypes: list[torch.dtype]
-    contiguous: list[bool]
-
-    @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor]) -> Columns:
-        """Ask every tensor."""
-        columns = (torch.Tensor.data_ptr, _nbytes, _dtype, torch.Tensor.is_contiguous)
-        return cls(*(list(map(column, tensors)) for column in columns))
-
-
-def plain(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether the tensor is nothing but contiguous memory of the device."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.device == device
-        and tensor.layout == torch.strided
-        and tensor.is_contiguous()
-        and not (tensor.is_neg() or tensor.is_conj())
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What goes to the kernel, column by column.
-
-    Attributes:
-        dsts: addresses; the sources' where nothing is written.
-        srcs: addresses.
-        numels: elements, or bytes where both dtypes are the same; 0 for what does not go to the kernel.
-        kinds: one byte each, see `kind_of`.
-        rest: the positions of the pairs that torch has to move: other dtypes, other devices, strides.
-    """
-
-    dsts: array[int]
-    srcs: array[int]
-    numels: array[int]
-    kinds: bytes
-    rest: list[int]
+    dsts: array[int]  # addresses; the sources' where nothing is written
+    srcs: array[int]  # addresses
+    numels: array[int]  # elements, or bytes where both dtypes are the same; 0 for what does not go to the kernel
+    kinds: bytes  # one byte each, see `kind_of`
+    rest: list[int]  # positions of the pairs that torch has to move: other dtypes, other devices, strides
 
 
 def pieces_of(op: Op, dsts: Sequence[torch.Tensor], srcs: Sequence[torch.Tensor], device: torch.device) -> Pieces:
     """Sort pairs of tensors into what the kernel moves and what it cannot."""
     kinds = [kind_of(op, dst.dtype, src.dtype) for dst, src in zip(dsts, srcs, strict=True)]
-    rest: list[int] = []
-    if None in kinds or not all_plain(dsts, device) or not all_plain(srcs, device):
-        pairs = zip(dsts, srcs, kinds, strict=True)
-        fits = [kind is not None and plain(dst, device) and plain(src, device) for dst, src, kind in pairs]
-        rest = [i for i, fit in enumerate(fits) if not fit and dsts[i].numel()]
-    left = set(rest)
+    fits = zip(kinds, _plain(dsts, device), _plain(srcs, device), strict=True)
+    left = {i for i, (kind, dst, src) in enumerate(fits) if kind is None or not dst or not src}
     numels = array("Q", (src.nbytes if kind == SAME else src.numel() for kind, src in zip(kinds, srcs, strict=True)))
     for i in left:
         numels[i] = 0
     to, of = (array("Q", [0 if i in left else x.data_ptr() for i, x in enumerate(side)]) for side in (dsts, srcs))
+    rest = [i for i in sorted(left) if dsts[i].numel()]
     return Pieces(to, of, numels, bytes(kind or 0 for kind in kinds), rest)
 
 
-def all_plain(tensors: Sequence[torch.Tensor], device: torch.device) -> bool:
-    """Whether every tensor is `plain`."""
-    return (
-        set(map(type, tensors)) <= _PLAIN
-        and set(map(torch.Tensor.get_device, tensors)) <= {device.index}
-        and all(map(torch.Tensor.is_contiguous, tensors))
-        and not any(map(torch.Tensor.is_neg, tensors))
-    )
+def _plain(tensors: Sequence[torch.Tensor], device: torch.device) -> list[bool]:
+    """Of each tensor, whether it is nothing but contiguous memory of the device."""
+    asked = map(type, tensors), map(attrgetter("device"), tensors), map(torch.Tensor.is_contiguous, tensors)
+    columns = zip(*asked, map(torch.Tensor.is_neg, tensors), strict=True)
+    return [kind in PLAIN and where == device and dense and not negated for kind, where, dense, negated in columns]
 
 
 class Plan:
-    """The work table of one list of pieces on one device, and how many blocks run it: `BLOCKS` unless told."""
+    """The work table of one list of pieces on one device."""
 
-    def __init__(self, loaded: Loaded, op: Op, pieces: Pieces, device: torch.device, blocks: int | None = None) -> None:
+    def __init__(self, loaded: Loaded, op: Op, pieces: Pieces, device: torch.device) -> None:
         assert loaded.library is not None
         self.loaded, self.library, self.op, self.device = loaded, loaded.library, op, device
-        self.blocks = BLOCKS[op] if blocks is None else blocks
         self.rest = pieces.rest
-        self.count = len(pieces.kinds)
         moved = {kind for kind, numel in zip(pieces.kinds, pieces.numels, strict=True) if numel}
-        self.kind = moved.pop() if len(moved) == 1 else MIXED
+        kind = moved.pop() if len(moved) == 1 else MIXED
+        self._reduces = op in ("gather_grads", "norm")
         self.chunks, self._host = table_of(self.library, op, pieces)
-        self._works: dict[int, tuple[Work, torch.Tensor]] = {}
+        self._fields = (len(pieces.kinds), self.chunks, GROUPS[op], BLOCKS[op], device.index, kind)  # of a `Work`
+        self._works: dict[int, tuple[Work, torch.Tensor]] = {}  # by stream
 
-    def stream(self) -> int:
-        """The current stream of the plan's device."""
-        if _raw_stream is not None:
-            return int(_raw_stream(self.device.index))
-        return torch.cuda.current_stream(self.device).cuda_stream
+    def launch(self, *arguments: object) -> None:
+        """Run the kernel on the device's current stream.
 
-    def work(self, stream: int) -> tuple[Work, int]:
+        Args:
+            arguments: of the C function between the work and, where it reduces, the workspace.
+
+        Raises:
+            KernelError: CUDA refused the launch.
+        """
+        index = self.device.index
+        stream = torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else int(_raw_stream(index))
+        work, workspace = self._work(stream)
+        if self._reduces:
+            arguments = (*arguments, workspace)
+        code = getattr(self.library, f"dsf_{self.op}")(ctypes.byref(work), *arguments)
+        self.loaded.check(code, f"the {self.op} kernel")
+
+    def _work(self, stream: int) -> tuple[Work, int]:
         """The table for a stream, and the address of a zeroed workspace that nothing else uses meanwhile."""
         if self.library.dsf_capturing(stream):
             return self._kept(stream)
         if stream not in self._works:
             table = torch.empty(self._host.numel(), dtype=torch.uint8, device=self.device)
             table.copy_(self._host.pin_memory(), non_blocking=True)
-            self._works[stream] = (self._describe(table.data_ptr(), stream), table)
-        return self._works[stream][0], workspace(self.device, stream).data_ptr() if self._reduces else 0
-
-    @property
-    def _reduces(self) -> bool:
-        return self.op in ("gather_grads", "norm")
-
-    def _describe(self, table: int, stream: int) -> Work:
-        index = self.device.index
-        return Work(table, self.count, self.chunks, GROUPS[self.op], self.blocks, index, self.kind, stream)
+            self._works[stream] = (Work(table.data_ptr(), *self._fields, stream), table)
+        return self._works[stream][0], _workspace(self.device, stream).data_ptr() if self._reduces else 0
 
     def _kept(self, stream: int) -> tuple[Work, int]:
         """See [Note: tables]."""
@@ -178,7 +128,7 @@ class Plan:
         code = self.library.dsf_keep(self.device.index, host.data_ptr(), size, zeroed, ctypes.byref(kept))
         self.loaded.check(code, "keeping a work table for a graph")
         assert kept.value is not None
-        return self._describe(kept.value, stream), kept.value + size
+        return Work(kept.value, *self._fields, stream), kept.value + size
 
 
 def table_of(library: ctypes.CDLL, op: Op, pieces: Pieces) -> tuple[int, torch.Tensor]:
@@ -198,7 +148,7 @@ def table_of(library: ctypes.CDLL, op: Op, pieces: Pieces) -> tuple[int, torch.T
 
 
 @functools.cache
-def workspace(device: torch.device, stream: int) -> torch.Tensor:
+def _workspace(device: torch.device, stream: int) -> torch.Tensor:
     """Zeroed memory for the reductions on a stream; each leaves it zeroed for the next."""
     del stream  # the current one of the device
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
