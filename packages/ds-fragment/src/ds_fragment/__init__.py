@@ -25,6 +25,7 @@ from ds_fragment.api.single import (
     set_full_hp_param,
     state_keys,
 )
+from ds_fragment.api.shards import map_shards
 from ds_fragment.api.write import set_local, set_many, update_many
 from ds_fragment.checkpoint.full import load_full, save_full
 from ds_fragment.collective.check import checked
@@ -81,6 +82,7 @@ __all__ = [
     "lazy_init_hp_params_optimizer_state",
     "link_hp_params",
     "load_full",
+    "map_shards",
     "map_to_flat_opt_states",
     "mixed_precision_linkage",
     "module_utils",
