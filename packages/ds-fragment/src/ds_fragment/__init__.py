@@ -4,6 +4,8 @@ from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
 from ds_fragment.api.attach import attach
 from ds_fragment.api.read import iter_full
+from ds_fragment.api.shadow import Shadow
+from ds_fragment.api.shards import map_shards
 from ds_fragment.api.single import (
     get_full_hp_grad,
     get_full_hp_param,
@@ -25,7 +27,6 @@ from ds_fragment.api.single import (
     set_full_hp_param,
     state_keys,
 )
-from ds_fragment.api.shards import map_shards
 from ds_fragment.api.write import set_local, set_many, update_many
 from ds_fragment.checkpoint.full import load_full, save_full
 from ds_fragment.collective.check import checked
@@ -62,6 +63,7 @@ __all__ = [
     "Layout",
     "ModulePathError",
     "RankMismatchError",
+    "Shadow",
     "Sharding",
     "StateKeyError",
     "StateNotReadyError",

@@ -77,10 +77,10 @@ def map_shards(
         agree_on(shards, failure)
     except FragmentError as error:
         if error.status and refresh_lp:  # all ranks know of it; without a status the collective broke off
-            _refresh_value(shards)
+            refresh_value(shards)
         raise
     if refresh_lp:
-        _refresh_value(shards)
+        refresh_value(shards)
 
 
 def _map(shards: Shards, keys: Sequence[object], fn: ShardUpdate) -> None:
@@ -94,21 +94,22 @@ def _map(shards: Shards, keys: Sequence[object], fn: ShardUpdate) -> None:
                 else:
                     _check_result(result, shard)
             except Exception as error:
-                raise _failed(shards, item, error) from error
+                raise _failed(shards.name(item), keys[item], error) from error
             if not through:
                 shards.adapters[item].write(shards.params[item], shards.what, result)
             elif result is not shard:
                 shard.copy_(result)
 
 
-def _failed(shards: Shards, item: int, error: Exception) -> FragmentError:
+def _failed(known_as: str, key: object, error: Exception) -> FragmentError:
     """The error for what ``fn`` raised, or for what it returned."""
     kind, said = FragmentError, f"fn raised {type(error).__name__}: {error}"
     if isinstance(error, InvalidValueError):
         kind, said = InvalidValueError, str(error)
+    name = f"parameter '{key}'" if isinstance(key, str) else known_as
     return kind(
-        f"map_shards at {shards.name(item)}: {said}; the shards of the parameters before it are changed already, and "
-        "all of them on ranks where fn did not fail"
+        f"map_shards stopped at {name}; the parameters before it are changed already, and all of them on ranks where "
+        f"fn did not fail: {said}"
     )
 
 
@@ -156,8 +157,8 @@ def agree_writable(shards: Shards, check: Callable[[], None] | None = None) -> N
         for item, piece, _ in located(shards):
             if piece.layout != torch.strided:
                 raise InvalidValueError(
-                    f"'{shards.what}' of {shards.name(item)} is of layout {piece.layout}, which cannot be written: make "
-                    "it dense first"
+                    f"'{shards.what}' of {shards.name(item)} is of layout {piece.layout}, which cannot be "
+                    "written: make it dense first"
                 )
             if shards.what not in ("value", "grad"):
                 _check_kept(shards, item, piece)
@@ -189,6 +190,7 @@ def _groups_of(shards: Shards) -> list[dist.ProcessGroup]:
     return list(dict.fromkeys(each for group, replicas, _ in kinds for each in (group, *replicas) if each is not None))
 
 
-def _refresh_value(shards: Shards) -> None:
+def refresh_value(shards: Shards) -> None:
+    """Bring the low-precision weights up to date, if values were written; all ranks must call it."""
     if shards.what == "value":
         refresh(shards, None)
