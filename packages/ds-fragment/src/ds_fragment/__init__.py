@@ -49,7 +49,7 @@ from ds_fragment.layout import Fragment, Layout
 from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params, unlink_hp_params
 from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
 from ds_fragment.report.describe import describe, plot_partition
-from ds_fragment.report.norms import available, count_nonfinite, norms
+from ds_fragment.report.norms import available, count_nonfinite, norms, total_norm
 from ds_fragment.sharding import Sharding
 
 __all__ = [
@@ -113,6 +113,7 @@ __all__ = [
     "set_many",
     "state_keys",
     "tensor_fragment",
+    "total_norm",
     "unlink_hp_params",
     "update_many",
     "use_kernels",
