@@ -4,6 +4,8 @@ from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
 from ds_fragment.api.attach import attach
 from ds_fragment.api.read import iter_full
+from ds_fragment.api.shadow import Shadow
+from ds_fragment.api.shards import map_shards
 from ds_fragment.api.single import (
     get_full_hp_grad,
     get_full_hp_param,
@@ -47,7 +49,7 @@ from ds_fragment.layout import Fragment, Layout
 from ds_fragment.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params, unlink_hp_params
 from ds_fragment.module_utils import ModulePathError, recursive_getattr, recursive_setattr
 from ds_fragment.report.describe import describe, plot_partition
-from ds_fragment.report.norms import available, count_nonfinite, norms
+from ds_fragment.report.norms import available, count_nonfinite, norms, total_norm
 from ds_fragment.sharding import Sharding
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "Layout",
     "ModulePathError",
     "RankMismatchError",
+    "Shadow",
     "Sharding",
     "StateKeyError",
     "StateNotReadyError",
@@ -81,6 +84,7 @@ __all__ = [
     "lazy_init_hp_params_optimizer_state",
     "link_hp_params",
     "load_full",
+    "map_shards",
     "map_to_flat_opt_states",
     "mixed_precision_linkage",
     "module_utils",
@@ -109,6 +113,7 @@ __all__ = [
     "set_many",
     "state_keys",
     "tensor_fragment",
+    "total_norm",
     "unlink_hp_params",
     "update_many",
     "use_kernels",

@@ -259,7 +259,7 @@ def _agreed(
         pieces = prepare()
         for item, target in enumerate(targets):
             if target is not None and (target.layout != torch.strided or is_state(shards.what)):
-                _check_target(shards, item, target)
+                check_target(shards, item, target)
     except Exception as caught:
         error = caught
     scopes = shards.scopes()
@@ -273,7 +273,7 @@ def _agreed(
     return targets, pieces
 
 
-def _check_target(shards: Shards, item: int, target: torch.Tensor) -> None:
+def check_target(shards: Shards, item: int, target: torch.Tensor) -> None:
     """Raise where what is written would be lost: state that is computed from what the optimizer keeps is a copy."""
     if target.layout != torch.strided:
         raise InvalidValueError(

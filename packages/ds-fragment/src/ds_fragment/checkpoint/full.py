@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import nn
 
 from ds_fragment.checkpoint import files
 from ds_fragment.collective.agree import agree
-from ds_fragment.collective.exchange import Shards as Found
+from ds_fragment.collective.exchange import Locate, Shards as Found
 from ds_fragment.engines.loaded import is_dtensor
 from ds_fragment.engines.model import own_parameters, unwrapped
 from ds_fragment.engines.shards import Shards, refresh
@@ -33,6 +33,17 @@ from ds_fragment.record import clean_name
 MAX_SHARD_BYTES = 5 << 30
 
 Progress = Callable[[int, int], None]
+
+
+class ShardValues(Protocol):
+    """What stands in for a model's values, as a `ds_fragment.Shadow` does."""
+
+    def locate(self, shards: Shards) -> Locate:
+        """What gives this rank's pieces of the items; each has the dtype and the size that its place says.
+
+        Raises:
+            FragmentError: it does not have them.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ def save_full(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    values: ShardValues | None = None,
     dtype: torch.dtype | None = torch.float32,
     bucket_bytes: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -71,6 +83,8 @@ def save_full(
         model: the sharded model, wrapped or not; names lose the prefixes of wrappers.
         path: ``model.safetensors``, say, in a folder that exists. Above ``max_shard_bytes`` there are several files
             beside it, and ``model.safetensors.index.json`` says what is where, as Hugging Face's loaders expect.
+        values: a `Shadow` of the model, whose parameters are stored in the place of the model's own; not while it is
+            swapped. Buffers are the model's.
         dtype: what floating-point parameters are stored as; None keeps the master's dtype. Buffers keep theirs.
         bucket_bytes: how much travels at once; see `iter_full`.
         max_shard_bytes: the largest file.
@@ -80,7 +94,8 @@ def save_full(
 
     Raises:
         InvalidValueError: the path cannot be written to, or a parameter is shared by ranks without rank 0 and has no
-            replica there (experts of other expert-parallel ranks, which would be lost); the same on every rank.
+            replica there (experts of other expert-parallel ranks, which would be lost), or ``values`` is not of this
+            model as it is sharded now; the same on every rank.
         FragmentError: a piece could not be read, or rank 0 could not write; the same on every rank.
     """
     entries, tied, shards = _entries(model, dtype, "save_full")
@@ -88,6 +103,12 @@ def save_full(
     group = _everyone()
     writes = not dist.is_initialized() or dist.get_rank() == 0
     error = (_unwritable(target, max_shard_bytes) if writes else None) or _ambiguous(entries, shards)
+    pieces_of: Locate = shards.pieces
+    if values is not None:
+        try:
+            pieces_of = values.locate(shards)
+        except Exception as caught:
+            error = error or caught
     sums = [hash((entry.shape, entry.dtype.itemsize)) for entry in entries]
     agree(error, group, shards.device(), sums, lambda i: f"the shape or dtype of '{entries[i].name}'")
     header = {**(metadata or {}), **({"tied": json.dumps(tied)} if tied else {})}
@@ -101,7 +122,7 @@ def save_full(
         def locate(items: Sequence[int]) -> Found:
             if failure:
                 raise failure[0]  # travels to every rank with the next bucket
-            return shards.pieces(items)
+            return pieces_of(items)
 
         try:
             dst = 0 if dist.is_initialized() else None

@@ -116,6 +116,10 @@ class Adapter(ABC):
         assert target is not None
         target.copy_(piece.view(target.shape))
 
+    def writes_through(self, what: str) -> bool:
+        """Whether a change of what `local` returns, in place, is all that `write` does."""
+        return type(self).write is Adapter.write
+
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Update the low-precision weights from the fp32 pieces, where the engine does not do so itself.
 

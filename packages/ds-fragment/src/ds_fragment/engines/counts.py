@@ -15,6 +15,8 @@ from ds_fragment.errors import FragmentError, StateNotReadyError, UnlinkedParame
 from ds_fragment.layout import Fragment, Layout
 from ds_fragment.sharding import Sharding
 
+Numbers = Callable[[list[int]], torch.Tensor]  # this rank's numbers for some parameters: fp64, (some,)
+
 
 def is_absent(param: torch.Tensor, error: FragmentError) -> bool:
     """Whether there is nothing to read because nothing trains or used the parameter, so that callers expect None.
@@ -32,36 +34,34 @@ def count_over_ranks(shards: Shards, what: str, count: Callable[[torch.Tensor, F
     All ranks of the parameters' groups must call it; one small collective for each group.
 
     Args:
-        quantity: any quantity of the parameters.
+        shards: any quantity of the parameters.
         what: the quantity that is tried, on this rank's piece.
         count: called with the parameter and the error; a piece that is here counts 0.
     """
-    shares = []
-    for adapter, param in zip(shards.adapters, shards.params, strict=True):
+    counted = torch.zeros(len(shards.params), dtype=torch.float64)
+    for item, (adapter, param) in enumerate(zip(shards.adapters, shards.params, strict=True)):
         try:
             with known_engine():
                 adapter.local(param, what)
         except FragmentError as error:
-            shares.append(torch.tensor(float(count(param, error))))
-        else:
-            shares.append(torch.zeros(()))
+            counted[item] = count(param, error)
     axes = [sharding.groups for sharding in shards.shardings]  # of the ranks that share it, and of the replicas
     with shards.named_if_broken(range(len(shards.params))):
-        sums = over_axes(axes, shards.device(), shares.__getitem__, lambda rows: rows.sum(dim=0))
+        sums = over_axes(axes, shards.device(), lambda items: counted[items], lambda rows: rows.sum(dim=0))
     return list(map(int, sums))
 
 
 def over_axes(
     axes: Sequence[Sequence[dist.ProcessGroup]],
     device: torch.device,
-    share: Callable[[int], torch.Tensor],
+    numbers: Numbers,
     combine: Callable[[torch.Tensor], torch.Tensor],
     bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
 ) -> list[float]:
     """As `over_ranks`, over the groups of each parameter one after the other.
 
     Raises:
-        FragmentError: what a rank's ``share`` raises; on every rank, once all axes have heard of it.
+        FragmentError: what a rank's ``numbers`` raises; on every rank, once all axes have heard of it.
     """
     failure: FragmentError | None = None
     totals: list[float] = []
@@ -69,27 +69,31 @@ def over_axes(
     for axis in range(depth):
         groups = [found[axis] if axis < len(found) else None for found in axes]
         try:
-            totals = over_ranks(groups, device, _failing(failure) if failure else share, combine, bring)
+            totals = over_ranks(groups, device, _failing(failure) if failure else numbers, combine, bring)
         except FragmentError as error:
             failure = failure or error
         if axis + 1 < depth and failure is None:
-            share = [torch.tensor(total, dtype=torch.float64) for total in totals].__getitem__
+            numbers = _some_of(torch.tensor(totals, dtype=torch.float64))
     if failure is not None:
         raise failure
     return totals
 
 
-def _failing(error: FragmentError) -> Callable[[int], torch.Tensor]:
-    def share(_: int) -> torch.Tensor:
+def _failing(error: FragmentError) -> Numbers:
+    def numbers(_: list[int]) -> torch.Tensor:
         raise error
 
-    return share
+    return numbers
+
+
+def _some_of(known: torch.Tensor) -> Numbers:
+    return lambda items: known[items]
 
 
 def over_ranks(
     groups: Sequence[dist.ProcessGroup | None],
     device: torch.device,
-    share: Callable[[int], torch.Tensor],
+    numbers: Numbers,
     combine: Callable[[torch.Tensor], torch.Tensor],
     bring: Callable[[Plan, Locate], Iterator[list[torch.Tensor | None]]] = gather,
 ) -> list[float]:
@@ -98,7 +102,7 @@ def over_ranks(
     Args:
         groups: of the parameters; None where there is this rank's number only.
         device: where collectives run.
-        share: this rank's number for the i-th, 0-dimensional.
+        numbers: this rank's numbers for some of them: fp64, (some,).
         combine: makes one row, fp64 (parameters,), of a row for each rank, (ranks, parameters).
         bring: `gather`, or a quantity's.
     """
@@ -114,8 +118,7 @@ def over_ranks(
         tables.append(Sharding(torch.Size((ranks, count)), torch.float64, device, rows, group))
 
     def row(table: int) -> torch.Tensor:
-        items = by_group[order[table]]
-        return torch.stack([share(item).to(device=device, dtype=torch.float64) for item in items]).view(1, -1)
+        return numbers(by_group[order[table]]).to(device=device, dtype=torch.float64).view(1, -1)
 
     def rows_of(chosen: Sequence[int]) -> list[torch.Tensor]:
         return [row(table) for table in chosen]

@@ -229,6 +229,10 @@ class DeepSpeedAdapter(Adapter):
         stored.detach().copy_(piece.reshape(stored.shape).float() * scale)
         self._after_gradient(param, slot, self._optimizer(param, slot), stored)
 
+    def writes_through(self, what: str) -> bool:
+        """All but gradients: the engine keeps them scaled, and remembers their norms."""
+        return what != "grad"
+
     def _unscaled_gradient(self, param: torch.Tensor, slot: Slot) -> torch.Tensor | None:
         """This rank's piece of the gradient, 1-D; as it is stored where it needs no more than a cast, else in fp32."""
         stored, scale = self._stored_gradient(param, slot)

@@ -107,6 +107,10 @@ class DeepSpeedUnshardedAdapter(PlainAdapter):
         else:
             super().write(param, what, piece)
 
+    def writes_through(self, what: str) -> bool:
+        """All but gradients, which are read in fp32."""
+        return what != "grad"
+
 
 def _is_fused(optimizer: Any) -> bool:
     return is_a(optimizer, "deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer")

@@ -18,7 +18,7 @@ from torch import nn
 from ds_fragment.engines.dtensor import DTensorAdapter
 from ds_fragment.engines.loaded import composable_state, composable_states, fsdp2_groups, is_a, is_dtensor
 from ds_fragment.errors import GradientUnavailableError
-from ds_fragment.record import note, record_of, registry
+from ds_fragment.record import note, record_of, records_of, registry
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Fsdp2Adapter(DTensorAdapter):
 
     def refresh_lp(self, params: Sequence[torch.Tensor], values: Sequence[torch.Tensor] | None) -> None:
         """Free the gathered copies of old values: the next forward, or backward, gathers again."""
-        units = map(_unit_of, params)
+        pairs = zip(params, records_of(params), strict=True)
+        units = [record.notes.get(_Unit) or _unit_of(param) for param, record in pairs]
         for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
             if group is not None and not group.is_sharded:
                 group.reshard()
