@@ -11,7 +11,8 @@ from torch import nn
 
 from ds_fragment.collective.checksum import checksum
 from ds_fragment.collective.exchange import agree
-from ds_fragment.engines.model import Named, check_what, named
+from ds_fragment.engines.base import is_state
+from ds_fragment.engines.model import Named, check_written, named
 from ds_fragment.engines.shards import Shards, refresh
 from ds_fragment.engines.state import kept_as
 from ds_fragment.engines.versions import known_engine
@@ -48,7 +49,7 @@ def set_many(
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"values holds a {type(pair).__name__}, expected (parameter, value) pairs, or a dict")
-    shards = Shards([param for param, _ in pairs], check_what(what), "set_many")
+    shards = Shards([param for param, _ in pairs], check_written(what), "set_many")
     wholes: list[torch.Tensor] = []
     sums: list[int] = []
 
@@ -81,7 +82,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         InvalidValueError: the value has the wrong shape or dtype.
         FragmentError: there is nothing to write to.
     """
-    shards = Shards([param], check_what(what), "set_local")
+    shards = Shards([param], check_written(what), "set_local")
 
     def prepare() -> list[torch.Tensor | None]:
         piece = shards.local(0)
@@ -121,7 +122,7 @@ def update_many(
         Exception: what ``fn`` raises, as a `FragmentError` on every rank.
     """
     names, tensors = named(params)
-    shards = Shards(tensors, check_what(what), "update_many")
+    shards = Shards(tensors, check_written(what), "update_many")
     sums: list[int] = []
     pieces: list[torch.Tensor | None] = []
     failure: list[Exception] = []
@@ -189,7 +190,7 @@ def _agreed(
                     f"'{shards.what}' of {shards.name(item)} is of layout {target.layout}, which cannot be "
                     "written: make it dense first"
                 )
-            if target is not None and shards.what not in ("value", "grad"):
+            if target is not None and is_state(shards.what):
                 _check_kept(shards, item, target)
     except Exception as caught:
         error = caught

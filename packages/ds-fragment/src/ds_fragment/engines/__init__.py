@@ -2,7 +2,8 @@
 
 [Note: adapter] An adapter answers for one engine: is this parameter yours; where is a quantity of it (a `Sharding`: the
 same answer on every rank, computed and not communicated); which piece is here (a view, not a copy). And it brings the
-low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, or the key of an optimizer state.
+low-precision weights up to date after a write. A quantity is ``"value"``, ``"grad"``, ``"lp"`` (the weights
+that the model computes with, which are only read), or the key of an optimizer state.
 """
 
 from ds_fragment.engines.base import Adapter, adapter_of, adapters, held_by, register_adapter

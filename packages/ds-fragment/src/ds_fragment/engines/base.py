@@ -25,6 +25,16 @@ from ds_fragment.layout import Fragment, Layout
 from ds_fragment.record import registry
 
 
+def is_weight(what: str) -> bool:
+    """Whether a quantity is the weights: the fp32 value, or ``"lp"``, those that the model computes with."""
+    return what in ("value", "lp")
+
+
+def is_state(what: str) -> bool:
+    """Whether a quantity is optimizer state, given by its key."""
+    return what != "grad" and not is_weight(what)
+
+
 class Adapter(ABC):
     """Reads and writes the pieces of one engine's parameters."""
 

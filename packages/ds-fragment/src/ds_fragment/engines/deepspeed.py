@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from ds_fragment.engines.base import Adapter, ready_state, state_entry, value_kind
+from ds_fragment.engines.base import Adapter, is_state, ready_state, state_entry, value_kind
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import (
     FragmentError,
@@ -169,7 +169,7 @@ class DeepSpeedAdapter(Adapter):
         """Where the engine keeps each, and what it optimizes it with."""
         slots = list(map(self._slot, params))
         known = list(zip(map(self.claims, params), slots, strict=True))
-        if what in ("value", "grad"):
+        if not is_state(what):
             return known
         return [(*one, e.dim(), e.dtype) for one, e in zip(known, self._sources(params, slots, what), strict=True)]
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ds_fragment.engines.base import Adapter, entries_of, missing_gradient, state_entry, state_of, value_kind
+from ds_fragment.engines.base import (
+    Adapter,
+    entries_of,
+    is_state,
+    is_weight,
+    missing_gradient,
+    state_entry,
+    state_of,
+    value_kind,
+)
 from ds_fragment.engines.gradient import require_current
 from ds_fragment.engines.loaded import are_dtensors, is_dtensor
 from ds_fragment.engines.state import about, are_dense, dense, require_whole
@@ -42,7 +51,7 @@ class DTensorAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Computed from the placements of the parameter, or of state that is placed otherwise: see [Note: kinds]."""
         assert is_dtensor(param)
-        if what in ("value", "grad"):
+        if not is_state(what):
             return _sharding_like(param, param, ("like", param.dtype))
         entry = state_entry(state_of(param, param), param, what, quantised=True)
         home = _sharding_like(param, param, ("like", param.dtype))
@@ -61,7 +70,7 @@ class DTensorAdapter(Adapter):
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """What DTensors say of how they are placed, and who updates them."""
         specs = list(map(_spec, params))
-        if what in ("value", "grad"):
+        if not is_state(what):
             return specs
         entries = entries_of(params, what)
         if are_dtensors(entries):
@@ -71,7 +80,7 @@ class DTensorAdapter(Adapter):
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """The local tensors."""
-        if what == "value":
+        if is_weight(what):
             return list(map(_local, params))
         if what == "grad":
             with torch._C.DisableTorchFunctionSubclass():  # twice as fast
@@ -96,7 +105,7 @@ class DTensorAdapter(Adapter):
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
         assert is_dtensor(param)
-        if what == "value":
+        if is_weight(what):
             return param._local_tensor.detach()
         if what == "grad":
             grad = param.grad

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_fragment.engines.base import Adapter, spread, state_entry, state_of
+from ds_fragment.engines.base import Adapter, is_state, spread, state_entry, state_of
 from ds_fragment.engines.links import FlatLink, link_of
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.layout import whole
-from ds_fragment.record import registry
+from ds_fragment.record import record_of, registry
 from ds_fragment.sharding import Sharding
 
 
@@ -30,19 +30,25 @@ class FlatAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank; optimizer state that is one number is whole on each."""
         link = _link(param)
-        if what not in ("value", "grad"):
+        if is_state(what):
             flat = _flat(link, param)
             entry = _attached_entry(flat, param, what)
             if entry is not None and entry.shape != flat.shape:
                 return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
             what = "state"
+        if what == "lp":
+            return record_of(param).sharding(
+                ("whole", param.dtype, param.device),
+                param.shape,
+                lambda: Sharding(param.shape, param.dtype, param.device, whole(param.shape), None),
+            )
         if what not in link.shardings:
             link.shardings[what] = Sharding(param.shape, link.dtype, link.device, link.layout(), link.group)
         return link.shardings[what]
 
     def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
         """The links, which are made anew whenever a parameter is linked; what state is, the optimizer says."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return [hasattr(param, "_hp_mapping") and link_of(param) for param in params]
         links = list(map(_link, params))
         entries = _attached_entries(links, params, what)
@@ -51,7 +57,7 @@ class FlatAdapter(Adapter):
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`; optimizer state is asked for once for each partition."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return super().pieces(params, what)
         links = list(map(_link, params))
         triples = zip(links, params, _attached_entries(links, params, what), strict=True)
@@ -70,8 +76,10 @@ class FlatAdapter(Adapter):
         return torch.empty(0, dtype=link.dtype, device=link.device)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
-        """This rank's fragment."""
-        if what not in ("value", "grad"):
+        """This rank's fragment; of the lp parameter the whole."""
+        if what == "lp":
+            return param.detach()
+        if is_state(what):
             return self.pieces([param], what)[0]
         link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
         _flat(link, param)

@@ -22,6 +22,8 @@ from torch import nn
 from ds_fragment.engines.base import (
     Adapter,
     is_number,
+    is_state,
+    is_weight,
     missing_gradient,
     number_sharding,
     state_entry,
@@ -78,7 +80,7 @@ class Fsdp1Adapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank of the shard group."""
         record, handle = self._known(param)
-        kind = what if what in ("value", "grad") or is_number(what) else "state"
+        kind = what if not is_state(what) or is_number(what) else "state"
         if kind not in record.shardings:
             group, flat = handle.process_group, handle.flat_param
             replicas = _replicas(record.unit(), handle)
@@ -91,7 +93,8 @@ class Fsdp1Adapter(Adapter):
                 holds = [fragment is not None for fragment in layout.fragments]
                 record.shardings[kind] = number_sharding(what, group, holds, shard.device)
             else:
-                record.shardings[kind] = Sharding(record.shape, shard.dtype, shard.device, layout, group, replicas)
+                dtype = _lp_dtype(handle) if kind == "lp" else shard.dtype
+                record.shardings[kind] = Sharding(record.shape, dtype, shard.device, layout, group, replicas)
         return record.shardings[kind]
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
@@ -103,9 +106,10 @@ class Fsdp1Adapter(Adapter):
             self._check_reduced(param, handle)
         if fragment is None:
             return None
-        if what == "value":
+        if is_weight(what):
             begin = record.start + fragment.offset[0] - sharding.rank * handle.flat_param._sharded_size.numel()
-            return _shard(handle).detach().narrow(0, begin if sharding.group else record.start, fragment.numel)
+            held = _shard(handle).detach().narrow(0, begin if sharding.group else record.start, fragment.numel)
+            return held if what == "value" else held.to(_lp_dtype(handle))
         if what == "grad":
             if param.grad is None:
                 raise missing_gradient(param)
@@ -194,6 +198,12 @@ def _replicas(unit: Any, handle: Any) -> tuple[dist.ProcessGroup, ...]:
         return (handle.process_group,)
     group = getattr(unit, "_inter_node_pg", None)  # of HYBRID_SHARD
     return () if group is None else (group,)
+
+
+def _lp_dtype(handle: Any) -> torch.dtype:
+    """What a unit computes in: ``MixedPrecision(param_dtype=...)``, else its own dtype."""
+    found: torch.dtype = handle._fwd_bwd_param_dtype
+    return found
 
 
 def _shard(handle: Any) -> torch.Tensor:

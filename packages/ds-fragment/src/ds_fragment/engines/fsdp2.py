@@ -10,15 +10,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from ds_fragment.engines.dtensor import DTensorAdapter
+from ds_fragment.engines.dtensor import DTensorAdapter, mesh_sharding
 from ds_fragment.engines.loaded import composable_state, composable_states, fsdp2_groups, is_a, is_dtensor
 from ds_fragment.errors import GradientUnavailableError
 from ds_fragment.record import note, record_of, registry
+from ds_fragment.sharding import Sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_spec = attrgetter("_spec")
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,26 @@ class Fsdp2Adapter(DTensorAdapter):
         """As for any DTensor, if they are gradients that are reduced."""
         if what == "grad":
             self._require_reduced(params)
+        if what == "lp":
+            return [self.local(param, what) for param in params]
         return super().pieces(params, what)
+
+    def sharding(self, param: torch.Tensor, what: str) -> Sharding:
+        """As for any DTensor; what the module computes with has the dtype of its MixedPrecisionPolicy."""
+        if what == "lp":
+            return record_of(param).sharding(
+                ("like", _lp_dtype(param)),
+                _spec(param),
+                lambda: mesh_sharding(cast("DTensor", param), _lp_dtype(param)),
+            )
+        return super().sharding(param, what)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """As for any DTensor, if it is a gradient that is reduced."""
         if what == "grad":
             self._require_reduced([param])
-        return super().local(param, what)
+        found = super().local(param, what)
+        return found.to(_lp_dtype(param)) if what == "lp" else found
 
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
         for param in params:
@@ -94,6 +114,14 @@ class Fsdp2Adapter(DTensorAdapter):
         for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
             if group is not None and not group.is_sharded:
                 group.reshard()
+
+
+def _lp_dtype(param: torch.Tensor) -> torch.dtype:
+    """What the module gathers the parameter in: ``MixedPrecisionPolicy(param_dtype=...)``, else the parameter's own."""
+    unit = _unit_of(param)
+    group = None if unit is None else unit.group()
+    wanted: torch.dtype | None = None if group is None else group.mp_policy.param_dtype
+    return wanted if wanted is not None and param.dtype.is_floating_point else param.dtype
 
 
 def _unit_of(param: torch.Tensor) -> _Unit | None:

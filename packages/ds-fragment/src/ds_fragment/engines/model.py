@@ -85,11 +85,25 @@ def _tensors(items: Sequence[Any], kinds: set[type]) -> list[torch.Tensor]:
 
 
 def check_what(what: object) -> str:
-    """The quantity's name.
+    """The quantity's name: ``"value"``, ``"grad"``, ``"lp"`` (the weights that the model computes with), or a state's.
 
     Raises:
         InvalidValueError: it is not a string.
     """
     if not isinstance(what, str) or not what:
-        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad' or the key of an optimizer state")
+        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad', 'lp' or the key of an optimizer state")
     return what
+
+
+def check_written(what: object) -> str:
+    """The name of a quantity that is to be written.
+
+    Raises:
+        InvalidValueError: it is not a string, or ``"lp"``, which follows from the value.
+    """
+    if what == "lp":
+        raise InvalidValueError(
+            "what is 'lp', which is only read: write 'value' with refresh_lp=True, and the weights that the model "
+            "computes with follow"
+        )
+    return check_what(what)

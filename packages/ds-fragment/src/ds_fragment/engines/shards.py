@@ -30,7 +30,7 @@ from ds_fragment.collective.exchange import (
     plan_of,
 )
 from ds_fragment.collective.stages import gather_by_stages
-from ds_fragment.engines.base import Adapter
+from ds_fragment.engines.base import Adapter, is_state
 from ds_fragment.engines.state import different_state
 from ds_fragment.engines.survey import survey_of
 from ds_fragment.engines.versions import known_engine
@@ -101,13 +101,13 @@ class Shards:
         self.told: set[dist.ProcessGroup] = set()  # the groups whose ranks all know of an error
         if self._survey.groups:
             meet(self._survey.groups, lambda: self._words(call))
-        if what not in ("value", "grad") and self._survey.agreed_at != _agreements.changes:
+        if is_state(what) and self._survey.agreed_at != _agreements.changes:
             with self.named_if_broken(range(len(params))):
                 self._agree()
         if what == "grad":
             self._warn_of_unknown()
             self._compare(_unreduced)
-        elif what != "value" and not call.startswith("set_"):  # a write makes it the same
+        elif is_state(what) and not call.startswith("set_"):  # a write makes it the same
             self._compare(partial(different_state, what))
 
     def _agree(self) -> None:

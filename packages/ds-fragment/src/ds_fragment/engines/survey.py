@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ds_fragment.collective.exchange import Plan, Sharding
 from ds_fragment.collective.recent import Recent
 from ds_fragment.engines import Adapter, held_by
+from ds_fragment.engines.base import is_weight
 from ds_fragment.engines.versions import engine_changed, known_engine
 from ds_fragment.errors import FragmentError
 from ds_fragment.record import records_of, registry
@@ -58,7 +59,7 @@ class Survey:
     def to_settle(self, shardings: Sequence[Sharding]) -> Sequence[dist.ProcessGroup]:
         """The groups whose ranks each hold something whole that some of them may lack."""
         groups: dict[dist.ProcessGroup, None] = {}
-        if self.what != "value":
+        if not is_weight(self.what):
             for sharding, home in zip(shardings, self.homes, strict=True):
                 if sharding.alone:
                     groups.update(dict.fromkeys(home.shards or home.replicas))
@@ -74,7 +75,7 @@ class Survey:
     ) -> tuple[list[int], list[tuple[dist.ProcessGroup, ...]]]:
         """The parameters whose gradient or state each of several ranks holds whole, and the groups of those ranks."""
         items, scopes = [], []
-        for item, sharding in enumerate(shardings) if self.what != "value" else ():
+        for item, sharding in enumerate(() if is_weight(self.what) else shardings):
             if sharding.alone:
                 groups = self.scope(item, params[item], sharding)
                 scope = tuple(group for group in groups if group.size() > 1)

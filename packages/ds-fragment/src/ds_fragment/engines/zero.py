@@ -140,8 +140,10 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         return param.detach()
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
-        """As for every stage, but BF16_Optimizer keeps the whole of each gradient on every rank."""
+        """As for every stage, but every rank has the whole lp parameter, and of each gradient under BF16_Optimizer."""
         slot = self._slot(param)
+        if what == "lp":
+            return _whole(param, slot)
         if what == "grad" and not slot.untrained and _is_bf16(self._optimizer(param, slot)):
             if what not in slot.shardings:
                 everything = flat_layout(0, param.numel(), param.numel(), 1)
@@ -152,7 +154,9 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         return super().sharding(param, what)
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
-        """As for every stage, but for Muon's momentum."""
+        """As for every stage, but for Muon's momentum; an lp parameter is the whole."""
+        if what == "lp":
+            return [param.detach() for param in params]
         if what != _MOMENTUM:
             return super().pieces(params, what)
         return [self._momentum_piece(param, self._slot(param)) for param in params]
@@ -276,6 +280,14 @@ def _momentum_sharding(slot: Slot, buffer: torch.Tensor) -> Sharding:
         holders = [rank for rank, fragment in enumerate(fragments) if fragment is not None]
         layout = Layout(slot.layout.shape, fragments, frozenset(holders[1:]))
         slot.shardings[key] = Sharding(slot.shape, buffer.dtype, buffer.device, layout, slot.group)
+    return slot.shardings[key]
+
+
+def _whole(param: torch.Tensor, slot: Slot) -> Sharding:
+    """The place of what every rank has whole, as the lp parameter is."""
+    key = ("whole", param.dtype)
+    if key not in slot.shardings:
+        slot.shardings[key] = Sharding(param.shape, param.dtype, param.device, whole(param.shape), None)
     return slot.shardings[key]
 
 

@@ -32,6 +32,7 @@ from ds_fragment.engines.deepspeed import (
 from ds_fragment.errors import FragmentError
 from ds_fragment.layout import even_layout
 from ds_fragment.record import note, noted, registry
+from ds_fragment.sharding import Sharding
 
 # By ds_id, this rank's part of the reduced gradient, padding included; a private name of the class.
 _GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -89,6 +90,18 @@ class Zero3Adapter(DeepSpeedAdapter):
 
     def _untrained(self, param: torch.Tensor, slot: Slot) -> torch.Tensor:
         return _part(param, slot)
+
+    def sharding(self, param: torch.Tensor, what: str) -> Sharding:
+        """As for every stage; the lp parameter is cut like its fp32 value."""
+        if what != "lp":
+            return super().sharding(param, what)
+        return self._slot(param).sharding("lp", param.dtype, param.device)
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As for every stage, and the low-precision parts."""
+        if what != "lp":
+            return super().pieces(params, what)
+        return [_part(param, self._slot(param)) for param in params]
 
     def _gradient(self, param: torch.Tensor, slot: Slot, optimizer: Any) -> torch.Tensor | None:
         if not slot.numel:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment.engines.base import Adapter, state_entry
+from ds_fragment.engines.base import Adapter, is_state, state_entry
 from ds_fragment.engines.loaded import is_a
 from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import StateKeyError, StateNotReadyError
@@ -52,7 +52,7 @@ class ZeroRedundancyAdapter(Adapter):
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Whole on every rank; optimizer state is the owner's to send. The first call for state is collective."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return self._plain.sharding(param, what)
         optimizer = _optimizer(param)
         index = optimizer._param_to_index[param]
@@ -101,7 +101,7 @@ class ZeroRedundancyAdapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """The whole, where it is."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return self._plain.local(param, what)
         optimizer = _optimizer(param)
         if optimizer._param_to_rank[param] != optimizer.process_group.rank():
