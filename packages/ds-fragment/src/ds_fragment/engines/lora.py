@@ -87,9 +87,8 @@ def merged_weights(model: nn.Module) -> list[Weight]:
     found, seen = list[Weight](), set[int]()
     for name, param in everything.items():
         own = _own_name(name, layers, saved)
-        if own is None or id(param) in seen:
+        if own is None:
             continue
-        seen.add(id(param))
         layer = own.removesuffix(".weight")
         deltas: tuple[Delta, ...] = ()
         if layer in layers and name == f"{layer}.base_layer.weight":
@@ -99,6 +98,9 @@ def merged_weights(model: nn.Module) -> list[Weight]:
                     f"the LoRA layer '{layer}' cannot be merged: its weight is tied, as {names_of[id(param)]}, and the "
                     "delta is of one of them only; untie the weights, or pass merge_lora=False"
                 )
+        if id(param) in seen:
+            continue
+        seen.add(id(param))
         for prefix, before in prefixes.items():
             if own.startswith(prefix):
                 own = before + own.removeprefix(prefix)

@@ -91,7 +91,7 @@ def check_what(what: object) -> str:
         InvalidValueError: it is not a string.
     """
     if not isinstance(what, str) or not what:
-        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad', 'lp' or the key of an optimizer state")
+        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad' or the key of an optimizer state, or 'lp'")
     return what
 
 
