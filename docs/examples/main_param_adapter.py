@@ -45,6 +45,9 @@ class MainParamAdapter(Adapter):
         main: torch.Tensor = param.main_param.detach()
         if what == "value":
             return main
+        if what == "lp":  # what the model computes with
+            own: torch.Tensor = param.detach()
+            return own
         if what == "grad":
             if not getattr(param, "main_grad_reduced", False):
                 raise GradientUnavailableError(f"a parameter of shape {tuple(param.shape)} has no reduced main_grad")

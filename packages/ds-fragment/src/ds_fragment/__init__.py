@@ -27,6 +27,7 @@ from ds_fragment.api.single import (
     set_full_hp_param,
     state_keys,
 )
+from ds_fragment.api.weights import WeightInfo, WeightSource
 from ds_fragment.api.write import set_local, set_many, update_many
 from ds_fragment.checkpoint.full import load_full, save_full
 from ds_fragment.collective.check import checked
@@ -69,6 +70,8 @@ __all__ = [
     "StateNotReadyError",
     "UnlinkedParameterError",
     "UnusedGradientError",
+    "WeightInfo",
+    "WeightSource",
     "__version__",
     "attach",
     "available",

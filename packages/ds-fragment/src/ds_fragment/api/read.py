@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_fragment.engines.base import is_weight
 from ds_fragment.engines.counts import count_over_ranks, is_absent
 from ds_fragment.engines.model import Named, check_what, named
 from ds_fragment.engines.shards import Shards
@@ -26,7 +27,7 @@ def iter_full(
     dtype: torch.dtype | None = None,
     missing: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[str | torch.Tensor, torch.Tensor]]:
-    """Yield the whole fp32 value, gradient or optimizer state of many sharded parameters, one after the other.
+    """Yield the whole weight, gradient or optimizer state of many sharded parameters, one after the other.
 
     They travel in buckets, one collective for each group and bucket; the next bucket is under way while the caller
     works on this one. All ranks of the parameters' groups must call it, with the same parameters in the same order,
@@ -34,7 +35,10 @@ def iter_full(
 
     Args:
         params: a module, parameters, or (name, parameter) pairs.
-        what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        what: ``"value"``, ``"grad"``, the key of an optimizer state, or ``"lp"``: the weights that the model computes
+            with. They are in the dtype of the parameter, or of the ``param_dtype`` of FSDP's mixed precision, and have
+            the bits that the engine itself gathers. Where each rank holds them whole (DDP, DeepSpeed ZeRO-1 and ZeRO-2,
+            a flat partition) nothing is communicated. They are only read; write ``"value"``, and they follow.
         bucket_bytes: how much travels at once; unless told, 64 MiB on a CPU, and on a GPU 1 GiB or the largest
             parameter where that is more. The memory taken is about two buckets, or two of the largest parameter, beside
             what the caller still holds.
@@ -64,7 +68,7 @@ def iter_full(
         if not 0 <= dst < world_size:
             raise ValueError(f"dst is {dst}, expected a global rank in [0, {world_size})")
     names, tensors = named(params)
-    if missing == "skip" and check_what(what) != "value":
+    if missing == "skip" and not is_weight(check_what(what)):
         kept = _present(tensors, what)
         names = None if names is None else [names[i] for i in kept]
         tensors = [tensors[i] for i in kept]

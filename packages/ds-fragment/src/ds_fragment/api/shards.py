@@ -12,10 +12,10 @@ from torch import nn
 
 from ds_fragment.api.write import check_target
 from ds_fragment.collective.agree import agree
-from ds_fragment.engines.base import Adapter
+from ds_fragment.engines.base import Adapter, is_state
 from ds_fragment.engines.dtensor import DTensorAdapter
-from ds_fragment.engines.model import Named, check_what, named
-from ds_fragment.engines.shards import Shards, is_state, refresh
+from ds_fragment.engines.model import Named, check_written, named
+from ds_fragment.engines.shards import Shards, refresh
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, InvalidValueError
 
@@ -65,7 +65,7 @@ def map_shards(
     [-1.0, 0.5, 1.0]
     """
     names, tensors = named(params)
-    shards = Shards(tensors, check_what(what), "map_shards")
+    shards = Shards(tensors, check_written(what), "map_shards")
     if not _always_writable(shards):
         agree_writable(shards)
     failure: Exception | None = None

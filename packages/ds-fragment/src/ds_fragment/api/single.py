@@ -21,14 +21,16 @@ from ds_fragment.record import registry
 
 
 def get_local(param: torch.Tensor, what: str = "value") -> torch.Tensor:
-    """This rank's piece of a quantity, a view; an empty tensor where the rank holds nothing. No communication.
+    """This rank's piece of a quantity, a view of what the engine holds; empty where it holds nothing. No communication.
 
     Args:
         param: a parameter of the model.
-        what: ``"value"``, ``"grad"``, or the key of an optimizer state.
+        what: ``"value"``, ``"grad"``, ``"lp"`` (the weights that the model computes with: see `iter_full`), or the key
+            of an optimizer state.
 
     Returns:
-        1-D without padding for engines that flatten, the local tensor for a DTensor.
+        1-D without padding for engines that flatten, the local tensor for a DTensor. A fresh tensor where the engine
+        computes in another dtype than it keeps, or scales its gradients.
 
     Raises:
         FragmentError: there is no such quantity here, now.

@@ -13,8 +13,9 @@ from ds_fragment import _flight
 from ds_fragment.collective.agree import agree
 from ds_fragment.collective.digest import digest
 from ds_fragment.collective.plan import BUCKET_BYTES
-from ds_fragment.engines.model import Named, check_what, named, parameter_finder
-from ds_fragment.engines.shards import Shards, commit, is_state, refresh
+from ds_fragment.engines.base import is_state
+from ds_fragment.engines.model import Named, check_written, named, parameter_finder
+from ds_fragment.engines.shards import Shards, commit, refresh
 from ds_fragment.engines.state import kept_as
 from ds_fragment.errors import FragmentError, InvalidValueError
 from ds_fragment.record import registry
@@ -52,7 +53,7 @@ def set_many(
         RankMismatchError: the ranks were given different values.
         FragmentError: there is nothing to write to (no such state, no gradient).
     """
-    check_what(what, writes=True)
+    check_written(what)
     find = parameter_finder(model)
     if isinstance(values, Mapping | list | tuple):
         pairs = list(values.items() if isinstance(values, Mapping) else values)
@@ -153,7 +154,7 @@ def set_local(param: torch.Tensor, value: torch.Tensor, what: str, *, refresh_lp
         InvalidValueError: the value has the wrong shape or dtype.
         FragmentError: there is nothing to write to.
     """
-    shards = Shards([param], check_what(what, writes=True), "set_local")
+    shards = Shards([param], check_written(what), "set_local")
 
     def prepare() -> list[torch.Tensor | None]:
         piece = shards.local(0)
@@ -194,7 +195,7 @@ def update_many(
         Exception: what ``fn`` raises, as a `FragmentError` on every rank.
     """
     names, tensors = named(params)
-    shards = Shards(tensors, check_what(what, writes=True), "update_many")
+    shards = Shards(tensors, check_written(what), "update_many")
     sums: list[int] = []
     pieces: list[torch.Tensor | None] = []
     failure: list[Exception] = []

@@ -13,26 +13,50 @@ _SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
 
 
 def digest(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    """A number for the bits that a value has in a dtype, and their order: the same on ranks with the same value.
+    """A number of 63 bits for the bits that a value has in a dtype, and for their order.
 
     Args:
-        value: on any device.
+        value: of any shape, on any device.
         dtype: what it is cast to.
-        device: the parameter's: a CPU takes a CRC-32 of the bytes, a GPU sums words weighted by position.
+        device: the parameter's; all ranks give the same kind. On a CPU it is a CRC-32 and an Adler-32 of the bytes, on
+            a GPU a sum of words of 8 bytes, each mixed with its position.
     """
     flat = value.detach().resolve_neg().reshape(-1)
-    if device.type == "cpu":
-        total = 0
-        for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _SUM_AT_ONCE):
-            there = part.to("cpu", dtype)
-            if there.numel():
-                total = zlib.crc32((ctypes.c_char * there.nbytes).from_address(there.data_ptr()), total)
-        return total
-    weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
+    if device.type != "cpu":
+        return _sum_of_mixed(flat, dtype)
+    crc, adler = 0, 1
+    for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _SUM_AT_ONCE):
+        there = part.to("cpu", dtype)
+        if there.numel():
+            data = (ctypes.c_char * there.nbytes).from_address(there.data_ptr())
+            crc, adler = zlib.crc32(data, crc), zlib.adler32(data, adler)
+    return (adler & 0x7FFFFFFF) << 32 | crc
+
+
+def _sum_of_mixed(flat: torch.Tensor, dtype: torch.dtype) -> int:
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    position = 0
     for part in torch.split(flat, _SUM_AT_ONCE):
-        words = _words(part.to(dtype))
-        weighted = weighted * 31 + (words * torch.arange(1, len(words) + 1, device=words.device)).sum()
-    return int(weighted)
+        data = part.to(dtype).contiguous().view(torch.uint8)
+        words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+        positions = torch.arange(position, position + len(words), device=flat.device)
+        total += _mixed(_mixed(positions).add_(words)).sum()
+        position += len(words)
+    return int(total) >> 1
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """A bijection of 64-bit integers each of whose output bits depends on all input bits, in place.
+
+    Source: the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    """
+    words += -7046029254386353131  # 0x9E3779B97F4A7C15
+    words ^= (words >> 30) & 0x3FFFFFFFF  # a logical shift
+    words *= -4658895280553007687  # 0xBF58476D1CE4E5B9
+    words ^= (words >> 27) & 0x1FFFFFFFFF
+    words *= -7723592293110705685  # 0x94D049BB133111EB
+    words ^= (words >> 31) & 0x1FFFFFFFF
+    return words
 
 
 def checksums(pieces: Sequence[torch.Tensor | None]) -> list[int]:

@@ -2,8 +2,8 @@
 
 [Note: adapter] An adapter answers three questions for one engine: does it hold this parameter; where is a quantity of
 the parameter (a `Sharding`: equal on every rank, computed without communication); which piece does this rank hold (a
-view, not a copy). It also updates the low-precision weights after a write. A quantity is ``"value"``, ``"grad"``, or
-the key of an optimizer state.
+view, not a copy). It also updates the low-precision weights after a write. A quantity is ``"value"``, ``"grad"``,
+``"lp"`` (the weights that the model computes with, which are only read), or the key of an optimizer state.
 """
 
 from ds_fragment.engines.base import Adapter, adapter_of, adapters, held_by, register_adapter

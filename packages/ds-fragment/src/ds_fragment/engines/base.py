@@ -27,6 +27,16 @@ from ds_fragment.record import record_of, registry
 from ds_fragment.sharding import Sharding
 
 
+def is_weight(what: str) -> bool:
+    """Whether a quantity is the weights: the fp32 value, or ``"lp"``, those that the model computes with."""
+    return what in ("value", "lp")
+
+
+def is_state(what: str) -> bool:
+    """Whether a quantity is optimizer state, given by its key."""
+    return what != "grad" and not is_weight(what)
+
+
 class Adapter(ABC):
     """Reads and writes the pieces of one engine's parameters.
 
@@ -84,15 +94,6 @@ class Adapter(ABC):
     @abstractmethod
     def master(self, param: torch.Tensor) -> str:
         """Where the fp32 value comes from: ``"fp32"``, or ``"upcast"`` where only a low-precision one exists."""
-
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """Values that the shardings of the parameters depend on: while they are equal, so are the shardings.
-
-        Called before every use of shardings that were found earlier. May raise what `sharding` raises.
-        """
-        if what == "value":
-            return [(adapter_of(param), self.sharding(param, what)) for param in params]
-        return [(adapter_of(param), self.sharding(param, "value"), self.sharding(param, what)) for param in params]
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """`local` of each."""

@@ -159,8 +159,8 @@ class DeepSpeedAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank; state that is one number is whole on each."""
         slot = self._slot(param)
-        if what == "grad":
-            return slot.sharding(param, what, torch.float32)
+        if what in ("grad", "lp"):
+            return slot.sharding(param, what, torch.float32 if what == "grad" else param.dtype)
         if what == "value":
             dtype = param.dtype if slot.untrained else self._dtype(self._optimizer(param, slot), slot.index)
             return slot.sharding(param, (what, dtype), dtype)
@@ -170,14 +170,6 @@ class DeepSpeedAdapter(Adapter):
         number = (source.shape, source.dtype, source.device)
         return record_of(param).sharding(("number", source.dtype), slot, lambda: Sharding(*number, whole(()), None))
 
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """Each parameter's slot; of state whether it is a number, and its dtype."""
-        slots = list(map(self._slot, params))
-        known = list(zip(map(self.claims, params), slots, strict=True))
-        if what in ("value", "grad"):
-            return known
-        return [(*one, e.dim(), e.dtype) for one, e in zip(known, self._sources(params, slots, what), strict=True)]
-
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
         (piece,) = self.pieces([param], what)
@@ -186,6 +178,8 @@ class DeepSpeedAdapter(Adapter):
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`, but gradients that need only a cast as they are stored: the exchange casts all at once."""
         slots = list(map(self._slot, params))
+        if what == "lp":
+            return list(map(self._lp_part, params, slots))
         if what == "grad":
             _synchronize(params, slots)
             return list(map(self._unscaled_gradient, params, slots))

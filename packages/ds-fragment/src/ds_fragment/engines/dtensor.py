@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ds_fragment.engines.base import Adapter, entries_of, missing_gradient, state_entry, state_of, value_kind
+from ds_fragment.engines.base import (
+    Adapter,
+    entries_of,
+    is_state,
+    is_weight,
+    missing_gradient,
+    state_entry,
+    state_of,
+    value_kind,
+)
 from ds_fragment.engines.gradient import require_current
 from ds_fragment.engines.loaded import are_dtensors, is_dtensor
 from ds_fragment.engines.state import about, are_dense, dense, require_whole
@@ -42,7 +51,7 @@ class DTensorAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Computed from the placements of the parameter, or of state that is placed otherwise: see [Note: kinds]."""
         assert is_dtensor(param)
-        if what in ("value", "grad"):
+        if not is_state(what):
             return _sharding_like(param, param, ("like", param.dtype))
         entry = state_entry(state_of(param, param), param, what, quantised=True)
         home = _sharding_like(param, param, ("like", param.dtype))
@@ -58,20 +67,9 @@ class DTensorAdapter(Adapter):
             require_whole(entry, param, what)
         return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
 
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """The specs of the parameters; of state also the specs, or shapes, of its entries."""
-        specs = list(map(_spec, params))
-        if what in ("value", "grad"):
-            return specs
-        entries = entries_of(params, what)
-        if are_dtensors(entries):
-            return [specs, list(map(_spec, entries))]
-        kinds = [e._spec if is_dtensor(e) else (e.shape, e.dtype, e.device) for e in entries]
-        return [specs, kinds]
-
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """The local tensors."""
-        if what == "value":
+        if is_weight(what):
             return list(map(_local, params))
         if what == "grad":
             self._require_reduced(params)
@@ -97,7 +95,7 @@ class DTensorAdapter(Adapter):
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The local tensor, of the fragment's box."""
         assert is_dtensor(param)
-        if what == "value":
+        if is_weight(what):
             return param._local_tensor.detach()
         if what == "grad":
             self._require_reduced([param])

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment import _collectives
-from ds_fragment.engines.base import Adapter, spread, state_entry, state_of
+from ds_fragment.engines.base import Adapter, is_state, spread, state_entry, state_of
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import (
     FragmentError,
@@ -189,25 +189,19 @@ class FlatAdapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank; optimizer state that is one number is whole on each."""
         link = _link(param)
-        if what not in ("value", "grad"):
+        if what == "lp":
+            like = (param.shape, param.dtype, param.device)
+            return record_of(param).sharding(what, like, lambda: Sharding(*like, whole(param.shape), None))
+        if is_state(what):
             (entry,) = _attached_entries([link], [param], what)
             if entry is not None and entry.shape != link.partition(param).shape:
                 return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
             what = "state"
         return link.sharding(param, what, link.dtype, link.device)
 
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """The links, which are new objects whenever a parameter is linked; of state its shape, dtype and device too."""
-        if what in ("value", "grad"):
-            return [hasattr(param, "_hp_mapping") and link_of(param) for param in params]
-        links = list(map(_link, params))
-        entries = _attached_entries(links, params, what)
-        kinds = [None if entry is None else (entry.shape, entry.dtype, entry.device) for entry in entries]
-        return list(zip(links, kinds, strict=True))
-
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`; the optimizer is asked for state once for each partition."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return super().pieces(params, what)
         links = list(map(_link, params))
         triples = zip(links, params, _attached_entries(links, params, what), strict=True)
@@ -226,8 +220,10 @@ class FlatAdapter(Adapter):
         return torch.empty(0, dtype=link.dtype, device=link.device)
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
-        """This rank's fragment."""
-        if what not in ("value", "grad"):
+        """This rank's fragment; of the lp parameter the whole."""
+        if what == "lp":
+            return param.detach()
+        if is_state(what):
             return self.pieces([param], what)[0]
         link, mapping = _link(param), param._hp_mapping  # type: ignore[attr-defined]
         link.partition(param)

@@ -22,6 +22,8 @@ from torch import nn
 from ds_fragment.engines.base import (
     Adapter,
     is_number,
+    is_state,
+    is_weight,
     missing_gradient,
     number_sharding,
     state_entry,
@@ -78,7 +80,7 @@ class Fsdp1Adapter(Adapter):
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """An interval of the flattened parameter on each rank of the shard group."""
         interval, handle = self._known(param)
-        kind = what if what in ("value", "grad") or is_number(what) else "state"
+        kind = what if not is_state(what) or is_number(what) else "state"
         return record_of(param).sharding(kind, interval, lambda: _sharding(interval, handle, kind))
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
@@ -90,9 +92,10 @@ class Fsdp1Adapter(Adapter):
             self._check_reduced(param, handle)
         if fragment is None:
             return None
-        if what == "value":
+        if is_weight(what):
             begin = interval.start + fragment.offset[0] - sharding.rank * handle.flat_param._sharded_size.numel()
-            return _shard(handle).detach().narrow(0, begin if sharding.group else interval.start, fragment.numel)
+            held = _shard(handle).detach().narrow(0, begin if sharding.group else interval.start, fragment.numel)
+            return held if what == "value" else held.to(_lp_dtype(handle))
         if what == "grad":
             if param.grad is None:
                 raise missing_gradient(param)
@@ -166,7 +169,14 @@ def _sharding(interval: _Interval, handle: Any, kind: str) -> Sharding:
     if is_number(kind):
         return number_sharding(kind, group, [fragment is not None for fragment in layout.fragments], shard.device)
     replicas = _replicas(interval.unit(), handle)
-    return Sharding(interval.shape, shard.dtype, shard.device, layout, group, replicas)
+    dtype = _lp_dtype(handle) if kind == "lp" else shard.dtype
+    return Sharding(interval.shape, dtype, shard.device, layout, group, replicas)
+
+
+def _lp_dtype(handle: Any) -> torch.dtype:
+    """What a unit computes in: ``MixedPrecision(param_dtype=...)``, else its own dtype."""
+    found: torch.dtype = handle._fwd_bwd_param_dtype
+    return found
 
 
 def _original(param: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_fragment.engines.dtensor import DTensorAdapter
+from ds_fragment.engines.dtensor import DTensorAdapter, mesh_sharding
 from ds_fragment.engines.loaded import composable_state, composable_states, fsdp2_groups, is_a, is_dtensor
 from ds_fragment.errors import GradientUnavailableError
 from ds_fragment.record import note, record_of, records_of, registry
+from ds_fragment.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,27 @@ class Fsdp2Adapter(DTensorAdapter):
         found: torch.Tensor = record.sharded_param if unit.copy else param
         return found
 
+    def sharding(self, param: torch.Tensor, what: str) -> Sharding:
+        """As for any DTensor; what the module computes with has the dtype of its MixedPrecisionPolicy."""
+        if what != "lp":
+            return super().sharding(param, what)
+        tensor: Any = param
+        dtype = _lp_dtype(param)
+        return record_of(param).sharding(("like", dtype), tensor._spec, lambda: mesh_sharding(tensor, dtype))
+
+    def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
+        """As for any DTensor; ``"lp"`` cast to what the module gathers it in."""
+        found = super().pieces(params, what)
+        if what != "lp":
+            return found
+        pairs = zip(params, found, strict=True)
+        return [None if piece is None else piece.to(_lp_dtype(param)) for param, piece in pairs]
+
+    def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
+        """As for any DTensor; ``"lp"`` cast to what the module gathers it in."""
+        found = super().local(param, what)
+        return found.to(_lp_dtype(param)) if what == "lp" else found
+
     def _require_reduced(self, params: Sequence[torch.Tensor]) -> None:
         for param in params:
             unit = _unit_of(param)
@@ -83,6 +105,14 @@ class Fsdp2Adapter(DTensorAdapter):
         for group in dict.fromkeys(unit.group() for unit in units if unit is not None):
             if group is not None and not group.is_sharded:
                 group.reshard()
+
+
+def _lp_dtype(param: torch.Tensor) -> torch.dtype:
+    """What the module gathers the parameter in: ``MixedPrecisionPolicy(param_dtype=...)``, else the parameter's own."""
+    unit = _unit_of(param)
+    group = None if unit is None else unit.group()
+    wanted: torch.dtype | None = None if group is None else group.mp_policy.param_dtype
+    return wanted if wanted is not None and param.dtype.is_floating_point else param.dtype
 
 
 def _unit_of(param: torch.Tensor) -> _Unit | None:

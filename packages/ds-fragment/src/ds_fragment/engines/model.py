@@ -114,14 +114,26 @@ def parameter_finder(model: nn.Module | None) -> Callable[[object], torch.Tensor
     return find
 
 
-def check_what(what: object, *, writes: bool = False) -> str:
-    """The quantity's name.
+def check_what(what: object) -> str:
+    """The quantity's name: ``"value"``, ``"grad"``, ``"lp"`` (the weights that the model computes with), or a state's.
 
     Raises:
-        InvalidValueError: it is not a string, or cannot be written.
+        InvalidValueError: it is not a string.
     """
-    if writes and what == "lp":
-        raise InvalidValueError("what is 'lp', which cannot be written by itself: write 'value' with refresh_lp=True")
     if not isinstance(what, str) or not what:
-        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad' or the key of an optimizer state")
+        raise InvalidValueError(f"what is {what!r}, expected 'value', 'grad' or the key of an optimizer state, or 'lp'")
     return what
+
+
+def check_written(what: object) -> str:
+    """The name of a quantity that is to be written.
+
+    Raises:
+        InvalidValueError: it is not a string, or ``"lp"``, which follows from the value.
+    """
+    if what == "lp":
+        raise InvalidValueError(
+            "what is 'lp', which is only read: write 'value' with refresh_lp=True, and the weights that the model "
+            "computes with follow"
+        )
+    return check_what(what)

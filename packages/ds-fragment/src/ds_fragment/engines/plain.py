@@ -52,6 +52,8 @@ class PlainAdapter(Adapter):
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor itself."""
+        if what == "lp":
+            return param.detach()
         if what == "value":
             owned = self._owned(param)
             if owned is param and param.requires_grad and value_kind(param.dtype) == "upcast":

@@ -23,7 +23,7 @@ from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate, Shards as Found, fetch, gather
 from ds_fragment.collective.plan import Plan, bucket_bytes_for
 from ds_fragment.collective.stages import gather_by_stages
-from ds_fragment.engines.base import Adapter, held_by
+from ds_fragment.engines.base import Adapter, held_by, is_state
 from ds_fragment.engines.state import different_state
 from ds_fragment.engines.versions import engine_changed, known_engine
 from ds_fragment.errors import FragmentError, GradientUnavailableError, RankMismatchError, StateKeyError
@@ -31,11 +31,6 @@ from ds_fragment.record import record_of, registry
 from ds_fragment.sharding import Sharding
 
 K = TypeVar("K")
-
-
-def is_state(what: str) -> bool:
-    """Whether a quantity is the key of an optimizer state."""
-    return what not in ("value", "grad", "lp")
 
 
 class Shards:

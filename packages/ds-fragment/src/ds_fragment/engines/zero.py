@@ -140,8 +140,11 @@ class DeepSpeedFlatAdapter(DeepSpeedAdapter):
         return param.detach()
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
-        """As for every stage, but BF16_Optimizer keeps the whole of each gradient on every rank."""
+        """As for every stage, but every rank has the whole lp parameter, and of each gradient under BF16_Optimizer."""
         slot = self._slot(param)
+        if what == "lp":
+            like = (param.shape, param.dtype, param.device)
+            return record_of(param).sharding(what, like, lambda: Sharding(*like, whole(param.shape), None))
         if what == "grad" and not slot.untrained and _is_bf16(self._optimizer(param, slot)):
             everything = flat_layout(0, param.numel(), param.numel(), 1)
             like = (slot.shape, torch.float32, param.device)

@@ -6,13 +6,13 @@ Only the owner of a state has its shape and dtype: the ranks exchange those once
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment.engines.base import state_entry
+from ds_fragment.engines.base import is_state, state_entry
 from ds_fragment.engines.loaded import is_a
 from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import StateKeyError, StateNotReadyError
@@ -46,7 +46,7 @@ class ZeroRedundancyAdapter(PlainAdapter):
 
     def sharding(self, param: torch.Tensor, what: str) -> Sharding:
         """Whole on every rank; optimizer state is the owner's to send. The first call for state is collective."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return super().sharding(param, what)
         optimizer = _optimizer(param)
         state = self._table(optimizer).get(optimizer._param_to_index[param], {})
@@ -88,13 +88,9 @@ class ZeroRedundancyAdapter(PlainAdapter):
                 self._tables[optimizer] = found
         return found
 
-    def stamps(self, params: Sequence[torch.Tensor], what: str) -> Sequence[object]:
-        """Never equal: a survey is made at each call, as the look-up is collective until all ranks have state."""
-        return [object() for _ in params]
-
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:  # type: ignore[override]
         """The whole; of state None unless this rank owns it."""
-        if what in ("value", "grad"):
+        if not is_state(what):
             return super().local(param, what)
         optimizer = _optimizer(param)
         if optimizer._param_to_rank[param] != optimizer.process_group.rank():
