@@ -8,6 +8,7 @@ sends the mark with the next bucket that is not in flight, until all its groups 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -424,30 +425,45 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Direct:
-    """One item whose shards are equal intervals of the whole: gathered where they belong, with no staging buffer.
+    """One item that is received where it belongs, with no staging buffer and by one collective.
 
-    A rank that fails sends a mark and NaN behind it, see [Note: mark] of `status`.
+    Equal intervals of the whole are all-gathered; what one rank holds whole is broadcast, on a GPU. A rank that cannot
+    send sends a mark and NaN behind it, see [Note: mark] of `status`. A rank that has nothing to send and fails is the
+    only one to know.
+
+    Attributes:
+        root: the group rank that holds the whole; None where all hold equal intervals.
     """
 
-    def __init__(self, sharding: Sharding, ranks: Sequence[int]) -> None:
+    def __init__(self, sharding: Sharding, ranks: Sequence[int], root: int | None) -> None:
         assert sharding.group is not None
-        self.group, self.ranks, self.device = sharding.group, ranks, sharding.device
+        self.group, self.ranks, self.device, self.root = sharding.group, ranks, sharding.device, root
         self.shape, self.dtype, self.numel = sharding.shape, sharding.dtype, sharding.held
+        self.sends = root is None or sharding.rank == root
+        self.senders = ranks if root is None else [ranks[root]]
         self.as_bytes = sharding.dtype not in _COMMON
+        words = sharding.nbytes // 8 // len(self.senders)
+        self.marks = ((len(self.senders), _WORDS), (words, 1))  # sizes and strides
 
     def gather(self, shard: torch.Tensor | None, error: Exception | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole, and what may be marks: int64, (ranks, 2)."""
+        """The whole, and what may be marks: int64, (senders, 2)."""
         whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        if error is not None or shard is None:
+        if self.sends and error is not None:
             shard = self._marked(error)
-        elif shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
-            shard = shard.to(self.device, self.dtype).contiguous()
-        flat, shard = (_bytes(whole), _bytes(shard)) if self.as_bytes else (whole.view(-1), shard.view(-1))
-        _collectives.all_gather(flat, shard.detach() if shard.requires_grad else shard, group=self.group)
-        return whole, flat.view(torch.int64).view(len(self.ranks), -1)[:, :_WORDS]
+        flat = _bytes(whole) if self.as_bytes else whole.view(-1)
+        if self.root is not None:
+            if self.sends and shard is not None:
+                whole.view(-1).copy_(shard.view(-1))
+            dist.broadcast(flat, self.senders[0], group=self.group)
+        else:
+            assert shard is not None  # every rank holds one
+            if shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
+                shard = shard.to(self.device, self.dtype).contiguous()
+            shard = _bytes(shard) if self.as_bytes else shard.view(-1)
+            _collectives.all_gather(flat, shard.detach() if shard.requires_grad else shard, group=self.group)
+        return whole, flat.view(torch.int64).as_strided(*self.marks)
 
-    def _marked(self, error: Exception | None) -> torch.Tensor:
-        assert error is not None  # every rank holds a shard
+    def _marked(self, error: Exception) -> torch.Tensor:
         shard = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
         if self.dtype.is_floating_point:
             shard = torch.full((self.numel,), float("nan"), device=self.device).to(self.dtype)
@@ -458,9 +474,13 @@ class _Direct:
 
 def _prepared(sharding: Sharding) -> _Direct | Transfer:
     transfer = Transfer([0], [sharding])
-    nbytes = sharding.held * sharding.dtype.itemsize
-    if sharding.even and transfer.device == transfer.home and nbytes and nbytes % status.MARK_BYTES == 0:
-        return _Direct(sharding, transfer.ranks)
+    nbytes = [sent * sharding.dtype.itemsize for sent in sharding.sent]
+    if transfer.device != transfer.home or any(sent % status.MARK_BYTES for sent in nbytes):
+        return transfer
+    if sharding.even and sharding.held:
+        return _Direct(sharding, transfer.ranks, None)
+    if transfer.home.type == "cuda" and sum(map(bool, nbytes)) == 1 and max(nbytes) == sharding.nbytes:
+        return _Direct(sharding, transfer.ranks, nbytes.index(max(nbytes)))
     return transfer
 
 
@@ -490,7 +510,7 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
         prepared = sharding.plans["one"] = _prepared(sharding)
     if isinstance(prepared, _Direct):
         whole, marks = prepared.gather(shard, error)
-        check = partial(_raise_marks, ranks=prepared.ranks, error=error, certain=False)
+        check = partial(_raise_marks, ranks=prepared.senders, error=error, certain=False)
     else:
         transfer = InFlight(prepared, {0: shard}, error, None, None)
         transfer.wait()
@@ -499,9 +519,9 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
         whole = transfer.unpacked()[0]
     if later is None or not marks.is_cuda:
         check(marks.tolist())
-        return whole
-    _defer(marks, check, later)
-    if error is not None:
+    else:
+        _defer(marks, check, later)
+    if error is not None:  # the other ranks have been told, or need not be
         try:
             raise_as_told(error, told=True)
         finally:
@@ -510,12 +530,19 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
 
 
 def _defer(marks: torch.Tensor, check: Callable[[list[list[int]]], None], later: Callable[[Exception], None]) -> None:
-    """Read the marks at the next call."""
-    host = marks.to("cpu", non_blocking=True)  # pinned
-    there = torch.cuda.current_stream(marks.device).record_event()
+    """Copy the marks to the host beside the current stream, and read them at the next call."""
+    stream, slots = _beside(marks.device, marks.shape)
+    slots.append(slots.pop(0))
+    host = slots[0]
+    stream.wait_stream(torch.cuda.current_stream(marks.device))
+    with torch.cuda.stream(stream):
+        host.copy_(marks, non_blocking=True)
+    there = stream.record_event()
 
     def checked() -> None:
+        nonlocal marks
         there.synchronize()
+        del marks  # its memory was read until now
         try:
             check(host.tolist())
         except FragmentError as error:
@@ -523,3 +550,10 @@ def _defer(marks: torch.Tensor, check: Callable[[list[list[int]]], None], later:
             raise
 
     _flight.defer(checked)
+
+
+@functools.cache
+def _beside(device: torch.device, shape: torch.Size) -> tuple[torch.cuda.Stream, list[torch.Tensor]]:
+    """A stream beside the caller's, and two pinned tensors for marks: those of the read before are read meanwhile."""
+    pinned = [torch.empty(shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+    return torch.cuda.Stream(device), pinned  # type: ignore[no-untyped-call]

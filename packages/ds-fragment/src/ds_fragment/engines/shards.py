@@ -68,8 +68,9 @@ class Shards:
                 adapter, own = held_by(param)
                 self.adapters.append(adapter)
                 self.params.append(own)
-            for adapter in set(self.adapters):
-                adapter.prepare([own for own, by in zip(self.params, self.adapters, strict=True) if by is adapter])
+            for adapter in dict.fromkeys(self.adapters):
+                if type(adapter).prepare is not Adapter.prepare:
+                    adapter.prepare([own for own, by in zip(self.params, self.adapters, strict=True) if by is adapter])
             self.homes = list(map(self._home, self.adapters, self.params))
         except (AttributeError, KeyError):
             with known_engine():
