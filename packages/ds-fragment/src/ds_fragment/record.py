@@ -39,7 +39,7 @@ class Record:
         master: its fp32 value, weakly, where it was attached with one.
         lowered: the parameter that this one was attached as the fp32 value of.
         notes: what adapters know of it, by class.
-        places: where its quantities are, each with what that follows from.
+        shardings: where its quantities are, by key, each with the source that it was made from: see `sharding`.
         agreed: by optimizer state, where the ranks agreed that it is (None where they have to agree anew), and where
             the parameter was then.
     """
@@ -58,7 +58,7 @@ class Record:
         self.agreed: dict[str, tuple[Sharding | None, Sharding]] = {}
 
     def sharding(self, key: Hashable, source: object, make: Callable[[], Sharding]) -> Sharding:
-        """The place that was made under the key, as long as ``source``, which it follows from, is the same."""
+        """The sharding that was made under the key, as long as ``source``, from which it follows, is the same or equal."""
         found = self.shardings.get(key)
         if found is None or (found[0] is not source and found[0] != source):
             found = self.shardings[key] = (source, make())
