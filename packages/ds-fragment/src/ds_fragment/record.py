@@ -58,7 +58,7 @@ class Record:
         self.agreed: dict[str, tuple[Sharding | None, Sharding]] = {}
 
     def sharding(self, key: Hashable, source: object, make: Callable[[], Sharding]) -> Sharding:
-        """The sharding that was made under the key, as long as ``source``, from which it follows, is the same or equal."""
+        """The sharding that was made under the key, as long as ``source``, from which it follows, is equal."""
         found = self.shardings.get(key)
         if found is None or (found[0] is not source and found[0] != source):
             found = self.shardings[key] = (source, make())
