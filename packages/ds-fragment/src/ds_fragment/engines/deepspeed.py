@@ -83,11 +83,8 @@ class Slot:
 
     def sharding(self, param: torch.Tensor, key: Hashable, dtype: torch.dtype) -> Sharding:
         """Where a quantity is that is cut like the parameter."""
-
-        def make() -> Sharding:
-            return Sharding(self.shape, dtype, param.device, self.layout, self.group)
-
-        return record_of(param).sharding(key, self, make)
+        fields = (self.shape, dtype, param.device, self.layout, self.group)
+        return record_of(param).sharding(key, self, lambda: Sharding(*fields))
 
 
 @dataclass(slots=True, eq=False)
