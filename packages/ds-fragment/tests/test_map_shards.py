@@ -189,7 +189,7 @@ def _failures(rank: int, flat: bool) -> list[Any]:
     calls: list[str] = []
     missing = raised(lambda: map_shards(model, lambda name, _: calls.append(name), "exp_avg"))  # type: ignore[func-returns-value]
     assert missing is not None
-    assert missing[0] == "UnlinkedParameterError"
+    assert missing[0] in ("UnlinkedParameterError", "StateKeyError")
     assert not calls
     assert partition is not None
     return told
