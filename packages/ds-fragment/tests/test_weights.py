@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, FragmentError, InvalidValueError, WeightSource, attach
+from ds_fragment import FlatPartition, FragmentError, InvalidValueError, WeightSource, attach, link_hp_params
 from ds_fragment.api.digest import digest
 from fragment_oracle import assert_same
 from ranks import run_ranks
@@ -159,6 +159,25 @@ def _flat_and_ddp(rank: int) -> None:
         assert_same(tensor, model.get_parameter(name).detach())
 
 
+def _linked(rank: int) -> None:
+    model = whole().bfloat16()
+    params = list(model.parameters())
+    flat = torch.cat([param.detach().float().flatten() for param in params])
+    half = len(flat) // 2
+    begin, size = (0, half) if rank == 0 else (half, len(flat) - half)
+    mine = flat[begin : begin + size].clone()
+    link_hp_params(params, mine, {}, None, False, 0, begin, size, dist.group.WORLD)
+    source = WeightSource(model, what="value", dst=1)
+    with pytest.raises(FragmentError, match="is not known before the first collective read"):
+        source.metadata()
+    assert [name for name, _ in source] == (NAMES if rank == 1 else [])
+    assert [info.dtype for info in source.metadata()] == [torch.float32] * 5
+
+
+def test_linked_weights_are_placed_as_they_are_read() -> None:
+    run_ranks(_linked, 2)
+
+
 def test_what_every_rank_holds_whole() -> None:
     run_ranks(_flat_and_ddp, 2)
 
@@ -258,7 +277,7 @@ def _ends_early(rank: int, how: str) -> str:
             weights = iter(source)
             for _ in range(5 if how == "at the end" else 1):
                 next(weights)
-            weights.close()  # type: ignore[attr-defined]
+            weights.close()
     except (FragmentError, Refused) as error:
         message = str(error)
     assert len(list(source)) == (5 if rank == 0 else 0)  # the next one is whole again

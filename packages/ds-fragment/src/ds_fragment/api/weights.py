@@ -14,7 +14,7 @@ from ds_fragment.api.digest import digest
 from ds_fragment.api.pacing import Pace
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.single import get_local
-from ds_fragment.engines import held_by
+from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.lora import Weight, merged_weights, plain_weights
 from ds_fragment.engines.versions import known_engine
@@ -66,8 +66,9 @@ class WeightSource:
     All ranks of ``group`` must iterate, to the end, each time: ``for _ in source: pass`` on those that receive nothing.
     The receiver sets the pace. It may take any time between two weights: the other ranks wait on the host meanwhile,
     with no collective under way that would time out, and come out of the iteration when the receiver does. A receiver
-    that does not take all weights ends the iteration on all ranks: close the iterator
-    (``contextlib.closing(iter(source))``) if an error may keep it alive.
+    that does not take all weights ends the iteration on all ranks as soon as its iterator is closed or deleted; an
+    error that is kept may keep it alive, so write ``with contextlib.closing(iter(source)) as weights``. If the receiver
+    dies the others raise when the store of the default process group dies with it, or are ended by their launcher.
 
     Args:
         model: the sharded model, wrapped or not; attached where its engine needs that (see `attach`).
@@ -138,6 +139,7 @@ class WeightSource:
             InvalidValueError: with ``merge_lora``, a layer cannot be merged exactly (DoRA and other variants,
                 embeddings, convolutions, quantised layers, ``lora_bias=True``, tied weights); or ``rename`` gives one
                 name to two weights.
+            FragmentError: with ``what="value"``, where `link_hp_params` linked the weights and none was read yet.
         """
         return [self._info(weight) for weight in self._weights()]
 
@@ -153,12 +155,12 @@ class WeightSource:
         """
         if not self._changed_only:
             raise InvalidValueError("changed_only is False, expected True to ask what has changed: use metadata()")
-        weights = self._weights()
+        weights = self._ready()
         self._next = self._agree(weights)
         chosen = set(self._next[0])
         return [self._info(weight) for weight in weights if weight.name in chosen]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yield (name, whole tensor) on the receiver, and nothing on the other ranks, which all must iterate as well.
 
         Yields:
@@ -179,7 +181,7 @@ class WeightSource:
             yield _BEGUN
             if pace is not None:
                 pace.step()
-            weights, digests = self._weights(), _Digests()
+            weights, digests = self._ready(), _Digests()
             if self._changed_only:
                 names, digests = self._next or self._agree(weights)
                 self._next, chosen = None, set(names)
@@ -221,6 +223,17 @@ class WeightSource:
             if name is not None:
                 renamed[name] = Weight(name, weight.param, weight.deltas)
         return list(renamed.values())
+
+    def _ready(self) -> list[Weight]:
+        """`_weights`, once the ranks have told each other what their engines need to place them; all ranks call it."""
+        weights, params = self._weights(), dict[Adapter, list[torch.Tensor]]()
+        with known_engine():
+            for weight in weights:
+                for adapter, param in map(held_by, weight.params):
+                    params.setdefault(adapter, []).append(param)
+            for adapter, chosen in params.items():
+                adapter.prepare(chosen)
+        return weights
 
     def _place(self, param: torch.Tensor) -> Sharding:
         with known_engine():
