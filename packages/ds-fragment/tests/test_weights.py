@@ -309,6 +309,34 @@ def test_a_failing_rank_is_an_error_everywhere() -> None:
     assert first.startswith("rank 1: ")
 
 
+def _unlike(rank: int) -> list[str]:
+    def rename(name: str) -> str:
+        if rank == 1:
+            raise KeyError(name)
+        return name
+
+    found = []
+    for source in (
+        WeightSource(nn.Sequential(*(nn.Linear(2, 2) for _ in range(1 + rank))), bucket_bytes=1),
+        WeightSource(whole(), rename=rename),
+        WeightSource(whole(), what="lp" if rank else "value", dtype=torch.bfloat16 if rank else None),
+    ):
+        with pytest.raises(FragmentError) as caught:
+            list(iter(source))
+        found.append(f"{type(caught.value).__name__}: {caught.value}")
+    assert len(list(WeightSource(whole()))) == (5 if rank == 0 else 0)
+    return found
+
+
+def test_ranks_that_are_not_alike_are_told_at_once() -> None:
+    first, second = run_ranks(_unlike, 2)
+    assert first[1] == second[1] == "FragmentError: rank 1: KeyError: 'embed.weight'"
+    for item in (0, 2):
+        assert all(
+            "RankMismatchError: the ranks have weights of different names" in found[item] for found in (first, second)
+        )
+
+
 def _subgroup(rank: int) -> list[str]:
     trainers = dist.new_group([1, 2])
     model = whole()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_fragment._collectives import CollectiveError
 from ds_fragment.api.digest import digest
 from ds_fragment.api.pacing import Pace
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.single import get_local
+from ds_fragment.collective.exchange import agree
 from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.lora import Weight, merged_weights, plain_weights
 from ds_fragment.engines.versions import known_engine
-from ds_fragment.errors import InvalidValueError
+from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from ds_fragment.sharding import Sharding
 
 Rename = Callable[[str], str | None]
@@ -152,10 +156,11 @@ class WeightSource:
         Raises:
             InvalidValueError: the source was made without ``changed_only``.
             FragmentError: a rank cannot read its piece of a weight; the same on every rank.
+            RankMismatchError: the ranks have different weights.
         """
         if not self._changed_only:
             raise InvalidValueError("changed_only is False, expected True to ask what has changed: use metadata()")
-        weights = self._ready()
+        weights = self._alike()
         self._next = self._agree(weights)
         chosen = set(self._next[0])
         return [self._info(weight) for weight in weights if weight.name in chosen]
@@ -168,8 +173,9 @@ class WeightSource:
             storages: clone one that is to be kept.
 
         Raises:
-            FragmentError: a rank could not deliver its piece, or the receiver ended early; the same on every rank but
-                the receiver. Or the store of the default process group is gone.
+            FragmentError: a rank could not deliver its piece; the same on every rank. Or the receiver ended early, or
+                the store of the default process group is gone; on the other ranks.
+            RankMismatchError: the ranks have different weights.
         """
         steps = self._steps()
         next(steps)  # to its first yield: from here on it notices that it is closed
@@ -181,7 +187,7 @@ class WeightSource:
             yield _BEGUN
             if pace is not None:
                 pace.step()
-            weights, digests = self._ready(), _Digests()
+            weights, digests = self._alike(), _Digests()
             if self._changed_only:
                 names, digests = self._next or self._agree(weights)
                 self._next, chosen = None, set(names)
@@ -223,6 +229,22 @@ class WeightSource:
             if name is not None:
                 renamed[name] = Weight(name, weight.param, weight.deltas)
         return list(renamed.values())
+
+    def _alike(self) -> list[Weight]:
+        """`_ready`, once all ranks know that they have the same weights; one small collective."""
+        if self._group is None:
+            return self._ready()
+        error: Exception | None = None
+        weights, total = list[Weight](), 0
+        try:
+            weights = self._ready()
+            words = repr([(info.name, info.dtype, *info.shape) for info in map(self._info, weights)])
+            total = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+        except Exception as caught:
+            error = caught
+        with _named_if_broken():  # on the CPU where the group can, as a rank in error knows of no other device
+            agree(error, [self._group], torch.device("cpu"), [total], differ=_different_weights)
+        return weights
 
     def _ready(self) -> list[Weight]:
         """`_weights`, once the ranks have told each other what their engines need to place them; all ranks call it."""
@@ -278,5 +300,22 @@ class WeightSource:
             return torch.tensor(float(digests[weight.name] != self._sent.get(weight.name)))
 
         device = self._place(weights[0].param).device if weights else torch.device("cpu")
-        flags = over_ranks([self._group] * len(weights), device, differs, lambda rows: rows.amax(dim=0))
+        with _named_if_broken():
+            flags = over_ranks([self._group] * len(weights), device, differs, lambda rows: rows.amax(dim=0))
         return [weight.name for weight, flag in zip(weights, flags, strict=True) if flag], digests
+
+
+def _different_weights(_: str) -> FragmentError:
+    return RankMismatchError(
+        "the ranks have weights of different names, shapes or dtypes: pass a model, dtype, what and rename that are "
+        "alike on every rank of the group; ranks with other layers or experts need a source with a group of their own"
+    )
+
+
+@contextlib.contextmanager
+def _named_if_broken() -> Iterator[None]:
+    """Say what a collective was about that did not come to its end."""
+    try:
+        yield
+    except CollectiveError as error:
+        raise FragmentError(f"the comparison of the ranks' weights {error}") from error
