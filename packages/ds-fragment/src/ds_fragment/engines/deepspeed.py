@@ -167,6 +167,10 @@ class DeepSpeedAdapter(Adapter):
         number = (source.shape, source.dtype, source.device)
         return record_of(param).sharding(("number", source.dtype), slot, lambda: Sharding(*number, whole(()), None))
 
+    def versions(self, params: Sequence[torch.Tensor]) -> Sequence[object]:
+        """The slots of the parameters that are this engine's."""
+        return list(zip(map(self.claims, params), map(self._slot, params), strict=True))
+
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""
         (piece,) = self.pieces([param], what)
