@@ -62,6 +62,9 @@ class Shards:
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
         self.what = what
+        self.params: list[torch.Tensor]
+        self.adapters: list[Adapter]
+        self.homes: list[Sharding]
         self.error: Exception | None = None
         self.told: set[dist.ProcessGroup] = set()
         try:
@@ -140,8 +143,7 @@ class Shards:
             return self.adapters[item].sharding(self.params[item], self.what)
         except (FragmentError, AttributeError, KeyError) as error:
             self._note(error)
-            home: Sharding = self.homes[item]
-            return home
+            return self.homes[item]
 
     def _note(self, error: FragmentError | AttributeError | KeyError) -> None:
         """Keep an error to be sent to the other ranks."""
