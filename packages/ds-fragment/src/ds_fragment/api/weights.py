@@ -76,7 +76,8 @@ class WeightSource:
 
     Args:
         model: the sharded model, wrapped or not; attached where its engine needs that (see `attach`).
-        dtype: what floating-point weights are cast to, after they were gathered; unless told, that of the quantity.
+        dtype: what floating-point weights are cast to, before they travel if it has fewer bytes; unless told, that of
+            the quantity.
         what: ``"lp"``, the weights that the model computes with, or ``"value"``, the fp32 ones.
         dst: the global rank that receives. None: every rank does, at its own pace, without the store.
         merge_lora: yield the weights of the model that was given to peft, under its names, with the active LoRA
@@ -211,7 +212,9 @@ class WeightSource:
         """The weights of a chunk; all of it is here before the first is yielded, so that no collective is under way."""
         params = [param for weight in chunk for param in weight.params]
         limit = self._limit(chunk)
-        wholes = [whole for _, whole in iter_full(params, self._what, bucket_bytes=limit, dst=self._dst)][::-1]
+        dtype = None if any(weight.deltas for weight in chunk) else self._dtype  # what is merged is cast afterwards
+        found = iter_full(params, self._what, bucket_bytes=limit, dst=self._dst, dtype=dtype)
+        wholes = [whole for _, whole in found][::-1]
         for weight in chunk if wholes else ():
             yield weight.name, weight.merged([wholes.pop() for _ in weight.params], self._dtype)
 
