@@ -63,7 +63,8 @@ def _follows(rank: int, engine: str, folder: str) -> None:
         with each.swapped():
             found = whole(model)
             for name, tensor in found.items():  # torch fuses a multiply-add here, and not there
-                torch.testing.assert_close(tensor, expected[name], rtol=1e-6 if each is shadow else 1e-2, atol=1e-6)
+                rtol = 1e-2 if each is narrow or tensor.dtype == torch.bfloat16 else 1e-6  # what is frozen stays bf16
+                torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=rtol, atol=1e-6)
             assert not torch.equal(model(data), before), "the model computes with the shadow"
             if kept is not None:
                 for name, param in model.named_parameters():
