@@ -21,6 +21,6 @@ def test_the_engine_has_what_the_checkpoint_has() -> None:
     assert [sync[0] for sync in syncs] == ["1", "2"], done.stdout
     first, second = ((int(count), float(size), int(known)) for _, count, size, known in syncs)
     assert first[0] == first[2] == second[2]
-    assert second[0] == first[0] - 1, "the embedding is frozen"
+    assert 0 < second[0] < first[0], "the embedding is frozen"
     assert second[1] < first[1]
     assert len(re.findall(r"gathered by .* ms", done.stdout)) == 2

@@ -8,7 +8,7 @@ know nothing of each other: the trainer's default group, and one of trainer rank
 default group, as vLLM makes its own for a weight transfer. A request with names, dtypes and shapes goes first, then one
 broadcast for each tensor, as SGLang's ``update_weights_from_distributed`` has it. After each sync the engine compares
 every byte with a checkpoint that `save_full` wrote. The second sync follows a training step, and sends only what the
-step has changed.
+step has changed: neither the frozen embedding, nor what rounds to the same bf16 numbers as before.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def send(source: WeightSource, infos: Sequence[WeightInfo], group: Any, store: d
             "shapes": [list(info.shape) for info in infos],
         }
         store.set(f"request/{sync}", json.dumps(request))  # a server is asked over HTTP
-    with contextlib.closing(iter(source)) as weights:  # type: ignore[type-var]
+    with contextlib.closing(iter(source)) as weights:
         for _, tensor in weights:
             group.broadcast(tensor.contiguous(), 0).wait()
 

@@ -245,7 +245,7 @@ def _blocked(rank: int, folder: str) -> None:
     try:
         weights = iter(source)
         next(weights, None)
-        weights.close()  # type: ignore[attr-defined]
+        weights.close()
     except FragmentError as error:
         message = str(error)
     assert ("rank 0 ended its iteration" in message) == (rank == 1)

@@ -109,6 +109,7 @@ def drawn(chance: random.Random, generator: torch.Generator, group: Any, device:
     # Every way of travelling, also for tensors as small as these.
     planning.IN_PLACE = dict.fromkeys(["cpu", "cuda"], chance.choice([0, 20, 1 << 20]))
     planning._PADDED = chance.choice([0, 1 << 20])
+    exchange._SHARED = chance.choice([("cuda",), ("cpu", "cuda")])
     return denses, shardings, pieces
 
 

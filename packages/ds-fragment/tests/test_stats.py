@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, attach, available, count_nonfinite, iter_full, norms, set_many
+from ds_fragment import FlatPartition, attach, available, count_nonfinite, iter_full, norms, set_many, total_norm
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError
 from ds_fragment.tensor_fragment import safe_get_full_grad
 from fragment_oracle import assert_same
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def _model() -> nn.Module:
@@ -149,12 +150,87 @@ def test_every_kind_of_number_on_two_ranks() -> None:
     assert zero == one
 
 
+def _dense_total(tensors: Iterable[torch.Tensor], ord: float = 2) -> float:
+    flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors])
+    return float(flat.norm() if ord == 2 else flat.abs().max())
+
+
+def _total_beside_torch(rank: int) -> list[float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+    fully_shard(model)
+    attach(model)
+    model(torch.randn(4, 7, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
+    found = []
+    for what in ("value", "grad"):
+        dense = [tensor for _, tensor in iter_full(model, what)]
+        mine = [param if what == "value" else param.grad for param in model.parameters()]
+        for ord in (2, math.inf):
+            found.append(total_norm(model, what, ord=ord))
+            assert found[-1] == pytest.approx(_dense_total(dense, ord), rel=1e-12)
+            beside = torch.nn.utils.get_total_norm(mine, ord).full_tensor()
+            assert found[-1] == pytest.approx(beside.item(), rel=1e-5)
+    return found
+
+
+def test_the_norm_of_all_is_torchs_under_fsdp2() -> None:
+    zero, one = run_ranks(_total_beside_torch, 2)
+    assert zero == one, "the same bits on every rank"
+
+
+def _total_over_groups(rank: int) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    torch.manual_seed(0)
+    wholes = [torch.randn(5, 3) for _ in range(6)]
+    cuts = [
+        (mesh["a"], [Shard(0)]),
+        (mesh["b"], [Shard(1)]),
+        (mesh, [Shard(0), Shard(1)]),
+        (mesh, [Replicate(), Shard(0)]),
+        (mesh, [Replicate(), Replicate()]),
+    ]
+    params = [distribute_tensor(whole, *cut) for whole, cut in zip(wholes, cuts, strict=False)]
+    params.append(wholes[-1])  # whole on every rank
+    for ord in (2, math.inf):
+        assert total_norm(params, ord=ord) == pytest.approx(_dense_total(wholes, ord), rel=1e-12)
+    if rank % 2:
+        params[1].to_local().fill_(math.nan)
+    assert math.isnan(total_norm(params))
+    assert math.isnan(total_norm(params, ord=math.inf))
+    model = _model()
+    partition = FlatPartition(model.parameters())
+    assert partition.rank == rank
+    dense = [tensor for _, tensor in iter_full(model)]
+    assert total_norm(model) == pytest.approx(_dense_total(dense), rel=1e-12)
+    return total_norm(model)
+
+
+def test_the_norm_of_all_over_several_groups() -> None:
+    assert len(set(run_ranks(_total_over_groups, 4))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+def test_the_norm_of_every_kind_together() -> None:
+    whole = {name: tensor for name, tensor in _of_every_kind((7, 3)).items() if "odd" not in name}
+    finite = {name: tensor for name, tensor in whole.items() if "infinite" not in name}
+    wide = [t.to(torch.complex128).abs() if t.is_complex() else t.double() for t in finite.values()]
+    for ord in (2, math.inf):
+        assert total_norm(finite.items(), ord=ord) == pytest.approx(_dense_total(wide, ord), rel=1e-12)
+        assert total_norm(whole.items(), ord=ord) == math.inf
+    assert total_norm([]) == 0.0
+    with pytest.raises(ValueError, match=r"ord is 3, expected 2 or float\('inf'\)"):
+        total_norm([], ord=3)
+    huge = torch.full((4,), 3e38)
+    assert total_norm([huge]) == norms([huge])[huge] == pytest.approx(6e38)
+    assert count_nonfinite([huge])[huge] == 0
+
+
 def _without_a_norm(rank: int) -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     fine = _cut(torch.ones(4, 2), mesh)
     odd = _cut(torch.ones(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), mesh)
     told = []
-    for call in (norms, count_nonfinite):
+    for call in (norms, count_nonfinite, total_norm):
         with pytest.raises(FragmentError) as caught:
             call([("fine", fine), ("odd", odd)])
         told.append(str(caught.value))

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import FlatPartition, FragmentError, InvalidValueError, WeightSource, attach
-from ds_fragment.api.digest import digest
+from ds_fragment import FlatPartition, FragmentError, InvalidValueError, WeightSource, attach, link_hp_params
 from fragment_oracle import assert_same
 from ranks import run_ranks
 from torch import nn
@@ -159,6 +158,25 @@ def _flat_and_ddp(rank: int) -> None:
         assert_same(tensor, model.get_parameter(name).detach())
 
 
+def _linked(rank: int) -> None:
+    model = whole().bfloat16()
+    params = list(model.parameters())
+    flat = torch.cat([param.detach().float().flatten() for param in params])
+    half = len(flat) // 2
+    begin, size = (0, half) if rank == 0 else (half, len(flat) - half)
+    mine = flat[begin : begin + size].clone()
+    link_hp_params(params, mine, {}, None, False, 0, begin, size, dist.group.WORLD)
+    source = WeightSource(model, what="value", dst=1)
+    with pytest.raises(FragmentError, match="is not known before the first collective read"):
+        source.metadata()
+    assert [name for name, _ in source] == (NAMES if rank == 1 else [])
+    assert [info.dtype for info in source.metadata()] == [torch.float32] * 5
+
+
+def test_linked_weights_are_placed_as_they_are_read() -> None:
+    run_ranks(_linked, 2)
+
+
 def test_what_every_rank_holds_whole() -> None:
     run_ranks(_flat_and_ddp, 2)
 
@@ -193,27 +211,6 @@ def _changed_only(rank: int, dst: int | None) -> None:
 @pytest.mark.parametrize("dst", [0, 1, None])
 def test_only_what_changed_is_yielded(dst: int | None) -> None:
     run_ranks(_changed_only, 2, dst)
-
-
-def test_the_digest_knows_every_bit_and_place() -> None:
-    torch.manual_seed(0)
-    seen = set()
-    for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.float64):
-        for numel in (0, 1, 2, 3, 7, 8, 9, 16, 17):
-            tensor = torch.randint(1, 100, (numel,)).to(dtype)
-            assert digest(tensor) == digest(torch.cat([tensor, tensor])[:numel])
-            seen.add(digest(tensor))
-            for item in range(numel):
-                other = tensor.clone()
-                other[item] += 1
-                seen.add(digest(other))
-                assert digest(torch.cat([torch.zeros(1, dtype=dtype), other])[1:]) == digest(other)  # unaligned
-    assert len(seen) == 4 * sum(1 + n for n in (0, 1, 2, 3, 7, 8, 9, 16, 17)) - 3  # the empty ones are alike
-    large = torch.zeros(3 << 20)
-    large[[1, -1]] = 1.0
-    swapped = torch.zeros(3 << 20)
-    swapped[[2, -1]] = 1.0
-    assert digest(large) != digest(swapped)
 
 
 def _blocked(rank: int, folder: str, dst: int) -> float:
@@ -258,7 +255,7 @@ def _ends_early(rank: int, how: str) -> str:
             weights = iter(source)
             for _ in range(5 if how == "at the end" else 1):
                 next(weights)
-            weights.close()  # type: ignore[attr-defined]
+            weights.close()
     except (FragmentError, Refused) as error:
         message = str(error)
     assert len(list(source)) == (5 if rank == 0 else 0)  # the next one is whole again
@@ -288,6 +285,34 @@ def test_a_failing_rank_is_an_error_everywhere() -> None:
     first, second = run_ranks(_fails, 2)
     assert first == second
     assert first.startswith("rank 1: ")
+
+
+def _unlike(rank: int) -> list[str]:
+    def rename(name: str) -> str:
+        if rank == 1:
+            raise KeyError(name)
+        return name
+
+    found = []
+    for source in (
+        WeightSource(nn.Sequential(*(nn.Linear(2, 2) for _ in range(1 + rank))), bucket_bytes=1),
+        WeightSource(whole(), rename=rename),
+        WeightSource(whole(), what="lp" if rank else "value", dtype=torch.bfloat16 if rank else None),
+    ):
+        with pytest.raises(FragmentError) as caught:
+            list(iter(source))
+        found.append(f"{type(caught.value).__name__}: {caught.value}")
+    assert len(list(WeightSource(whole()))) == (5 if rank == 0 else 0)
+    return found
+
+
+def test_ranks_that_are_not_alike_are_told_at_once() -> None:
+    first, second = run_ranks(_unlike, 2)
+    assert first[1] == second[1] == "FragmentError: rank 1: KeyError: 'embed.weight'"
+    for item in (0, 2):
+        assert all(
+            "RankMismatchError: the ranks have weights of different names" in found[item] for found in (first, second)
+        )
 
 
 def _subgroup(rank: int) -> list[str]:

@@ -39,13 +39,30 @@ class Record:
         master: its fp32 value, weakly, where it was attached with one.
         lowered: the parameter that this one was attached as the fp32 value of.
         notes: what adapters know of it, by class.
-        home: how its value was sharded when somebody last asked.
+        engine: the adapter of the engine that holds it, as somebody last asked.
+        home: how its value was sharded then.
+        version: what the engine said of it then, see `Adapter.versions`.
+        generation: of the registry then.
         shardings: of its quantities, each with what it follows from.
         agreed: by optimizer state, the sharding that the ranks agreed on (None where they have to agree anew), and the
             sharding of the parameter then.
     """
 
-    __slots__ = ("agreed", "home", "lowered", "master", "model", "name", "notes", "optimizer", "owner", "shardings")
+    __slots__ = (
+        "agreed",
+        "engine",
+        "generation",
+        "home",
+        "lowered",
+        "master",
+        "model",
+        "name",
+        "notes",
+        "optimizer",
+        "owner",
+        "shardings",
+        "version",
+    )
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -55,7 +72,10 @@ class Record:
         self.master: weakref.ref[torch.Tensor] | None = None
         self.lowered: torch.Tensor | None = None
         self.notes: dict[type, Any] = {}
+        self.engine: Any = None
         self.home: Sharding | None = None
+        self.version: object = None
+        self.generation = -1
         self.shardings: dict[Hashable, tuple[object, Sharding]] = {}
         self.agreed: dict[str, tuple[Sharding | None, Sharding]] = {}
 

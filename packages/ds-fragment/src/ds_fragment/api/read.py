@@ -52,8 +52,7 @@ def iter_full(
 
     Yields:
         (name, tensor) where names were given, else (parameter, tensor): fresh tensors of the whole shape, in order. On
-        a GPU they are there for what is set off on the current stream, and those below 32 MiB share storages of up to a
-        bucket: clone a small one that is to be kept by itself.
+        a GPU those below 32 MiB share storages of up to a bucket: clone a small one that is to be kept by itself.
 
     Raises:
         FragmentError: a rank could not deliver its piece (no such state, no gradient); the same on every rank.

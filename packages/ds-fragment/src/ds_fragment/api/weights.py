@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_fragment._collectives import CollectiveError
 from ds_fragment.api.lora import Weight, merged_weights, plain_weights
 from ds_fragment.api.pacing import Pace
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.single import get_local
+from ds_fragment.collective.agree import agree
 from ds_fragment.collective.digest import digest
-from ds_fragment.engines import held_by
+from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.versions import known_engine
-from ds_fragment.errors import InvalidValueError
+from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from ds_fragment.sharding import Sharding
 
 Rename = Callable[[str], str | None]
@@ -66,8 +70,9 @@ class WeightSource:
     All ranks of ``group`` must iterate, to the end, each time: ``for _ in source: pass`` on those that receive nothing.
     The receiver sets the pace. It may take any time between two weights: the other ranks wait on the host meanwhile,
     with no collective under way that would time out, and come out of the iteration when the receiver does. A receiver
-    that does not take all weights ends the iteration on all ranks: close the iterator
-    (``contextlib.closing(iter(source))``) if an error may keep it alive.
+    that does not take all weights ends the iteration on all ranks as soon as its iterator is closed or deleted; an
+    error that is kept may keep it alive, so write ``with contextlib.closing(iter(source)) as weights``. If the receiver
+    dies the others raise when the store of the default process group dies with it, or are ended by their launcher.
 
     Args:
         model: the sharded model, wrapped or not; attached where its engine needs that (see `attach`).
@@ -138,6 +143,7 @@ class WeightSource:
             InvalidValueError: with ``merge_lora``, a layer cannot be merged exactly (DoRA and other variants,
                 embeddings, convolutions, quantised layers, ``lora_bias=True``, tied weights); or ``rename`` gives one
                 name to two weights.
+            FragmentError: with ``what="value"``, where `link_hp_params` linked the weights and none was read yet.
         """
         return [self._info(weight) for weight in self._weights()]
 
@@ -150,15 +156,16 @@ class WeightSource:
         Raises:
             InvalidValueError: the source was made without ``changed_only``.
             FragmentError: a rank cannot read its piece of a weight; the same on every rank.
+            RankMismatchError: the ranks have different weights.
         """
         if not self._changed_only:
             raise InvalidValueError("changed_only is False, expected True to ask what has changed: use metadata()")
-        weights = self._weights()
+        weights = self._alike()
         self._next = self._agree(weights)
         chosen = set(self._next[0])
         return [self._info(weight) for weight in weights if weight.name in chosen]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yield (name, whole tensor) on the receiver, and nothing on the other ranks, which all must iterate as well.
 
         Yields:
@@ -166,8 +173,9 @@ class WeightSource:
             storages: clone one that is to be kept.
 
         Raises:
-            FragmentError: a rank could not deliver its piece, or the receiver ended early; the same on every rank but
-                the receiver. Or the store of the default process group is gone.
+            FragmentError: a rank could not deliver its piece; the same on every rank. Or the receiver ended early, or
+                the store of the default process group is gone; on the other ranks.
+            RankMismatchError: the ranks have different weights.
         """
         steps = self._steps()
         next(steps)  # to its first yield: from here on it notices that it is closed
@@ -179,7 +187,7 @@ class WeightSource:
             yield _BEGUN
             if pace is not None:
                 pace.step()
-            weights, digests = self._weights(), _Digests()
+            weights, digests = self._alike(), _Digests()
             if self._changed_only:
                 names, digests = self._next or self._agree(weights)
                 self._next, chosen = None, set(names)
@@ -221,6 +229,33 @@ class WeightSource:
             if name is not None:
                 renamed[name] = Weight(name, weight.param, weight.deltas)
         return list(renamed.values())
+
+    def _alike(self) -> list[Weight]:
+        """`_ready`, once all ranks know that they have the same weights; one small collective."""
+        if self._group is None:
+            return self._ready()
+        error: Exception | None = None
+        weights, total = list[Weight](), 0
+        try:
+            weights = self._ready()
+            words = repr([(info.name, info.dtype, *info.shape) for info in map(self._info, weights)])
+            total = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+        except Exception as caught:
+            error = caught
+        with _named_if_broken():  # on the CPU where the group can, as a rank in error knows of no other device
+            agree(error, [self._group], torch.device("cpu"), [total], differ=_different_weights)
+        return weights
+
+    def _ready(self) -> list[Weight]:
+        """`_weights`, once the ranks have told each other what their engines need to place them; all ranks call it."""
+        weights, params = self._weights(), dict[Adapter, list[torch.Tensor]]()
+        with known_engine():
+            for weight in weights:
+                for adapter, param in map(held_by, weight.params):
+                    params.setdefault(adapter, []).append(param)
+            for adapter, chosen in params.items():
+                adapter.prepare(chosen)
+        return weights
 
     def _sharding(self, param: torch.Tensor) -> Sharding:
         with known_engine():
@@ -268,5 +303,22 @@ class WeightSource:
             return torch.tensor(flags, dtype=torch.float64)
 
         device = self._sharding(weights[0].param).device if weights else torch.device("cpu")
-        flags = over_ranks([self._group] * len(weights), device, differ, lambda rows: rows.amax(dim=0))
+        with _named_if_broken():
+            flags = over_ranks([self._group] * len(weights), device, differ, lambda rows: rows.amax(dim=0))
         return [weight.name for weight, flag in zip(weights, flags, strict=True) if flag], digests
+
+
+def _different_weights(_: str) -> FragmentError:
+    return RankMismatchError(
+        "the ranks have weights of different names, shapes or dtypes: pass a model, dtype, what and rename that are "
+        "alike on every rank of the group; ranks with other layers or experts need a source with a group of their own"
+    )
+
+
+@contextlib.contextmanager
+def _named_if_broken() -> Iterator[None]:
+    """Say what a collective was about that did not come to its end."""
+    try:
+        yield
+    except CollectiveError as error:
+        raise FragmentError(f"the comparison of the ranks' weights {error}") from error

@@ -9,8 +9,9 @@ sends the mark with the next bucket that is not in flight, until all its groups 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ Wholes = dict[int, "torch.Tensor | None"]  # by item
 _Started = tuple[list["InFlight"], dict[int, "torch.Tensor | None"], Exception | None]
 
 _WORDS = status.MARK_BYTES // 8
+_SHARED = ("cuda",)  # devices where small wholes share storages, as a launch takes longer than a copy
 # What every backend gathers as it is, and torch.cat takes.
 _COMMON = {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8}
 
@@ -339,20 +341,50 @@ class InFlight:
         """Bring the shards from the staging buffer to where they belong."""
         transfer = self.transfer
         assert self.staging is not None
-        self.wholes.update(self._rooms([item for section in transfer.sections for item in section.items]))
         staging = self.staging if transfer.home == transfer.device else self.staging.to(transfer.home)
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        shares = self.out is None and transfer.home.type in _SHARED
         for section in transfer.sections:
-            if section.even and transfer.padded and section.dtype in _COMMON:
-                width = sum(section.sent[0]) * section.dtype.itemsize
-                rows = staging.view(transfer.size, -1).narrow(1, section.begins[0], width).view(section.dtype)
+            even = section.kind == "even" and transfer.padded
+            if shares and even:
+                self._unpack_runs(section, staging)
+            elif shares and section.kind == "single":
+                self._take(section, staging)
+            elif even and section.dtype in _COMMON:
+                self.wholes.update(self._rooms(section.items))
                 targets = [self.wholes[item].view(transfer.size, -1) for item in section.items]
-                torch.split_with_sizes_copy(rows, section.sent[0], dim=1, out=targets)
+                torch.split_with_sizes_copy(self._rows(section, staging), section.sent[0], dim=1, out=targets)
             else:
+                self.wholes.update(self._rooms(section.items))
                 for rank in range(transfer.size):
                     pairs += self._pairs(section, transfer.chunk(staging, rank), rank)
         if pairs:
             kernels.copy([part for part, _ in pairs], [shard for _, shard in pairs])
+
+    def _rows(self, section: Section, staging: torch.Tensor) -> torch.Tensor:
+        """An even section of all chunks: (ranks, elements of a rank)."""
+        width = sum(section.sent[0]) * section.dtype.itemsize
+        return staging.view(self.transfer.size, -1).narrow(1, section.begins[0], width).view(section.dtype)
+
+    def _unpack_runs(self, section: Section, staging: torch.Tensor) -> None:
+        """Make the wholes of one shape by one copy, in one storage."""
+        size, start, rows = self.transfer.size, 0, self._rows(section, staging)
+        for shape, run in groupby(section.items, key=lambda item: self.transfer.shardings[item].shape):
+            items = list(run)
+            numel = shape.numel() // size
+            shards = rows.narrow(1, start, numel * len(items)).view(size, len(items), numel)
+            storage = shards.transpose(0, 1).contiguous()
+            self.wholes.update(zip(items, _apart(storage, shape, len(items)), strict=True))
+            start += numel * len(items)
+
+    def _take(self, section: Section, staging: torch.Tensor) -> None:
+        """The wholes are where they were received."""
+        for rank in range(self.transfer.size):
+            received = section.of(self.transfer.chunk(staging, rank), rank)
+            shards = torch.unsafe_split_with_sizes(received, section.sent[rank])
+            for item, shard in zip(section.items, shards, strict=True):
+                if shard.numel():
+                    self.wholes[item] = shard.view(self.transfer.shardings[item].shape)
 
     def _pairs(self, section: Section, chunk: torch.Tensor, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Where each shard of a rank belongs, and the shard."""
@@ -419,6 +451,13 @@ def _raise_marks(
         status.check(found, holders=holds, cause=error)
 
 
+def _apart(storage: torch.Tensor, shape: torch.Size, count: int) -> Iterable[torch.Tensor]:
+    """Tensors of one shape that share a storage; to autograd they are no views, so that each is by itself."""
+    if not shape:
+        return (each.view(()) for each in torch.unsafe_split_with_sizes(storage.view(-1), [1] * count))
+    return torch.unsafe_split_with_sizes(storage.view(count * shape[0], *shape[1:]), [shape[0]] * count)
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor as bytes: what every backend moves, whatever the dtype."""
     return tensor.view(-1).view(torch.uint8)
@@ -454,7 +493,8 @@ class _Direct:
         if self.root is not None:
             if self.sends and shard is not None:
                 whole.view(-1).copy_(shard.view(-1))
-            dist.broadcast(flat, self.senders[0], group=self.group)
+            (work,) = _collectives.broadcast_many([(self.root, flat)], self.group)
+            _collectives.wait_for(work)
         else:
             assert shard is not None  # every rank holds one
             if shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
@@ -530,19 +570,15 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
 
 
 def _defer(marks: torch.Tensor, check: Callable[[list[list[int]]], None], later: Callable[[Exception], None]) -> None:
-    """Copy the marks to the host beside the current stream, and read them at the next call."""
-    stream, slots = _beside(marks.device, marks.shape)
+    """Write the marks to the host's memory, and read them at the next call."""
+    slots = _pinned(marks.device, marks.shape)
     slots.append(slots.pop(0))
-    host = slots[0]
-    stream.wait_stream(torch.cuda.current_stream(marks.device))
-    with torch.cuda.stream(stream):
-        host.copy_(marks, non_blocking=True)
-    there = stream.record_event()
+    host, mapped = slots[0]
+    torch.add(marks, 0, out=mapped)
+    there = torch.cuda.current_stream(marks.device).record_event()
 
     def checked() -> None:
-        nonlocal marks
         there.synchronize()
-        del marks  # its memory was read until now
         try:
             check(host.tolist())
         except FragmentError as error:
@@ -552,8 +588,24 @@ def _defer(marks: torch.Tensor, check: Callable[[list[list[int]]], None], later:
     _flight.defer(checked)
 
 
+class _Mapped:
+    """Pinned memory as a GPU sees it. A kernel writes it without a copy engine, which makes the next kernel wait."""
+
+    def __init__(self, pinned: torch.Tensor) -> None:
+        self.pinned = pinned
+        self.__cuda_array_interface__ = {
+            "data": (pinned.data_ptr(), False),
+            "shape": tuple(pinned.shape),
+            "typestr": "<i8",
+            "version": 3,
+        }
+
+
 @functools.cache
-def _beside(device: torch.device, shape: torch.Size) -> tuple[torch.cuda.Stream, list[torch.Tensor]]:
-    """A stream beside the caller's, and two pinned tensors for marks: those of the read before are read meanwhile."""
-    pinned = [torch.empty(shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
-    return torch.cuda.Stream(device), pinned  # type: ignore[no-untyped-call]
+def _pinned(device: torch.device, shape: torch.Size) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two pinned tensors for marks, and the same on the device: those of the read before are read meanwhile."""
+    slots = []
+    for _ in range(2):
+        pinned = torch.zeros(shape, dtype=torch.int64, pin_memory=True)
+        slots.append((pinned, torch.as_tensor(_Mapped(pinned), device=device)))
+    return slots

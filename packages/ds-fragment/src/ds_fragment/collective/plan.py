@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -41,21 +42,25 @@ def bucket_bytes_for(shardings: Sequence[Sharding]) -> int:
     return max([BUCKET_BYTES["cuda"], *(sharding.nbytes for sharding in shardings if not sharding.alone)])
 
 
+Kind = Literal["even", "other", "single"]
+
+
 @dataclass(slots=True)
 class Section:
-    """Shards of one dtype in the chunks, one after the other.
+    """Shards of one dtype and kind in the chunks, one after the other; those of one shape beside each other.
 
     Attributes:
         dtype: of the shards.
         items: in the order in which their shards stand.
-        even: whether every rank's shards are equal intervals in rank order.
+        kind: ``"even"`` where every rank's shards are equal intervals in rank order, ``"single"`` where each item is
+            the whole of one rank.
         sent: by rank, the elements of each item.
         begins: by rank, the byte of its chunk where the section begins.
     """
 
     dtype: torch.dtype
     items: list[int]
-    even: bool
+    kind: Kind
     sent: list[list[int]]
     begins: list[int]
 
@@ -101,13 +106,14 @@ class Transfer:
         return large and self.device == self.home and bool(sharding.spans)
 
     def _sections(self, items: Sequence[int]) -> list[Section]:
-        found: dict[tuple[bool, torch.dtype], list[int]] = {}
+        found: dict[tuple[Kind, torch.dtype], list[int]] = {}
         for item in items:
-            found.setdefault((not self.shardings[item].even, self.shardings[item].dtype), []).append(item)
+            found.setdefault((_kind_of(self.shardings[item]), self.shardings[item].dtype), []).append(item)
         sections = []
-        for (uneven, dtype), chosen in sorted(found.items(), key=lambda entry: entry[0][0]):
+        for (kind, dtype), chosen in sorted(found.items(), key=lambda entry: entry[0][0]):  # even ones first
+            chosen.sort(key=lambda item: self.shardings[item].shape)
             sent = [list(column) for column in zip(*(self.shardings[item].sent for item in chosen), strict=True)]
-            sections.append(Section(dtype, chosen, not uneven, sent, []))
+            sections.append(Section(dtype, chosen, kind, sent, []))
         return sections
 
     def _cut(self) -> None:
@@ -186,6 +192,12 @@ def _filled(shardings: Sequence[Sharding], bucket_bytes: int) -> list[list[int]]
         buckets[-1].append(item)
         filled += nbytes
     return buckets
+
+
+def _kind_of(sharding: Sharding) -> Kind:
+    if sharding.even:
+        return "even"
+    return "single" if max(sharding.sent) == sharding.shape.numel() > 0 else "other"
 
 
 def _aligned(nbytes: int) -> int:

@@ -78,6 +78,20 @@ class Adapter(ABC):
             FragmentError: this rank cannot read it now; the exchange sends the error to every rank.
         """
 
+    def versions(self, params: Sequence[torch.Tensor]) -> Sequence[object] | None:
+        """Of each parameter something that is equal for as long as this engine holds it and its value is sharded alike.
+
+        None where the engine cannot say so fast: it is asked for the sharding each time.
+        """
+        return None
+
+    def like_values(self, params: Sequence[torch.Tensor], what: str) -> bool:
+        """Whether a quantity of all of them is sharded as their values are, in the same dtype; False unless told fast.
+
+        May raise what `sharding` raises.
+        """
+        return False
+
     def prepare(self, params: Sequence[torch.Tensor]) -> None:
         """Exchange what `sharding` needs of the other ranks; all ranks of the groups must call it."""
         return

@@ -83,11 +83,8 @@ class Slot:
 
     def sharding(self, param: torch.Tensor, key: Hashable, dtype: torch.dtype) -> Sharding:
         """Where a quantity is that is cut like the parameter."""
-
-        def make() -> Sharding:
-            return Sharding(self.shape, dtype, param.device, self.layout, self.group)
-
-        return record_of(param).sharding(key, self, make)
+        fields = (self.shape, dtype, param.device, self.layout, self.group)
+        return record_of(param).sharding(key, self, lambda: Sharding(*fields))
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +166,10 @@ class DeepSpeedAdapter(Adapter):
             return slot.sharding(param, ("state", source.dtype), source.dtype)
         number = (source.shape, source.dtype, source.device)
         return record_of(param).sharding(("number", source.dtype), slot, lambda: Sharding(*number, whole(()), None))
+
+    def versions(self, params: Sequence[torch.Tensor]) -> Sequence[object]:
+        """The slots of the parameters that are this engine's."""
+        return list(zip(map(self.claims, params), map(self._slot, params), strict=True))
 
     def local(self, param: torch.Tensor, what: str) -> torch.Tensor | None:
         """This rank's fragment of the fp32 value or of state; of the gradient in fp32, without the loss scale."""

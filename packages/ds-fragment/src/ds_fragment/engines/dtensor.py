@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 _spec, _local, _grad = attrgetter("_spec"), attrgetter("_local_tensor"), attrgetter("grad")
-_placements = attrgetter("_spec.placements")
+_placements, _mesh = attrgetter("_spec.placements"), attrgetter("_spec.mesh")
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 class DTensorAdapter(Adapter):
@@ -66,6 +67,18 @@ class DTensorAdapter(Adapter):
         if home.shards:
             require_whole(entry, param, what)
         return Sharding(entry.shape, entry.dtype, entry.device, whole(entry.shape), None)
+
+    def versions(self, params: Sequence[torch.Tensor]) -> Sequence[object]:
+        """The specs."""
+        return list(map(_spec, params))
+
+    def like_values(self, params: Sequence[torch.Tensor], what: str) -> bool:
+        """Gradients, and state that is placed like its parameter."""
+        if not is_state(what):
+            return what == "grad"
+        entries = entries_of(params, what)
+        alike = (_dtype, _shape, _placements, _mesh)
+        return are_dtensors(entries) and all(list(map(of, entries)) == list(map(of, params)) for of in alike)
 
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """The local tensors."""

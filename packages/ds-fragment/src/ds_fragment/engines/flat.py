@@ -199,6 +199,10 @@ class FlatAdapter(Adapter):
             what = "state"
         return link.sharding(param, what, link.dtype, link.device)
 
+    def versions(self, params: Sequence[torch.Tensor]) -> Sequence[object]:
+        """The links, which are new objects whenever a parameter is linked."""
+        return [hasattr(param, "_hp_mapping") and link_of(param) for param in params]
+
     def pieces(self, params: Sequence[torch.Tensor], what: str) -> list[torch.Tensor | None]:
         """As `local`; the optimizer is asked for state once for each partition."""
         if not is_state(what):

@@ -203,10 +203,7 @@ def get_hp_fragment_mapping(
         lp_param: the parameter, contiguous, any shape; held weakly.
         lp_start: where it begins in the concatenation of its group's parameters, in elements.
         flat_hp_partition: this rank's slice of that concatenation in fp32, 1-D; held weakly.
-        gradient_dict: see `tensor_fragment`.
-        offload_gradient_dict: see `tensor_fragment`.
-        use_offload: see `tensor_fragment`.
-        param_group_index: see `tensor_fragment`.
+        gradient_dict, offload_gradient_dict, use_offload, param_group_index: see `tensor_fragment`.
         partition_start: where this rank's slice begins.
         partition_size: its length, padding included.
 

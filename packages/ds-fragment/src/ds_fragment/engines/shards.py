@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import TypeVar
 
 import torch
@@ -27,10 +27,12 @@ from ds_fragment.engines.base import Adapter, held_by, is_state
 from ds_fragment.engines.state import different_state
 from ds_fragment.engines.versions import engine_changed, known_engine
 from ds_fragment.errors import FragmentError, GradientUnavailableError, RankMismatchError, StateKeyError
-from ds_fragment.record import record_of, registry
+from ds_fragment.record import record_of, records_of, registry
 from ds_fragment.sharding import Sharding
 
 K = TypeVar("K")
+
+_engine, _generation, _version, _was = map(attrgetter, ("engine", "generation", "version", "home"))
 
 
 class Shards:
@@ -60,22 +62,18 @@ class Shards:
 
     def __init__(self, params: Sequence[torch.Tensor], what: str, call: str = "a read") -> None:
         self.what = what
+        self.params: list[torch.Tensor]
+        self.adapters: list[Adapter]
+        self.homes: list[Sharding]
         self.error: Exception | None = None
         self.told: set[dist.ProcessGroup] = set()
-        self.params, self.adapters = list[torch.Tensor](), list[Adapter]()
         try:
-            for param in params:
-                adapter, own = held_by(param)
-                self.adapters.append(adapter)
-                self.params.append(own)
-            for adapter in dict.fromkeys(self.adapters):
-                if type(adapter).prepare is not Adapter.prepare:
-                    adapter.prepare([own for own, by in zip(self.params, self.adapters, strict=True) if by is adapter])
-            self.homes = list(map(self._home, self.adapters, self.params))
+            if not self._find_as_before(params):
+                self._find(params)
         except (AttributeError, KeyError):
             with known_engine():
                 raise
-        self.shardings = self.homes if what == "value" else [self._sharding(item) for item in range(len(self.params))]
+        self.shardings = self.homes if what == "value" else self._found()
         self.checked = time_limit() is not None
         if self.checked:
             meet(list(dict.fromkeys(group for home in self.homes for group in home.groups)), lambda: self._words(call))
@@ -88,6 +86,38 @@ class Shards:
         elif is_state(what) and not call.startswith("set_"):  # a write makes it the same
             self._compare(partial(different_state, what))
 
+    def _find_as_before(self, params: Sequence[torch.Tensor]) -> bool:
+        """Take what the records say, if all parameters are one engine's and all is as it was."""
+        try:
+            records = records_of(params)
+        except AttributeError:  # something is no tensor
+            return False
+        engines = set(map(_engine, records))
+        if len(engines) != 1 or None in engines or set(map(_generation, records)) != {registry.generation}:
+            return False
+        adapter: Adapter = engines.pop()
+        try:
+            versions = adapter.versions(params)
+        except (FragmentError, AttributeError, KeyError):
+            return False
+        if versions is None or versions != list(map(_version, records)):
+            return False
+        self.params, self.adapters = list(params), [adapter] * len(records)
+        self.homes = list(map(_was, records))
+        return True
+
+    def _find(self, params: Sequence[torch.Tensor]) -> None:
+        """Ask which engine holds each parameter and how its value is sharded, and note it in the records."""
+        held = list(map(held_by, params))
+        self.adapters, self.params = [adapter for adapter, _ in held], [own for _, own in held]
+        for adapter in dict.fromkeys(self.adapters):
+            adapter.prepare([own for by, own in held if by is adapter])
+        self.homes = list(map(self._home, self.adapters, self.params))
+        for param, (adapter, own) in zip(params, held, strict=True):
+            record, versions = record_of(own), adapter.versions([own])
+            if own is param and versions is not None and self.error is None:
+                record.engine, record.version, record.generation = adapter, versions[0], registry.generation
+
     def _home(self, adapter: Adapter, param: torch.Tensor) -> Sharding:
         """How the value is sharded; as before where the engine cannot tell any more, which is then an error."""
         record = record_of(param)
@@ -98,6 +128,15 @@ class Shards:
                 raise
             self._note(error)
         return record.home
+
+    def _found(self) -> list[Sharding]:
+        """How the quantity is sharded, of each parameter."""
+        try:
+            if len(set(self.adapters)) == 1 and self.adapters[0].like_values(self.params, self.what):
+                return self.homes
+        except (FragmentError, AttributeError, KeyError):
+            pass  # it is raised again below, as an error of one parameter
+        return [self._sharding(item) for item in range(len(self.params))]
 
     def _sharding(self, item: int) -> Sharding:
         try:

@@ -23,12 +23,14 @@ _kind = attrgetter("dtype", "device", "layout")
 
 def squares(pieces: Pieces) -> torch.Tensor:
     """The sum of squares of each: fp64, (pieces,), on the device of the first."""
-    return _by_kind(pieces, lambda some: _stacked(torch._foreach_norm(some, 2, dtype=torch.float64)).square())
+    return _by_kind(
+        pieces, lambda some: _stacked(torch._foreach_norm(some, 2, dtype=torch.float64)).square(), _magnitudes
+    )
 
 
 def largest(pieces: Pieces) -> torch.Tensor:
     """The largest magnitude of each, 0 of no elements: fp64, (pieces,)."""
-    return _by_kind(pieces, _largest)
+    return _by_kind(pieces, _largest, _magnitudes)
 
 
 def nonfinite(pieces: Pieces) -> torch.Tensor:
@@ -49,31 +51,35 @@ def total(pieces: Pieces, ord: float) -> torch.Tensor:
 def _by_kind(
     pieces: Pieces,
     measure: Callable[[list[torch.Tensor]], torch.Tensor],
-    plain: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    plain: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """One number for each piece, measured for all of a kind at once; see [Note: batches].
 
     Args:
         pieces: of any kinds; at least one.
         measure: makes fp64, (some,), of some real pieces of one dtype in `_FLOATS` on one device.
-        plain: what makes such a piece of one of another kind; `_magnitudes` unless told.
+        plain: what makes such a piece of one of another kind.
     """
-    kinds: dict[tuple[torch.dtype, torch.device, torch.layout], list[int]] = {}
-    for at, kind in enumerate(map(_kind, pieces)):
-        kinds.setdefault(kind, []).append(at)
-    found: torch.Tensor | None = None
-    for (dtype, device, layout), chosen in kinds.items():
-        some = list(pieces) if len(chosen) == len(pieces) else [pieces[at] for at in chosen]
-        if dtype not in _FLOATS or layout != torch.strided or device.type == "meta":
-            some = [(plain or _magnitudes)(piece) for piece in some]
-        measured = measure(some)
-        if len(chosen) == len(pieces):
-            return measured
-        if found is None:
-            found = torch.zeros(len(pieces), dtype=torch.float64, device=pieces[0].device)
+    kinds = dict.fromkeys(map(_kind, pieces))
+    if len(kinds) == 1:
+        return measure(_as_floats(list(pieces), kinds.popitem()[0], plain))
+    found = torch.zeros(len(pieces), dtype=torch.float64, device=pieces[0].device)
+    for kind in kinds:
+        chosen = [at for at, piece in enumerate(pieces) if _kind(piece) == kind]
+        measured = measure(_as_floats([pieces[at] for at in chosen], kind, plain))
         found[torch.tensor(chosen, device=found.device)] = measured.to(found.device)
-    assert found is not None
     return found
+
+
+def _as_floats(
+    pieces: list[torch.Tensor],
+    kind: tuple[torch.dtype, torch.device, torch.layout],
+    plain: Callable[[torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    dtype, device, layout = kind
+    if dtype in _FLOATS and layout == torch.strided and device.type != "meta":
+        return pieces
+    return list(map(plain, pieces))
 
 
 def _stacked(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

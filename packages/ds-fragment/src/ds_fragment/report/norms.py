@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import compress
+from operator import attrgetter
 from typing import overload
 
 import torch
@@ -17,6 +19,8 @@ from ds_fragment.engines.model import Named, check_what, named
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import FragmentError, GradientUnavailableError, StateKeyError, StateNotReadyError
 from ds_fragment.report.measures import Measure, largest, nonfinite, squares, total
+
+_copies = attrgetter("layout.copies")
 
 
 def norms(
@@ -178,21 +182,21 @@ def _own_pieces(shards: Shards, items: list[int]) -> Iterator[tuple[list[int], l
     Values are views, and come at once. Of gradients and state, which some engines copy, as many as fill a bucket.
     """
     for batch in _batches(shards, items):
-        at, pieces = [], []
-        for position, piece in zip(batch, shards.pieces([items[i] for i in batch]), strict=True):
-            sharding = shards.shardings[items[position]]
-            copies = sharding.layout.copies
-            if piece is not None and not (copies and sharding.rank in copies):
-                at.append(position)
-                pieces.append(piece)
+        found = shards.pieces([items[i] for i in batch])
+        places = [shards.shardings[items[i]] for i in batch]
+        own = [piece is not None for piece in found]
+        if any(map(_copies, places)):
+            own = [has and place.rank not in place.layout.copies for has, place in zip(own, places, strict=True)]
+        pieces = [piece for piece in compress(found, own) if piece is not None]
         if pieces:
-            yield at, pieces
+            yield list(compress(batch, own)), pieces
 
 
 def _batches(shards: Shards, items: list[int]) -> Iterator[list[int]]:
-    batch, filled, limit = list[int](), 0, bucket_bytes_for(shards.shardings)
     if shards.what == "value":
-        batch, items = list(range(len(items))), []
+        yield list(range(len(items)))
+        return
+    batch, filled, limit = list[int](), 0, bucket_bytes_for(shards.shardings)
     for position, item in enumerate(items):
         batch.append(position)
         filled += shards.shardings[item].nbytes
