@@ -2,6 +2,7 @@
 
 from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
 from ds_fragment.__about__ import __version__
+from ds_fragment._flight import synchronize
 from ds_fragment.api.attach import attach
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.shadow import Shadow
@@ -115,6 +116,7 @@ __all__ = [
     "set_local",
     "set_many",
     "state_keys",
+    "synchronize",
     "tensor_fragment",
     "total_norm",
     "unlink_hp_params",

@@ -128,7 +128,7 @@ def available(
         what: ``"grad"``, or the key of an optimizer state.
 
     Returns:
-        (name, parameter) pairs where names were given, else parameters: those that no rank would raise
+        (name, parameter) pairs where names were given, else parameters, those that no rank would raise
         `GradientUnavailableError`, `StateNotReadyError` or `StateKeyError` for, and that are trained.
     """
     names, tensors = named(params)
