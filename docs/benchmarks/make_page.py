@@ -1,7 +1,7 @@
-"""Write the tables of exchange.md from the figures in exchange_*.json, which bench_exchange.py has measured.
+"""Write the tables of exchange.md and operations.md from the figures in exchange_*.json and operations_*.json.
 
-python docs/benchmarks/make_page.py            # writes what stands between the markers of exchange.md
-python docs/benchmarks/make_page.py --check    # writes nothing; exits with 1 where the page is out of date
+python docs/benchmarks/make_page.py            # writes what stands between the markers of the pages
+python docs/benchmarks/make_page.py --check    # writes nothing; exits with 1 where a page is out of date
 
 One section for each machine, case and quantity, and one table in it. A file of another machine makes new sections;
 nothing has to be registered.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-PAGE = FOLDER / "exchange.md"
+PAGES = (FOLDER / "exchange.md", FOLDER / "operations.md")
 BEGIN, END = "<!-- tables: make_page.py writes them -->", "<!-- end of the tables -->"
 
 # In the order of the page; other cases and quantities come behind them.
@@ -74,7 +74,7 @@ def _ratio(number: float | None) -> str:
 def read(path: Path) -> Run:
     """One file; keys that the page does not show are left alone."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    name, about = path.stem.removeprefix("exchange_"), found["about"]
+    name, about = path.stem.partition("_")[2], found["about"]
     rows = tuple(
         Row(
             name,
@@ -146,7 +146,7 @@ def page(text: str, runs: Sequence[Run]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE.name} has not both of the markers {BEGIN!r} and {END!r}")
+        raise ValueError(f"the page has not both of the markers {BEGIN!r} and {END!r}")
     return f"{before}{begin}\n\n{tables(runs)}\n{end}{after}"
 
 
@@ -155,15 +155,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
     options = parser.parse_args()
-    runs = [read(path) for path in sorted(FOLDER.glob("exchange_*.json"))]
-    text = PAGE.read_text(encoding="utf-8")
-    new = page(text, runs)
-    if options.check:
-        if new != text:
-            print(f"{PAGE.name} is out of date: run python docs/benchmarks/make_page.py", file=sys.stderr)
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for target in PAGES:
+        text = target.read_text(encoding="utf-8")
+        new = page(text, [read(path) for path in sorted(FOLDER.glob(f"{target.stem}_*.json"))])
+        if new == text:
+            continue
+        stale = 1
+        if options.check:
+            print(f"{target.name} is out of date: run python docs/benchmarks/make_page.py", file=sys.stderr)
+        else:
+            target.write_text(new, encoding="utf-8")
+    return stale if options.check else 0
 
 
 if __name__ == "__main__":
