@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ds_fragment.collective.digest import checksums, digest
+from ds_fragment.collective.digest import checksums, digests
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -51,7 +51,7 @@ def test_sparse_ones_as_dense() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "meta"])  # of another device than a CPU words are summed
 def test_a_digest_sees_every_change_of_order_sign_and_bit(kind: str) -> None:
     def of(value: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-        return digest(value, dtype or value.dtype, torch.device(kind))
+        return digests([value], [dtype or value.dtype], torch.device(kind))[0]
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
@@ -71,12 +71,27 @@ def test_a_digest_sees_every_change_of_order_sign_and_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])
 def test_a_digest_of_many_elements(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    from ds_fragment.collective import digest as module
+    from ds_fragment.collective import digest
 
-    monkeypatch.setattr(module, "_SUM_AT_ONCE", 8)
-    value = torch.arange(50.0)
-    moved = torch.cat([value[8:16], value[:8], value[16:]])  # the same parts in another order
-    device = torch.device(kind)
-    for dtype in (torch.float32, torch.float64):
-        assert digest(value, dtype, device) != digest(moved, dtype, device)
-        assert digest(value, dtype, device) == digest(value.clone(), dtype, device)
+    def of(value: torch.Tensor, dtype: torch.dtype) -> int:
+        return digests([value], [dtype], torch.device(kind))[0]
+
+    for at_once, columns in ((8, 1), (16, 2), (1 << 20, 4), (1 << 20, 1024)):
+        monkeypatch.setattr(digest, "_AT_ONCE", at_once)
+        monkeypatch.setattr(digest, "_COLUMNS", columns)
+        value = torch.arange(50.0)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            same = of(value, dtype)
+            assert same == of(value.clone(), dtype)
+            assert same == of(torch.cat([torch.zeros(1), value])[1:], dtype)  # unaligned
+            others = [torch.cat([value[8:16], value[:8], value[16:]]), value.flip(0), value.roll(1), -value, value[:-1]]
+            for first, second in ((0, 1), (0, 2), (3, 40), (16, 48), (47, 49)):
+                other = value.clone()
+                other[[first, second]] = other[[second, first]]
+                others.append(other)
+            for item in range(50):
+                other = value.clone()
+                other[item] = 1000.0
+                others.append(other)
+            assert same not in [of(other, dtype) for other in others]
+    assert digests([], [], torch.device(kind)) == []

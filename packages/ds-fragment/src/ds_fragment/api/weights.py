@@ -18,7 +18,6 @@ from ds_fragment.api.pacing import Pace
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.single import get_local
 from ds_fragment.collective.agree import agree
-from ds_fragment.collective.digest import digest
 from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.versions import known_engine
@@ -292,23 +291,23 @@ class WeightSource:
 
     def _agree(self, weights: Sequence[Weight]) -> tuple[list[str], _Digests]:
         """The names of what has changed on any rank, and what all is now on this one; all ranks call it."""
-        digests: _Digests = {}
+        now: _Digests = {}
 
         def differ(items: list[int]) -> torch.Tensor:
             for weight in (weights[item] for item in items):
                 shards = [get_local(param, self._what) for param in weight.params]
-                digests[weight.name] = (
-                    *(digest(shard, shard.dtype, shard.device) for shard in shards),
+                now[weight.name] = (
+                    *digests(shards, [shard.dtype for shard in shards], shards[0].device),
                     *((delta.scaling, delta.transposed) for delta in weight.deltas),
                 )
             names = [weights[item].name for item in items]
-            flags = [digests[name] != self._sent.get(name) for name in names]
+            flags = [now[name] != self._sent.get(name) for name in names]
             return torch.tensor(flags, dtype=torch.float64)
 
         device = self._sharding(weights[0].param).device if weights else torch.device("cpu")
         with _named_if_broken():
             flags = over_ranks([self._group] * len(weights), device, differ, lambda rows: rows.amax(dim=0))
-        return [weight.name for weight, flag in zip(weights, flags, strict=True) if flag], digests
+        return [weight.name for weight, flag in zip(weights, flags, strict=True) if flag], now
 
 
 def _different_weights(_: str) -> FragmentError:

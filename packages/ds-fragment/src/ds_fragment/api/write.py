@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_fragment import _flight
 from ds_fragment.collective.agree import agree
-from ds_fragment.collective.digest import digest
+from ds_fragment.collective.digest import digests
 from ds_fragment.collective.plan import BUCKET_BYTES
 from ds_fragment.engines.base import is_state
 from ds_fragment.engines.model import Named, check_written, named, parameter_finder
@@ -127,7 +127,8 @@ def _write(
         for item, param in enumerate(params):
             sharding = shards.shardings[item]
             values[item] = _checked(param, values[item], sharding.shape, "value").contiguous()
-            sums.append(digest(values[item], sharding.dtype, sharding.device) ^ (not last))
+        dtypes = [sharding.dtype for sharding in shards.shardings]
+        sums.extend(total ^ (not last) for total in digests(values, dtypes, shards.device()))
         return [sharding.cut(value) for sharding, value in zip(shards.shardings, values, strict=True)]
 
     targets, pieces = _agreed(shards, prepare, sums)
@@ -207,7 +208,7 @@ def update_many(
             return None
         sharding = shards.shardings[item]
         whole = _checked(tensors[item], result, sharding.shape, "result of fn").to(sharding.dtype).contiguous()
-        sums.append(digest(whole, sharding.dtype, sharding.device))
+        sums.extend(digests([whole], [sharding.dtype], sharding.device))
         cut = sharding.cut(whole)
         return None if cut is None else cut.clone()
 

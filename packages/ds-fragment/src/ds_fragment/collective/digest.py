@@ -10,22 +10,31 @@ from itertools import accumulate
 import torch
 
 _SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
+_AT_ONCE = 1 << 26  # elements that are cast at a time
+_COLUMNS = 1024
 
 
-def digest(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    """A number of 63 bits for the bits that a value has in a dtype, and for their order.
+def digests(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> list[int]:
+    """A number of 63 bits for the bits that each value has in a dtype, and for their order.
 
     Args:
-        value: of any shape, on any device.
-        dtype: what it is cast to.
-        device: the parameter's; all ranks give the same kind. On a CPU it is a CRC-32 and an Adler-32 of the bytes, on
-            a GPU a sum of words of 8 bytes, each mixed with its position.
+        values: of any shapes, on any device.
+        dtypes: what they are cast to.
+        device: the parameters'; all ranks give the same kind. On a CPU it is a CRC-32 and an Adler-32 of the bytes. On
+            a GPU the words of 8 bytes are a table of `_COLUMNS` columns, of which all rows and columns are summed, and
+            the sums mixed with their positions: two passes over the memory, and the host waits once for all values.
     """
-    flat = value.detach().resolve_neg().reshape(-1)
-    if device.type != "cpu":
-        return _sum_of_mixed(flat, dtype)
+    pairs = list(zip(values, dtypes, strict=True))
+    if device.type == "cpu":
+        return [_checked_bytes(value, dtype) for value, dtype in pairs]
+    found = [_sum_of_sums(value, dtype) for value, dtype in pairs]
+    return [int(total) >> 1 for total in torch.stack(found).tolist()] if found else []
+
+
+def _checked_bytes(value: torch.Tensor, dtype: torch.dtype) -> int:
     crc, adler = 0, 1
-    for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _SUM_AT_ONCE):
+    flat = value.detach().resolve_neg().reshape(-1)
+    for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _AT_ONCE):
         there = part.to("cpu", dtype)
         if there.numel():
             data = (ctypes.c_char * there.nbytes).from_address(there.data_ptr())
@@ -33,16 +42,20 @@ def digest(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> int
     return (adler & 0x7FFFFFFF) << 32 | crc
 
 
-def _sum_of_mixed(flat: torch.Tensor, dtype: torch.dtype) -> int:
+def _sum_of_sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int64, ()."""
+    flat = value.detach().resolve_neg().reshape(-1)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    position = 0
-    for part in torch.split(flat, _SUM_AT_ONCE):
+    for number, part in enumerate(torch.split(flat, _AT_ONCE)):
         data = part.to(dtype).contiguous().view(torch.uint8)
-        words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-        positions = torch.arange(position, position + len(words), device=flat.device)
-        total += _mixed(_mixed(positions).add_(words)).sum()
-        position += len(words)
-    return int(total) >> 1
+        width = 8 * _COLUMNS
+        if data.numel() % width or data.storage_offset() % 8:
+            data = torch.nn.functional.pad(data, (0, -data.numel() % width))
+        table = data.view(torch.int64).view(-1, _COLUMNS)
+        for salt, sums in enumerate((table.sum(0), table.sum(1))):
+            positions = torch.arange(len(sums), device=flat.device).add_((2 * number + salt) << 40)
+            total = total + _mixed(_mixed(positions).add_(sums)).sum()
+    return total
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:

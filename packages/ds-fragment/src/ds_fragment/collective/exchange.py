@@ -492,7 +492,7 @@ class _Direct:
         flat = _bytes(whole) if self.as_bytes else whole.view(-1)
         if self.root is not None:
             if self.sends and shard is not None:
-                whole.view(-1).copy_(shard.view(-1))
+                whole.view(-1).copy_(shard.reshape(-1))
             (work,) = _collectives.broadcast_many([(self.root, flat)], self.group)
             _collectives.wait_for(work)
         else:
