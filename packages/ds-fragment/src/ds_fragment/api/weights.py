@@ -18,6 +18,7 @@ from ds_fragment.api.pacing import Pace
 from ds_fragment.api.read import iter_full
 from ds_fragment.api.single import get_local
 from ds_fragment.collective.agree import agree
+from ds_fragment.collective.digest import digests
 from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.versions import known_engine
