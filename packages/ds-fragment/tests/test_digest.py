@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ds_fragment.collective.digest import checksums, digests
+from ds_fragment.collective.digest import checksums, digest_of_all, digests
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -95,3 +95,19 @@ def test_a_digest_of_many_elements(monkeypatch: pytest.MonkeyPatch, kind: str) -
                 others.append(other)
             assert same not in [of(other, dtype) for other in others]
     assert digests([], [], torch.device(kind)) == []
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_one_digest_of_many_values(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from ds_fragment.collective import digest
+
+    device, values = torch.device(kind), [torch.randn(size) for size in (5, 1, 0, 17, 3, 40)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float32]
+    for at_once in (1, 8, 1 << 20):
+        monkeypatch.setattr(digest, "_AT_ONCE", at_once)
+        same = digest_of_all(values, dtypes, device)
+        assert same == digest_of_all([value.clone() for value in values], dtypes, device)
+        others = [[*values[:at], -values[at], *values[at + 1 :]] for at in (0, 1, 3, 4, 5)]
+        others.append([values[0], values[1], values[2], values[3].flip(0), *values[4:]])
+        assert same not in [digest_of_all(other, dtypes, device) for other in others]
+    assert digest_of_all([], [], device) == digest_of_all([], [], device)

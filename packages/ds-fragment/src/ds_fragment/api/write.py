@@ -11,13 +11,13 @@ from torch import nn
 
 from ds_fragment import _flight
 from ds_fragment.collective.agree import agree
-from ds_fragment.collective.digest import digests
+from ds_fragment.collective.digest import digest_of_all, digests
 from ds_fragment.collective.plan import BUCKET_BYTES
 from ds_fragment.engines.base import is_state
 from ds_fragment.engines.model import Named, check_written, named, parameter_finder
 from ds_fragment.engines.shards import Shards, commit, refresh
 from ds_fragment.engines.state import kept_as
-from ds_fragment.errors import FragmentError, InvalidValueError
+from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
 from ds_fragment.record import registry
 
 Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
@@ -119,7 +119,6 @@ def _write(
         except InvalidValueError as unknown:
             error = error or unknown
     shards = Shards(params, what, "set_many")
-    sums: list[int] = []
 
     def prepare() -> list[torch.Tensor | None]:
         if error is not None:
@@ -127,11 +126,10 @@ def _write(
         for item, param in enumerate(params):
             sharding = shards.shardings[item]
             values[item] = _checked(param, values[item], sharding.shape, "value").contiguous()
-        dtypes = [sharding.dtype for sharding in shards.shardings]
-        sums.extend(total ^ (not last) for total in digests(values, dtypes, shards.device()))
         return [sharding.cut(value) for sharding, value in zip(shards.shardings, values, strict=True)]
 
-    targets, pieces = _agreed(shards, prepare, sums)
+    targets, pieces, error = _prepared(shards, prepare)
+    _agree_on_values(shards, error, values, last=last)
     commit(shards, targets, pieces)
     if what == "value" and refresh_lp:
         refresh(shards, [_rounded(value, s.dtype) for value, s in zip(values, shards.shardings, strict=True)])
@@ -250,6 +248,15 @@ def _agreed(
 
     ``among`` is for each sum the groups in which it should be the same: all that write the parameter, unless told.
     """
+    targets, pieces, error = _prepared(shards, prepare)
+    _agree(shards, error, sums, shards.scopes() if among is None else among, shards.name)
+    return targets, pieces
+
+
+def _prepared(
+    shards: Shards, prepare: Callable[[], list[torch.Tensor | None]]
+) -> tuple[Sequence[torch.Tensor | None], list[torch.Tensor | None], Exception | None]:
+    """Targets and pieces of this rank, and what is wrong with them."""
     error: Exception | None = None
     targets: Sequence[torch.Tensor | None] = []
     pieces: list[torch.Tensor | None] = []
@@ -264,15 +271,45 @@ def _agreed(
                 check_target(shards, item, target)
     except Exception as caught:
         error = caught
-    scopes = shards.scopes()
-    groups = list(dict.fromkeys(group for scope in scopes for group in scope))
+    return targets, pieces, error
+
+
+def _agree_on_values(shards: Shards, error: Exception | None, values: Sequence[torch.Tensor], *, last: bool) -> None:
+    """Have the ranks compare their values: all that the same groups write at once, and each where those differ."""
+    scopes, dtypes, device = shards.scopes(), [sharding.dtype for sharding in shards.shardings], shards.device()
+    together: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+    for item, scope in enumerate(scopes):
+        together.setdefault(scope, []).append(item)
+    totals: list[int] = []
+    if error is None:
+        try:
+            for items in together.values():
+                of_all = digest_of_all([values[item] for item in items], [dtypes[item] for item in items], device)
+                totals.append(of_all ^ (not last))
+        except Exception as caught:
+            error = caught
+    try:
+        _agree(shards, error, totals, list(together), str)
+    except RankMismatchError:  # on all ranks, which now find out of which parameters
+        _agree(shards, error, [] if error is not None else digests(values, dtypes, device), scopes, shards.name)
+        raise
+
+
+def _agree(
+    shards: Shards,
+    error: Exception | None,
+    sums: Sequence[int],
+    scopes: Sequence[Sequence[dist.ProcessGroup]],
+    name: Callable[[int], str],
+) -> None:
+    """As `agree`, among the ranks that write the parameters."""
+    groups = list(dict.fromkeys(group for scope in shards.scopes() for group in scope))
     with shards.named_if_broken(range(len(shards.params))):
         try:
-            agree(error, groups, shards.device(), sums, shards.name, scopes if among is None else among)
+            agree(error, groups, shards.device(), sums, name, scopes)
         except FragmentError:
             shards.forget()
             raise
-    return targets, pieces
 
 
 def check_target(shards: Shards, item: int, target: torch.Tensor) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -21,55 +22,94 @@ def digests(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], devic
         values: of any shapes, on any device.
         dtypes: what they are cast to.
         device: the parameters'; all ranks give the same kind. On a CPU it is a CRC-32 and an Adler-32 of the bytes. On
-            a GPU the words of 8 bytes are a table of `_COLUMNS` columns, of which all rows and columns are summed, and
-            the sums mixed with their positions: two passes over the memory, and the host waits once for all values.
+            a GPU the words of 4 bytes are a table of `_COLUMNS` columns, and the sums of its rows and columns are added
+            with weights: two passes over the memory, and the host waits once for all values.
     """
     pairs = list(zip(values, dtypes, strict=True))
     if device.type == "cpu":
-        return [_checked_bytes(value, dtype) for value, dtype in pairs]
-    found = [_sum_of_sums(value, dtype) for value, dtype in pairs]
-    return [int(total) >> 1 for total in torch.stack(found).tolist()] if found else []
+        return [_of_bytes([value], [dtype]) for value, dtype in pairs]
+    return _on_host([_of_table([value], [dtype]) for value, dtype in pairs])
 
 
-def _checked_bytes(value: torch.Tensor, dtype: torch.dtype) -> int:
+def digest_of_all(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> int:
+    """As `digests`, one number for all values together; on a GPU several times as fast for many small ones."""
+    if device.type == "cpu":
+        return _of_bytes(values, dtypes)
+    totals = [
+        _of_table([values[at] for at in batch], [dtypes[at] for at in batch])
+        for batch in _batches_of([value.numel() for value in values])
+    ]
+    return hash(tuple(_on_host(totals))) >> 1
+
+
+def _of_bytes(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> int:
     crc, adler = 0, 1
-    flat = value.detach().resolve_neg().reshape(-1)
-    for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _AT_ONCE):
-        there = part.to("cpu", dtype)
-        if there.numel():
-            data = (ctypes.c_char * there.nbytes).from_address(there.data_ptr())
-            crc, adler = zlib.crc32(data, crc), zlib.adler32(data, adler)
+    for value, dtype in zip(values, dtypes, strict=True):
+        flat = value.detach().resolve_neg().reshape(-1)
+        for part in [flat] if flat.dtype == dtype and not flat.is_cuda else torch.split(flat, _AT_ONCE):
+            there = part.to("cpu", dtype)
+            if there.numel():
+                data = (ctypes.c_char * there.nbytes).from_address(there.data_ptr())
+                crc, adler = zlib.crc32(data, crc), zlib.adler32(data, adler)
     return (adler & 0x7FFFFFFF) << 32 | crc
 
 
-def _sum_of_sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int64, ()."""
-    flat = value.detach().resolve_neg().reshape(-1)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for number, part in enumerate(torch.split(flat, _AT_ONCE)):
-        data = part.to(dtype).contiguous().view(torch.uint8)
-        width = 8 * _COLUMNS
-        if data.numel() % width or data.storage_offset() % 8:
+def _batches_of(numels: Sequence[int]) -> list[list[int]]:
+    """Positions, as many at a time as have `_AT_ONCE` elements together; at least one."""
+    batches: list[list[int]] = []
+    filled = 0
+    for at, numel in enumerate(numels):
+        if not batches or filled + numel > _AT_ONCE:
+            batches.append([])
+            filled = 0
+        batches[-1].append(at)
+        filled += numel
+    return batches
+
+
+def _on_host(totals: Sequence[torch.Tensor]) -> list[int]:
+    return [int(total) >> 1 for total in torch.stack(list(totals)).tolist()] if totals else []
+
+
+def _of_table(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> torch.Tensor:
+    """Of all values together: int64, ()."""
+    device = values[0].device
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for number, data in enumerate(_parts(values, dtypes)):
+        width = 4 * _COLUMNS
+        if data.numel() % width or data.storage_offset() % 4:
             data = torch.nn.functional.pad(data, (0, -data.numel() % width))
-        table = data.view(torch.int64).view(-1, _COLUMNS)
-        for salt, sums in enumerate((table.sum(0), table.sum(1))):
-            positions = torch.arange(len(sums), device=flat.device).add_((2 * number + salt) << 40)
-            total = total + _mixed(_mixed(positions).add_(sums)).sum()
+        table = data.view(torch.int32).view(-1, _COLUMNS)  # whose sums do not overflow 64 bits
+        for salt, sums in enumerate((table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64))):
+            total = total + (sums * _weights(len(sums), 2 * number + salt, device)).sum()
     return total
 
 
-def _mixed(words: torch.Tensor) -> torch.Tensor:
-    """A bijection of 64-bit integers each of whose output bits depends on all input bits, in place.
+def _parts(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[torch.Tensor]:
+    """The bytes of one value part by part, or of several values one after the other."""
+    flats = [value.detach().resolve_neg().reshape(-1) for value in values]
+    if len(flats) == 1:
+        for part in torch.split(flats[0], _AT_ONCE):
+            yield part.to(dtypes[0]).contiguous().view(torch.uint8)
+    else:
+        pairs = zip(flats, dtypes, strict=True)
+        yield torch.cat([flat.to(dtype).contiguous().view(torch.uint8) for flat, dtype in pairs])
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit integers that look random, so that no change of one sum is lost.
 
     Source: the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
     """
+    words = torch.arange(count, device=device).add_(salt << 40)
     words += -7046029254386353131  # 0x9E3779B97F4A7C15
     words ^= (words >> 30) & 0x3FFFFFFFF  # a logical shift
     words *= -4658895280553007687  # 0xBF58476D1CE4E5B9
     words ^= (words >> 27) & 0x1FFFFFFFFF
     words *= -7723592293110705685  # 0x94D049BB133111EB
     words ^= (words >> 31) & 0x1FFFFFFFF
-    return words
+    return words | 1
 
 
 def checksums(pieces: Sequence[torch.Tensor | None]) -> list[int]:
