@@ -1,8 +1,9 @@
 """Reads in flight on a GPU: the host has returned what they read, and knows later whether another rank failed.
 
-[Note: deferred] On a GPU the host does not wait for what it reads. A rank that fails raises at once, and sends NaN. The
-other ranks raise at their next call: after they have joined its collectives, so that all ranks stay in step. So a call
-waits for the read before it, and never for its own.
+[Note: deferred] On a GPU the host does not wait for what it reads. A rank that fails raises at once, and sends NaN. All
+ranks, this one too, raise the error at their next call: a read of one parameter once it has joined its collective, any
+other call before its first, so that all ranks stay in step. So a call waits for the read before it, and never for its
+own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def synchronize() -> None:
     """Wait for the reads that are in flight on GPUs, and raise what another rank could not deliver.
 
     On a GPU ``safe_get_full_*`` returns before the data is there: an error of another rank, whose data is NaN, is
-    raised by the next call of ds-fragment, or here. It is no collective call. On CPUs there is nothing to wait for.
+    raised by the next call of ds-fragment, or here. A rank with nothing to send that fails raises alone. It is no
+    collective call. On CPUs there is nothing to wait for.
 
     Raises:
         FragmentError: the error of the lowest failing rank.

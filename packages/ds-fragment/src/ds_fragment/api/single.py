@@ -1,7 +1,8 @@
 """One parameter at a time, under the names that users of `deepspeed.utils` know.
 
 Every ``safe_get_full_*`` and every ``safe_set_*`` is collective: all ranks of the parameter's group must call it. The
-``safe_get_local_*`` are not.
+``safe_get_local_*`` are not. On a GPU a read returns before its data is there, and an error of another rank is raised
+by the next call: see `synchronize`. Writes, and calls inside `checked`, raise at once.
 """
 
 from __future__ import annotations
