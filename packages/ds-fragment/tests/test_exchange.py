@@ -380,6 +380,35 @@ def test_a_piece_of_the_wrong_size_is_an_error_on_every_rank() -> None:
     ]
 
 
+def _cannot_be_sent(rank: int) -> list[Any]:
+    """A shard that is as large as it should be, and that nothing can be read from."""
+    found = []
+    for in_place in (0, 1 << 20):
+        planning.IN_PLACE = {"cpu": in_place}
+        ragged = Sharding(torch.Size((7,)), torch.float32, CPU, flat_layout(0, 7, 4, 2), dist.group.WORLD)
+        shardings = [*simple_places(1, 8, dist.group.WORLD, 2), ragged, *simple_places(1, 8, dist.group.WORLD, 2)]
+        for at, dst in product(range(3), [None, 0, 1]):
+
+            def locate(item: int, at: int = at, shardings: Any = shardings) -> torch.Tensor:
+                return torch.ones(shardings[item].held, device="meta" if rank == 1 and item == at else "cpu")
+
+            for bucket_bytes in (1, 1 << 20):
+                plan = Plan(shardings, bucket_bytes)
+                told = raised(lambda plan=plan, locate=locate, dst=dst: list(gather(plan, each(locate), dst=dst)))
+                found.append((told or ("", ""))[1][:8])
+            if dst is None:
+                told = raised(lambda one=shardings[at], at=at, locate=locate: fetch(one, lambda _: [locate(at)]))
+                found.append((told or ("", ""))[1][:8])
+        (*_, last) = gather(Plan(shardings, 1), each(lambda item, s=shardings: torch.ones(s[item].held)))
+        assert_same(last[-1], torch.ones(8))
+    return found
+
+
+def test_a_shard_that_cannot_be_sent_is_an_error_on_every_rank() -> None:
+    mine, other = run_ranks(_cannot_be_sent, 2)
+    assert mine == other == ["rank 1: "] * 42
+
+
 def _left_early(rank: int) -> None:
     plan = Plan(simple_places(6, 8, dist.group.WORLD, 2), bucket_bytes=32)
     for turn in range(20):

@@ -106,6 +106,7 @@ class _Gather:
             for transfer in bucket.transfers
             if transfer.group not in self.told
         ]
+        self.sent = self.sent or next((t.error for t in transfers if t.error is not None), None)
         self.in_flight.append((transfers, shards, self.sent))
 
     def finish(self, bucket: Bucket) -> Wholes:
@@ -196,12 +197,18 @@ class InFlight:
         self.staging: torch.Tensor | None = None
         self.out = out
         self.wholes = self._rooms([*transfer.gathered, *transfer.broadcast])
-        mine = {} if error is not None else {item: s for item in transfer.items if (s := shards[item]) is not None}
-        mine = {item: shard.detach() for item, shard in mine.items() if transfer.shardings[item].sent[transfer.rank]}
+        if transfer.sections and (self.here or dst in transfer.ranks):
+            self.staging = torch.empty(transfer.begins[-1], dtype=torch.uint8, device=transfer.device)
+        self.ready: dict[int, torch.Tensor] = {}  # this rank's shards of what travels in place, as bytes
+        if error is None:
+            try:
+                self._load({item: shard.detach() for item in transfer.items if (shard := shards[item]) is not None})
+            except Exception as caught:  # this rank takes part all the same
+                self.error, self.ready = caught, {}
         if dst is None:
-            self._to_all(mine)
+            self._to_all()
         else:
-            self._to_one(mine, dst)
+            self._to_one(dst)
 
     def _rooms(self, items: Sequence[int]) -> dict[int, torch.Tensor]:
         """Where some items are received, if that is here."""
@@ -214,15 +221,32 @@ class InFlight:
         else:
             room.copy_(torch.tensor(status.mark(self.error), dtype=torch.int64))
 
-    def _to_all(self, mine: dict[int, torch.Tensor]) -> None:
+    def _load(self, shards: dict[int, torch.Tensor]) -> None:
+        """Make this rank's shards ready to be sent: pack them, or cast them where they travel in place."""
+        transfer = self.transfer
+        mine = {item: shard for item, shard in shards.items() if transfer.shardings[item].sent[transfer.rank]}
+        for item in (*transfer.gathered, *transfer.broadcast):
+            if item in mine:
+                self.ready[item] = self._cast(item, mine[item])
+        if self.staging is not None:
+            self._pack(mine, transfer.chunk(self.staging, transfer.rank))
+
+    def _cast(self, item: int, shard: torch.Tensor) -> torch.Tensor:
+        """A shard as bytes, in the dtype in which it travels; cast where it belongs if that is here."""
+        transfer, sharding = self.transfer, self.transfer.shardings[item]
+        if shard.dtype == sharding.dtype or item not in self.wholes or not sharding.even:
+            return _bytes(shard.to(sharding.device, sharding.dtype).contiguous())
+        part = _bytes(self.wholes[item]).view(transfer.size, -1)[transfer.rank]
+        part.view(sharding.dtype).copy_(shard.reshape(-1))
+        return part
+
+    def _to_all(self) -> None:
         transfer = self.transfer
         outputs = [_bytes(self.wholes[item]) for item in transfer.gathered]
-        inputs = [self._gathered(item, output, mine) for item, output in zip(transfer.gathered, outputs, strict=True)]
-        broadcast = [part for item in transfer.broadcast for part in self._parts(item, mine)]
-        if transfer.sections:
-            self.staging = torch.empty(transfer.begins[-1], dtype=torch.uint8, device=transfer.device)
+        inputs = [self._sent(item) for item in transfer.gathered]
+        broadcast = [part for item in transfer.broadcast for part in self._parts(item)]
+        if self.staging is not None:
             chunk = transfer.chunk(self.staging, transfer.rank)
-            self._pack(mine, chunk)
             if transfer.padded:
                 self.marks = self.staging.view(transfer.size, -1)[:, : status.MARK_BYTES].view(torch.int64)
                 self._mark(chunk[: status.MARK_BYTES].view(torch.int64))
@@ -257,47 +281,32 @@ class InFlight:
             kernels.copy([part for part, _ in self.own], [shard for _, shard in self.own])
             self.own.clear()
 
-    def _gathered(self, item: int, whole: torch.Tensor, mine: dict[int, torch.Tensor]) -> torch.Tensor:
-        """This rank's shard for an all-gather into a whole, as bytes; cast where it belongs if it has to be cast."""
-        sharding, shard, rank = self.transfer.shardings[item], mine.get(item), self.transfer.rank
-        if shard is not None and shard.dtype == sharding.dtype:
-            return self._sent(item, rank, mine)
-        part = whole.view(self.transfer.size, -1)[rank]
-        if shard is not None:
-            target = part.view(sharding.dtype)
-            target.copy_(shard.reshape(-1))
-        return part
+    def _sent(self, item: int) -> torch.Tensor:
+        """This rank's shard of an item that travels in place, as bytes; any bytes if it sends a mark."""
+        if item in self.ready:
+            return self.ready[item]
+        sharding = self.transfer.shardings[item]
+        nbytes = sharding.sent[self.transfer.rank] * sharding.dtype.itemsize
+        return torch.empty(nbytes, dtype=torch.uint8, device=sharding.device)
 
-    def _sent(self, item: int, rank: int, mine: dict[int, torch.Tensor]) -> torch.Tensor:
-        """This rank's shard of an item that travels in place, as bytes."""
-        sharding, shard = self.transfer.shardings[item], mine.get(item)
-        if shard is None:  # this rank sends a mark
-            return torch.empty(sharding.sent[rank] * sharding.dtype.itemsize, dtype=torch.uint8, device=sharding.device)
-        shard = shard.to(sharding.device, sharding.dtype)
-        return _bytes(shard.contiguous())
-
-    def _parts(self, item: int, mine: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _parts(self, item: int) -> Iterator[tuple[int, torch.Tensor]]:
         """What is broadcast in place of an item, as (sender, bytes)."""
-        transfer = self.transfer
         whole, size = _bytes(self.wholes[item]), self.wholes[item].itemsize
-        for rank, start, numel in transfer.shardings[item].spans or ():
+        for rank, start, numel in self.transfer.shardings[item].spans or ():
             part = whole[start * size : (start + numel) * size]
-            if rank == transfer.rank and item in mine:
-                shard = self._sent(item, rank, mine)
-                self.own.append((part, shard))
-                part = shard
+            if rank == self.transfer.rank and item in self.ready:
+                self.own.append((part, self.ready[item]))
+                part = self.ready[item]
             yield rank, part
 
-    def _to_one(self, mine: dict[int, torch.Tensor], dst: int) -> None:
+    def _to_one(self, dst: int) -> None:
         """The marks to all ranks, everything else from each rank that holds a part to the receiver."""
         transfer = self.transfer
         self._launch(*self._with_marks([], []), [])
         if dst not in transfer.ranks:
             return  # its ranks have what they hold; the receiver is none of them
-        parts = [part for item in (*transfer.gathered, *transfer.broadcast) for part in self._parts_to(item, mine)]
-        if transfer.sections:
-            self.staging = torch.empty(transfer.begins[-1], dtype=torch.uint8, device=transfer.device)
-            self._pack(mine, transfer.chunk(self.staging, transfer.rank))
+        parts = [part for item in (*transfer.gathered, *transfer.broadcast) for part in self._parts_to(item)]
+        if self.staging is not None:
             parts += [
                 (rank, transfer.chunk(self.staging, rank))
                 for rank in range(transfer.size)
@@ -312,19 +321,17 @@ class InFlight:
             self.works += _collectives.exchange_many(operations)
         self.held += [part for _, part in parts]
 
-    def _parts_to(self, item: int, mine: dict[int, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _parts_to(self, item: int) -> Iterator[tuple[int, torch.Tensor]]:
         """What is sent in place to one rank, as (sender, bytes): all parts there, this rank's elsewhere."""
-        transfer = self.transfer
-        sharding = transfer.shardings[item]
-        for rank, start, numel in sharding.spans or ():
+        transfer, size = self.transfer, self.transfer.shardings[item].dtype.itemsize
+        for rank, start, numel in transfer.shardings[item].spans or ():
             if self.here:
-                size = sharding.dtype.itemsize
                 part = _bytes(self.wholes[item])[start * size : (start + numel) * size]
-                if rank == transfer.rank and item in mine:
-                    part.copy_(self._sent(item, rank, mine))
+                if rank == transfer.rank and item in self.ready:
+                    part.copy_(self.ready[item])
                 yield rank, part
             elif rank == transfer.rank:
-                yield rank, self._sent(item, rank, mine)
+                yield rank, self._sent(item)
 
     def _pack(self, mine: dict[int, torch.Tensor], chunk: torch.Tensor) -> None:
         """Fill this rank's chunk."""
@@ -488,20 +495,25 @@ class _Direct:
         """The whole, and what may be marks: int64, (senders, 2)."""
         whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.sends and error is not None:
-            shard = self._marked(error)
+            shard = self.ready(self._marked(error))
         flat = _bytes(whole) if self.as_bytes else whole.view(-1)
         if self.root is not None:
             if self.sends and shard is not None:
-                whole.view(-1).copy_(shard.reshape(-1))
+                flat.copy_(shard)
             (work,) = _collectives.broadcast_many([(self.root, flat)], self.group)
             _collectives.wait_for(work)
         else:
             assert shard is not None  # every rank holds one
-            if shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
-                shard = shard.to(self.device, self.dtype).contiguous()
-            shard = _bytes(shard) if self.as_bytes else shard.view(-1)
-            _collectives.all_gather(flat, shard.detach() if shard.requires_grad else shard, group=self.group)
+            _collectives.all_gather(flat, shard, group=self.group)
         return whole, flat.view(torch.int64).as_strided(*self.marks)
+
+    def ready(self, shard: torch.Tensor) -> torch.Tensor:
+        """A shard as it is sent: 1-D, contiguous."""
+        if shard.dtype != self.dtype or shard.device != self.device or not shard.is_contiguous():
+            shard = shard.to(self.device, self.dtype).contiguous()
+        if shard.requires_grad:
+            shard = shard.detach()
+        return _bytes(shard) if self.as_bytes else shard.view(-1)
 
     def _marked(self, error: Exception) -> torch.Tensor:
         shard = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
@@ -536,18 +548,20 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
     Raises:
         FragmentError: a rank could not deliver its shard.
     """
+    check: Callable[[list[list[int]]], None]
+    prepared = sharding.plans.get("one")
+    if prepared is None:
+        prepared = sharding.plans["one"] = _prepared(sharding)
     shard: torch.Tensor | None = None
     error: Exception | None = None
     try:
         (shard,) = locate([0])
         if shard is not None or sharding.held:
             _check_size(sharding, 0, shard)
+        if shard is not None and isinstance(prepared, _Direct):
+            shard = prepared.ready(shard)
     except Exception as caught:
         error = caught
-    check: Callable[[list[list[int]]], None]
-    prepared = sharding.plans.get("one")
-    if prepared is None:
-        prepared = sharding.plans["one"] = _prepared(sharding)
     if isinstance(prepared, _Direct):
         whole, marks = prepared.gather(shard, error)
         check = partial(_raise_marks, ranks=prepared.senders, error=error, certain=False)
@@ -555,7 +569,7 @@ def fetch(sharding: Sharding, locate: Locate, *, later: Callable[[Exception], No
         transfer = InFlight(prepared, {0: shard}, error, None, None)
         transfer.wait()
         assert transfer.marks is not None
-        marks, check = transfer.marks, transfer.check
+        marks, check, error = transfer.marks, transfer.check, transfer.error
         whole = transfer.unpacked()[0]
     if later is None or not marks.is_cuda:
         check(marks.tolist())

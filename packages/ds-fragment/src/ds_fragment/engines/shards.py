@@ -356,9 +356,11 @@ class Shards:
         waits = absent or self.checked or not self.params[0].requires_grad
         told = {sharding.shards[0]}
         try:
-            tensor = fetch(sharding, self.pieces, later=None if waits else lambda _: self._doubt(told))
-            if _flight.unchecked:
-                _flight.check_earlier(newest=1)
+            try:
+                tensor = fetch(sharding, self.pieces, later=None if waits else lambda _: self._doubt(told))
+            finally:
+                if _flight.unchecked:
+                    _flight.check_earlier(newest=1)
         except Exception as error:  # to enter the context for every parameter takes as long as to find it
             if isinstance(error, FragmentError):  # all ranks of the group know of it
                 self.told.update(told)
