@@ -166,13 +166,11 @@ def _init_process_group(rank: int, world_size: int, timeout: float, folder: str)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(Path(folder, "store")), world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout / 2),
-    )
+    store, limit = dist.FileStore(str(Path(folder, "store")), world_size), timedelta(seconds=timeout / 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    # A rank that has connected may be done, and gone, before another one has.
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{other}" for other in range(world_size)], limit)
 
 
 def _load(source: str, qualname: str) -> Callable[..., Any]:
