@@ -172,7 +172,7 @@ def adapter_of(param: Any) -> Adapter:
     for adapter in _adapters:
         if (adapter.marks is None or not marks.isdisjoint(adapter.marks)) and adapter.claims(param):
             return adapter
-    raise LookupError("no adapter claims the parameter: PlainAdapter, which claims every tensor, is not registered")
+    raise LookupError("no adapter claims the parameter, not even the one that claims every tensor: keep it in the list")
 
 
 def held_by(param: Any) -> tuple[Adapter, torch.Tensor]:
