@@ -301,6 +301,19 @@ def chart(source: Path) -> None:
     fig.savefig(source.with_suffix(".png"), dpi=130)
 
 
+def write_figures(out: Path, rows: list[dict[str, Any]], rounds: int) -> None:
+    """The rows of a run as JSON, with how it was made."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    about = {
+        "command": "python " + shlex.join(sys.argv),
+        "machine": f"{dist.get_world_size()}x {name}",
+        "torch": torch.__version__,
+        "backend": dist.get_backend(),
+        "rounds": rounds,
+    }
+    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -341,15 +354,7 @@ def main() -> None:
             print(f"  {row['to_bare']:6.2f} x bare all-gather", end="")
             print("" if row["peak_mib"] is None else f"  {row['peak_mib']:6} MiB")
         if options.out:
-            name = torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU"
-            about = {
-                "command": "python " + shlex.join(sys.argv),
-                "machine": f"{dist.get_world_size()}x {name}",
-                "torch": torch.__version__,
-                "backend": dist.get_backend(),
-                "rounds": options.rounds,
-            }
-            options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            write_figures(options.out, rows, options.rounds)
     dist.destroy_process_group()
 
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import os
-import platform
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +25,7 @@ import torch
 import torch._dynamo  # torch 2.13 may abort at exit if the first optimizer, which imports it, is made after the group
 import torch.distributed as dist
 from _shapes import shapes_of
-from bench_exchange import Bag, measure
+from bench_exchange import Bag, measure, write_figures
 from ds_fragment import tensor_fragment
 from torch import nn
 
@@ -185,15 +182,7 @@ def main() -> None:
             print(f"{row['case']:6} {row['quantity']:32} {row['contestant']:48}", end="")
             print(f"{row['median_ms']:9.2f} ms  {row['to_fastest_peer']:6.2f} x peer")
         if options.out:
-            name = torch.cuda.get_device_name() if gpus else f"{platform.machine()} CPU"
-            about = {
-                "command": "python " + shlex.join(sys.argv),
-                "machine": f"{dist.get_world_size()}x {name}",
-                "torch": torch.__version__,
-                "backend": dist.get_backend(),
-                "rounds": options.rounds,
-            }
-            options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            write_figures(options.out, rows, options.rounds)
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import ds_fragment.api.shards as shards_module
+import ds_fragment.api.write as write_module
 import pytest
 import torch
 import torch.distributed as dist
@@ -261,7 +261,7 @@ def test_state_that_is_derived_is_refused() -> None:
 
 def test_one_agreement_for_dtensors_and_two_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(shards_module, "agree", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr(write_module, "agree", lambda *args, **_: calls.append(args))
     map_shards([nn.Parameter(torch.ones(3))], scale)
     assert len(calls) == 2
     calls.clear()

@@ -87,6 +87,23 @@ def interval(start: int, numel: int) -> Fragment | None:
     return Fragment((start,), (numel,)) if numel > 0 else None
 
 
+def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Positions in order, as many at a time as have sizes that add up to the limit; at least one.
+
+    >>> batches([3, 4, 9, 1, 1], limit=8)
+    [[0, 1], [2], [3, 4]]
+    """
+    found: list[list[int]] = []
+    filled = 0
+    for at, size in enumerate(sizes):
+        if not found or filled + size > limit:
+            found.append([])
+            filled = 0
+        found[-1].append(at)
+        filled += size
+    return found
+
+
 def whole(shape: Sequence[int]) -> Layout:
     """One rank that holds everything."""
     return Layout(tuple(shape), (Fragment((0,) * len(shape), tuple(shape)),))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_fragment.api.shards import agree_on, agree_writable, located, refresh_value
+from ds_fragment.api.shards import agree_writable, located, refresh_value
+from ds_fragment.api.write import agree_on
 from ds_fragment.collective.exchange import Locate, Shards as Found
 from ds_fragment.engines.model import Named, check_what, named
 from ds_fragment.engines.shards import Shards

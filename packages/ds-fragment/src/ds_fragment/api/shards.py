@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ds_fragment.api.write import check_target
-from ds_fragment.collective.agree import agree
-from ds_fragment.engines.base import Adapter, is_state
+from ds_fragment.api.write import agree_on, check_target
+from ds_fragment.engines.base import is_state
 from ds_fragment.engines.dtensor import DTensorAdapter
 from ds_fragment.engines.model import Named, check_written, named
 from ds_fragment.engines.shards import Shards, refresh
@@ -20,8 +17,6 @@ from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, InvalidValueError
 
 ShardUpdate = Callable[[Any, torch.Tensor], torch.Tensor | None]
-
-_cut_over = attrgetter("group", "replicas", "stages")
 
 
 def map_shards(
@@ -162,27 +157,6 @@ def agree_writable(shards: Shards, check: Callable[[], None] | None = None) -> N
     except Exception as caught:
         error = caught
     agree_on(shards, error)
-
-
-def agree_on(shards: Shards, error: Exception | None) -> None:
-    """Raise on every rank that writes the parameters where one of them has an error; all must call it."""
-    groups = _groups_of(shards)
-    with shards.named_if_broken(range(len(shards.params))):
-        try:
-            agree(error, groups, shards.device())
-        except FragmentError:
-            shards.forget()
-            raise
-
-
-def _groups_of(shards: Shards) -> list[dist.ProcessGroup]:
-    """The groups whose ranks write the parameters; told once for all that are cut over the same."""
-    told_by_adapter = any(type(adapter).writers is not Adapter.writers for adapter in dict.fromkeys(shards.adapters))
-    shardings = shards.homes if shards.what == "value" else [*shards.homes, *shards.shardings]
-    kinds = dict.fromkeys(map(_cut_over, shardings)) if not told_by_adapter else {}
-    if told_by_adapter or any(stages for _, _, stages in kinds):
-        return list(dict.fromkeys(group for scope in shards.scopes() for group in scope))
-    return list(dict.fromkeys(each for group, replicas, _ in kinds for each in (group, *replicas) if each is not None))
 
 
 def refresh_value(shards: Shards) -> None:

@@ -23,6 +23,7 @@ from ds_fragment.engines import Adapter, held_by
 from ds_fragment.engines.counts import over_ranks
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import FragmentError, InvalidValueError, RankMismatchError
+from ds_fragment.layout import batches
 from ds_fragment.sharding import Sharding
 
 Rename = Callable[[str], str | None]
@@ -280,15 +281,8 @@ class WeightSource:
 
     def _chunks(self, weights: Sequence[Weight]) -> list[list[Weight]]:
         """As many weights at a time as fit; the same on every rank."""
-        limit, chunks, filled = self._limit(weights), list[list[Weight]](), 0
-        for weight in weights:
-            taken = sum(self._sharding(param).nbytes for param in weight.params)
-            if not chunks or filled + taken > limit:
-                chunks.append([])
-                filled = 0
-            chunks[-1].append(weight)
-            filled += taken
-        return chunks
+        taken = [sum(self._sharding(param).nbytes for param in weight.params) for weight in weights]
+        return [[weights[at] for at in chunk] for chunk in batches(taken, self._limit(weights))]
 
     def _agree(self, weights: Sequence[Weight]) -> tuple[list[str], _Digests]:
         """The names of what has changed on any rank, and what all is now on this one; all ranks call it."""

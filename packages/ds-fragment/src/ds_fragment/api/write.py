@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ds_fragment import _flight
 from ds_fragment.collective.agree import agree
 from ds_fragment.collective.digest import digest_of_all, digests
 from ds_fragment.collective.plan import BUCKET_BYTES
-from ds_fragment.engines.base import is_state
+from ds_fragment.engines.base import Adapter, is_state
 from ds_fragment.engines.model import Named, check_written, named, parameter_finder
 from ds_fragment.engines.shards import Shards, commit, refresh
 from ds_fragment.engines.state import kept_as
@@ -22,6 +23,8 @@ from ds_fragment.record import registry
 
 Update = Callable[[Any, torch.Tensor], torch.Tensor | None]
 Pair = tuple[torch.Tensor | str, torch.Tensor]
+
+_cut_over = attrgetter("group", "replicas", "stages")
 
 
 def set_many(
@@ -249,7 +252,7 @@ def _agreed(
     ``among`` is for each sum the groups in which it should be the same: all that write the parameter, unless told.
     """
     targets, pieces, error = _prepared(shards, prepare)
-    _agree(shards, error, sums, shards.scopes() if among is None else among, shards.name)
+    agree_on(shards, error, sums, shards.scopes() if among is None else among, shards.name)
     return targets, pieces
 
 
@@ -289,27 +292,36 @@ def _agree_on_values(shards: Shards, error: Exception | None, values: Sequence[t
         except Exception as caught:
             error = caught
     try:
-        _agree(shards, error, totals, list(together), str)
+        agree_on(shards, error, totals, list(together))
     except RankMismatchError:  # on all ranks, which now find out of which parameters
-        _agree(shards, error, [] if error is not None else digests(values, dtypes, device), scopes, shards.name)
+        agree_on(shards, error, [] if error is not None else digests(values, dtypes, device), scopes, shards.name)
         raise
 
 
-def _agree(
+def agree_on(
     shards: Shards,
     error: Exception | None,
-    sums: Sequence[int],
-    scopes: Sequence[Sequence[dist.ProcessGroup]],
-    name: Callable[[int], str],
+    sums: Sequence[int] = (),
+    scopes: Sequence[Sequence[dist.ProcessGroup]] | None = None,
+    name: Callable[[int], str] = str,
 ) -> None:
-    """As `agree`, among the ranks that write the parameters."""
-    groups = list(dict.fromkeys(group for scope in shards.scopes() for group in scope))
+    """As `agree`, among the ranks that write the parameters; all of them must call it."""
     with shards.named_if_broken(range(len(shards.params))):
         try:
-            agree(error, groups, shards.device(), sums, name, scopes)
+            agree(error, _groups_of(shards), shards.device(), sums, name, scopes)
         except FragmentError:
             shards.forget()
             raise
+
+
+def _groups_of(shards: Shards) -> list[dist.ProcessGroup]:
+    """The groups whose ranks write the parameters; told once for all that are cut over the same."""
+    told_by_adapter = any(type(adapter).writers is not Adapter.writers for adapter in dict.fromkeys(shards.adapters))
+    shardings = shards.homes if shards.what == "value" else [*shards.homes, *shards.shardings]
+    kinds = dict.fromkeys(map(_cut_over, shardings)) if not told_by_adapter else {}
+    if told_by_adapter or any(stages for _, _, stages in kinds):
+        return list(dict.fromkeys(group for scope in shards.scopes() for group in scope))
+    return list(dict.fromkeys(each for group, replicas, _ in kinds for each in (group, *replicas) if each is not None))
 
 
 def check_target(shards: Shards, item: int, target: torch.Tensor) -> None:

@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import torch
 
+from ds_fragment.layout import batches
+
 _SUM_AT_ONCE = 1 << 20  # elements, 8 bytes each while they are summed
 _AT_ONCE = 1 << 26  # elements that are cast at a time
 _COLUMNS = 1024
@@ -37,7 +39,7 @@ def digest_of_all(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype],
         return _of_bytes(values, dtypes)
     totals = [
         _of_table([values[at] for at in batch], [dtypes[at] for at in batch])
-        for batch in _batches_of([value.numel() for value in values])
+        for batch in batches([value.numel() for value in values], _AT_ONCE)
     ]
     return hash(tuple(_on_host(totals))) >> 1
 
@@ -52,19 +54,6 @@ def _of_bytes(values: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> 
                 data = (ctypes.c_char * there.nbytes).from_address(there.data_ptr())
                 crc, adler = zlib.crc32(data, crc), zlib.adler32(data, adler)
     return (adler & 0x7FFFFFFF) << 32 | crc
-
-
-def _batches_of(numels: Sequence[int]) -> list[list[int]]:
-    """Positions, as many at a time as have `_AT_ONCE` elements together; at least one."""
-    batches: list[list[int]] = []
-    filled = 0
-    for at, numel in enumerate(numels):
-        if not batches or filled + numel > _AT_ONCE:
-            batches.append([])
-            filled = 0
-        batches[-1].append(at)
-        filled += numel
-    return batches
 
 
 def _on_host(totals: Sequence[torch.Tensor]) -> list[int]:

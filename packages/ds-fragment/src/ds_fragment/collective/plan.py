@@ -25,6 +25,7 @@ import torch.distributed as dist
 from ds_fragment import _collectives
 from ds_fragment._collectives import device_for
 from ds_fragment.collective.status import MARK_BYTES
+from ds_fragment.layout import batches
 from ds_fragment.sharding import Sharding
 
 # Bytes of a bucket: about what moves in the time that it takes to start some collectives.
@@ -178,20 +179,14 @@ def _filled(shardings: Sequence[Sharding], bucket_bytes: int) -> list[list[int]]
     """Items by bucket: as many as fit; at least one."""
     # An item that a rank holds whole may have another dtype on another rank, and all ranks must cut alike.
     together = any(not sharding.alone for sharding in shardings)
-    buckets: list[list[int]] = []
-    filled = 0
-    for item, sharding in enumerate(shardings):
+    taken = []
+    for sharding in shardings:
         if sharding.alone:
-            nbytes = 4 * sharding.shape.numel() if together else sharding.nbytes
+            taken.append(4 * sharding.shape.numel() if together else sharding.nbytes)
         else:
             packed = sharding.nbytes < IN_PLACE.get(sharding.device.type, 0) or not sharding.spans
-            nbytes = sharding.nbytes * (2 if packed else 1)
-        if not buckets or filled + nbytes > bucket_bytes:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(item)
-        filled += nbytes
-    return buckets
+            taken.append(sharding.nbytes * (2 if packed else 1))
+    return batches(taken, bucket_bytes)
 
 
 def _kind_of(sharding: Sharding) -> Kind:
