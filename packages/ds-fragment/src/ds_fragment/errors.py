@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "EngineChangedError",
     "FragmentError",
     "GradientUnavailableError",
@@ -50,6 +51,10 @@ class UnusedGradientError(GradientUnavailableError):
 
 class EngineChangedError(FragmentError, RuntimeError):
     """ds-fragment does not know this version of an engine: it names the version, and the attribute that is missing."""
+
+
+class CheckpointError(FragmentError, ValueError):
+    """A file or folder of a checkpoint is damaged, incomplete or of another kind; the message names it."""
 
 
 class RankMismatchError(FragmentError, RuntimeError):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_fragment.checkpoint import files
+from ds_fragment.checkpoint import disk, files
 from ds_fragment.collective.agree import agree
 from ds_fragment.collective.exchange import Locate, Shards as Found
 from ds_fragment.engines.loaded import is_dtensor
@@ -284,7 +284,7 @@ class _Writer:
         shard = next(i for i, span in enumerate(self._shards) if self._position in span)
         if self._position == self._shards[shard].start:
             self._open(shard)
-        files.write_tensor(self._file, tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous())
+        disk.write_tensor(self._file, tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous())
         self._written += entry.nbytes
         self._position += 1
         return self._written

@@ -41,6 +41,7 @@ _TYPES: tuple[type[errors.FragmentError], ...] = (
     errors.StateNotReadyError,
     errors.UnusedGradientError,  # before its base
     errors.GradientUnavailableError,
+    errors.CheckpointError,
     errors.RankMismatchError,
     errors.EngineChangedError,
     errors.FragmentError,
