@@ -152,7 +152,7 @@ def test_bad_calls_are_the_same_error_everywhere_and_leave_the_file(tmp_path: Pa
     assert "its folder does not exist" in folder
     assert "which is a folder" in target
     assert "max_shard_bytes is 0" in size
-    assert "cannot hold" in dtype
+    assert "dtype is torch.complex64, expected a floating-point dtype" in dtype
     assert "missing 2 (bias, weight), unexpected" in misfit
     assert "there is neither that file nor an index" in absent
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
@@ -182,7 +182,8 @@ def test_what_only_other_ranks_hold_is_not_lost_silently(tmp_path: Path) -> None
     assert all(told == everybodys[0] for told in everybodys)
     for text in everybodys[0]:
         assert "InvalidValueError" in text
-        assert "rank 2: 'weight' is held by ranks [2, 3] without rank 0" in text
+        assert "'weight' is" in text
+        assert "expert parallelism" in text
 
 
 def _wrong_shape(rank: int, folder: str) -> str:
@@ -272,9 +273,8 @@ def _tensor_parallel(rank: int, folder: str) -> None:
     stored = load_file(path)
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor()
-        kept = whole.float() if name in dict(model.named_parameters()) else whole
-        assert stored[name].dtype is kept.dtype, name
-        assert torch.equal(stored[name], kept), name
+        assert stored[name].dtype is whole.dtype, name
+        assert torch.equal(stored[name], whole), name
     fresh = build()
     load_full(fresh, path)
     for name, tensor in model.state_dict().items():

@@ -30,11 +30,14 @@ from ds_fragment.api.single import (
 )
 from ds_fragment.api.weights import WeightInfo, WeightSource
 from ds_fragment.api.write import set_local, set_many, update_many
-from ds_fragment.checkpoint.full import load_full, save_full
+from ds_fragment.checkpoint.background import BackgroundSave
+from ds_fragment.checkpoint.load import load_full
+from ds_fragment.checkpoint.save import save_full
 from ds_fragment.collective.check import checked
 from ds_fragment.engines import Adapter, register_adapter
 from ds_fragment.engines.fragment import fragment_address, get_hp_fragment_mapping, map_to_flat_opt_states
 from ds_fragment.errors import (
+    CheckpointError,
     EngineChangedError,
     FragmentError,
     GradientUnavailableError,
@@ -56,6 +59,8 @@ from ds_fragment.sharding import Sharding
 
 __all__ = [
     "Adapter",
+    "BackgroundSave",
+    "CheckpointError",
     "EngineChangedError",
     "FlatPartition",
     "Fragment",

@@ -165,6 +165,11 @@ class Shadow:
             for copy, tensor in zip(self._copies, found, strict=True):
                 copy.copy_(tensor)
 
+    @property
+    def source(self) -> Any:
+        """The module, or the parameters, that the shadow was made of."""
+        return self._given
+
     def locate(self, shards: Shards) -> Locate:
         """What gives the shadow's pieces in the place of the values of ``shards``; for `save_full`.
 

@@ -50,26 +50,35 @@ _WRITTEN = {dtype: name for name, dtype in _DTYPES.items()}
 _IN_FOLDERS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 _INDEX = ".index.json"
+
+# A function that is called with bytes done and bytes in all; True for a bar, or log lines.
+Progress = Callable[[int, int], None] | bool | None
+
 _log = logging.getLogger("ds.fragment")
 
 
 def header(tensors: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a file: the header's length and the header, padded so that the tensors begin aligned.
-
-    Raises:
-        CheckpointError: the format has no such dtype.
-    """
+    """The beginning of a file: the header's length and the header, padded so that the tensors begin aligned."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, dtype, shape in tensors:
-        if dtype not in _WRITTEN:
-            raise CheckpointError(f"'{name}' has dtype {dtype}, which safetensors cannot hold: pass another dtype")
+        require_dtype(name, dtype)
         end = position + shape.numel() * dtype.itemsize
         table[name] = {"dtype": _WRITTEN[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     blob = json.dumps(table, separators=(",", ":")).encode()
     blob += b" " * (-len(blob) % 8)
     return len(blob).to_bytes(8, "little") + blob
+
+
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise unless the format has the dtype of a tensor.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    if dtype not in _WRITTEN:
+        raise CheckpointError(f"'{name}' has dtype {dtype}, which safetensors cannot hold: pass another dtype")
 
 
 def index_path(target: Path) -> Path:
@@ -282,7 +291,7 @@ class Reader:
 
 
 @contextlib.contextmanager
-def reporter(progress: Callable[[int, int], None] | bool | None, name: str) -> Iterator[Callable[[int, int], None]]:
+def reporter(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]:
     """A function to call with bytes done and bytes in all: the caller's own, a bar, log lines, or nothing."""
     if callable(progress):
         yield progress

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,27 @@ def agree(
                 failing.append(status.encode(error_of_all, of_all=True))
     if failing:
         status.check(torch.stack(failing + fine), cause=error)
+
+
+def everyone() -> list[dist.ProcessGroup]:
+    """The default group; none without torch.distributed."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return [] if world is None else [world]
+
+
+def share(mine: Any) -> list[Any]:
+    """What every rank of the default group passed, by rank. All of them must call it.
+
+    Args:
+        mine: what JSON can hold.
+    """
+    blob, groups, device = json.dumps(mine).encode(), everyone(), torch.device("cpu")
+    if not groups:
+        return [json.loads(blob)]
+    (group,) = groups
+    sizes = _all_gather(torch.tensor([len(blob)]), group, device).flatten().tolist()
+    padded = torch.frombuffer(bytearray(blob.ljust(max(sizes), b" ")), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist())) for row in _all_gather(padded, group, device)]
 
 
 def _mismatch(

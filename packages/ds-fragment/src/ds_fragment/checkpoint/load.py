@@ -1,0 +1,344 @@
+"""A consolidated safetensors file, whoever wrote it, into any run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_fragment.checkpoint import files
+from ds_fragment.checkpoint.background import finish_earlier
+from ds_fragment.checkpoint.tensors import Tensors, collect
+from ds_fragment.collective.agree import agree, everyone, share
+from ds_fragment.engines.model import unwrapped
+from ds_fragment.engines.shards import Shards, refresh
+from ds_fragment.engines.versions import known_engine
+from ds_fragment.errors import InvalidValueError
+from ds_fragment.record import clean_name
+
+MapNames = Mapping[str, str] | Callable[[str], str | None]
+
+_HOST = torch.device("cpu")
+
+
+def load_full(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    map_names: MapNames | None = None,
+    refresh_lp: bool = True,
+    progress: files.Progress = None,
+) -> None:
+    """Write a safetensors file into a sharded model. All ranks of the default group must call it.
+
+    Each rank reads no more than its own pieces, one after the other; every rank must be able to open the file. Nothing
+    is written before all ranks have found every tensor, with the right shape and values that its dtype can hold. A
+    file that cannot be read to its end leaves the model half loaded, and is an error on every rank.
+
+    A name in the file is taken as it is if the model has it. Else what wrappers put into names is taken off, and the
+    model's ``base_model_prefix``, as models of transformers have it, is put before it or taken off. A tied tensor may
+    be there under any of its names, and under several if they are equal.
+
+    Args:
+        model: the sharded model, wrapped or not.
+        path: the file; its index, or the name under which it was saved in several files; or a folder with one model, as
+            `save_full` or ``save_pretrained`` leave it, or as Hugging Face caches a repository.
+        strict: whether names that only the file or only the model has are an error. Names that only the file has and
+            that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
+        map_names: what a name in the file is called in the model: a mapping of those that differ, or a function,
+            which returns None for a tensor that is to be left out.
+        refresh_lp: bring the low-precision weights up to date at once.
+        progress: True for a bar (or, without rich, log lines) on rank 0, or a function called on every rank with bytes
+            done and bytes in all.
+
+    Warns:
+        UserWarning: values were rounded to a dtype with fewer digits; on rank 0.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged; on every rank.
+        InvalidValueError: the file does not fit the model: everything that is missing, unexpected, of another shape,
+            or of a value that its dtype in the model cannot hold, in one message; on every rank.
+        ImportError: safetensors is not installed: ``pip install ds-fragment[safetensors]``.
+    """
+    finish_earlier()
+    load = _Load(model, strict, map_names)
+    with load.open(Path(path)) as reader:
+        load.check(reader)
+        load.write(reader, progress)
+    if refresh_lp:
+        refresh(load.shards, None)
+
+
+@dataclass
+class _Found:
+    """How the names of a file fit those of the model.
+
+    Attributes:
+        sources: by name in the model, the names of what the file has for it.
+        missing: names that only the model has.
+        unexpected: names that only the file has.
+    """
+
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+class _Load:
+    """What is loaded into; all ranks make it together.
+
+    Attributes:
+        shards: the model's sharded tensors.
+    """
+
+    def __init__(self, model: nn.Module, strict: bool, map_names: MapNames | None) -> None:
+        self._strict, self._map_names = strict, map_names
+        tensors, error = Tensors(), None
+        try:
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+            tensors = collect(model)
+            own: Any = unwrapped(model)
+            prefix = getattr(own, "base_model_prefix", "")
+            self._prefix = prefix if isinstance(prefix, str) else ""
+            self._ignored = list(getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ())
+        except Exception as caught:
+            error = caught
+        agree(error, everyone(), _HOST, [int(strict)], lambda i: "strict")
+        self.shards = Shards(list(tensors.sharded.values()), "value", "load_full")
+        self._items = {name: item for item, name in enumerate(tensors.sharded)}
+        self._buffers, self._tied = tensors.buffers, tensors.tied
+        self._found = _Found()
+
+    def open(self, path: Path) -> files.Reader:
+        """The file, which is the same on every rank."""
+        reader, error, sums = None, None, list[int]()
+        try:
+            reader = files.Reader(path)
+            sums = reader.sums()
+        except Exception as caught:
+            error = caught
+        agree(error, everyone(), _HOST, sums, lambda i: f"the file '{path}' (part {i})")
+        assert reader is not None
+        return reader
+
+    def check(self, reader: files.Reader) -> None:
+        """Raise on every rank what does not fit on any, in one message."""
+        problems, rounded, error = list[str](), list[str](), None
+        try:
+            self._found = self._resolve(reader)
+            for name, sources in self._found.sources.items():
+                problems += self._misfits(reader, name, sources, rounded)
+            for item, (adapter, param) in enumerate(zip(self.shards.adapters, self.shards.params, strict=True)):
+                adapter.require_writable(param)
+                self.shards.local(item)
+        except Exception as caught:
+            error = caught
+        agree(error, everyone(), _HOST)
+        told = share([self._found.missing, self._found.unexpected, problems, rounded])
+        missing = sorted({name for row in told for name in row[0]})
+        unexpected = sorted(set[str].intersection(*(set(row[1]) for row in told)))
+        misfits = [*self._two_of_a_name(), *dict.fromkeys(problem for row in told for problem in row[2])]
+        if self._strict and (missing or unexpected):
+            fix = "" if misfits else "; pass strict=False to load what both have"
+            misfits.insert(0, f"missing {some(missing)}, unexpected {some(unexpected)}{fix}")
+        if misfits:
+            raise InvalidValueError(f"the file '{reader.path}' does not fit the model: {_joined(misfits)}")
+        names = sorted({name for row in told for name in row[3]})
+        if names and (not dist.is_initialized() or dist.get_rank() == 0):
+            warnings.warn(
+                f"the file '{reader.path}' has more digits than the model's dtypes hold; rounded: {some(names)}",
+                stacklevel=3,
+            )
+
+    def _resolve(self, reader: files.Reader) -> _Found:
+        """Which of the file's tensors is for which of the model's."""
+        found = _Found()
+        stored = {name: name for name in reader.shapes}
+        tied = json.loads(reader.metadata.get("tied", "{}"))
+        stored.update((alias, name) for alias, name in tied.items() if alias not in stored and name in stored)
+        for alias, name in stored.items():
+            target = self._target(alias)
+            if target is not None and name not in found.sources.setdefault(target, []):
+                found.sources[target].append(name)
+            elif target is None and alias == name and not any(re.search(each, name) for each in self._ignored):
+                found.unexpected.append(name)
+        found.missing = [name for name in (*self._items, *self._buffers) if name not in found.sources]
+        return found
+
+    def _target(self, stored: str) -> str | None:
+        """The model's name for a name in the file; None if the tensor is left out, or is not the model's."""
+        name: str | None = stored
+        if isinstance(self._map_names, Mapping):
+            name = self._map_names.get(stored, stored)
+        elif self._map_names is not None:
+            name = self._map_names(stored)
+        if name is None:
+            self._ignored.append(re.escape(stored))
+            return None
+        for candidate in self._candidates(name):
+            candidate = self._tied.get(candidate, candidate)
+            if candidate in self._items or candidate in self._buffers:
+                return candidate
+        return None
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        for candidate in dict.fromkeys((name, *unwrapped_names(name))):
+            yield candidate
+            if self._prefix:
+                yield f"{self._prefix}.{candidate}"
+                yield candidate.removeprefix(f"{self._prefix}.")
+
+    def _misfits(self, reader: files.Reader, name: str, sources: Sequence[str], rounded: list[str]) -> Iterator[str]:
+        """What is wrong with a tensor of the file for one of the model; reads it only where values have to be seen."""
+        dtype, shape = self._kind(name)
+        for source in sources:
+            if reader.shapes[source] != shape:
+                yield f"'{name}' has shape {reader.shapes[source]} in the file and {shape} in the model"
+                return
+        if reader.dtypes[sources[0]].is_complex and not dtype.is_complex:
+            yield f"'{name}' is {reader.dtypes[sources[0]]} in the file and {dtype} in the model"
+            return
+        if len(sources) == 1 and _holds(dtype, reader.dtypes[sources[0]]):
+            return
+        for _, pieces in self._pieces(name, reader, sources):
+            for piece, source in zip(pieces[1:], sources[1:], strict=True):
+                if not torch.equal(piece.view(torch.uint8), pieces[0].view(torch.uint8)):
+                    yield f"'{name}' is one tensor in the model, but '{sources[0]}' and '{source}' differ in the file"
+            loss = _loss(pieces[0], dtype)
+            if loss == "rounded":
+                rounded.append(name)
+            elif loss:
+                yield f"'{name}' is {dtype} in the model, which cannot hold {loss} ({pieces[0].dtype}) of the file"
+
+    def _kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        if name in self._buffers:
+            return self._buffers[name].dtype, tuple(self._buffers[name].shape)
+        sharding = self.shards.shardings[self._items[name]]
+        return sharding.dtype, tuple(sharding.shape)
+
+    def _pieces(
+        self, name: str, reader: files.Reader, sources: Sequence[str]
+    ) -> Iterator[tuple[int | None, list[torch.Tensor]]]:
+        """The item (None for a buffer) and what the file has for this rank under each name, if it holds anything."""
+        if name in self._buffers:
+            yield None, [reader.tensor(source) for source in sources]
+            return
+        item = self._items[name]
+        sharding = self.shards.shardings[item]
+        fragment = sharding.layout.fragments[sharding.rank]
+        if fragment is not None:
+            yield item, [reader.fragment(source, sharding.layout.shape, fragment) for source in sources]
+
+    def _two_of_a_name(self) -> Iterator[str]:
+        """What is wrong where ranks hold different tensors under one name, as experts are; all ranks must call it."""
+        first = {}
+        for name, item in self._items.items():
+            sharding = self.shards.shardings[item]
+            ranks = () if sharding.replicas else sharding.global_ranks()
+            first[name] = ranks[0] if ranks else 0
+        if len(set(share(zlib.crc32(json.dumps(first).encode())))) == 1:
+            return
+        holders: dict[str, set[int]] = {}
+        for row in share(first):
+            for name, rank in row.items():
+                holders.setdefault(name, set()).add(rank)
+        for name, ranks in holders.items():
+            if len(ranks) > 1:
+                yield (
+                    f"'{name}' is another tensor on ranks {sorted(ranks)}, as in expert parallelism, and one file "
+                    "cannot hold both: use the engine's own checkpoints, or give each its own name"
+                )
+
+    def write(self, reader: files.Reader, progress: files.Progress) -> None:
+        """Copy this rank's pieces into the model."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        error, done = None, 0
+        kinds = {name: self._kind(name) for name in self._found.sources}
+        total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in kinds.values())
+        try:
+            with (
+                torch.no_grad(),
+                known_engine(),
+                files.reporter(progress if rank == 0 or callable(progress) else None, reader.path.name) as report,
+            ):
+                for name, sources in self._found.sources.items():
+                    for item, (piece,) in self._pieces(name, reader, sources[:1]):
+                        if item is None:
+                            self._buffers[name].copy_(piece)
+                        else:
+                            self.shards.adapters[item].write(self.shards.params[item], "value", piece)
+                    dtype, shape = kinds[name]
+                    done += dtype.itemsize * torch.Size(shape).numel()
+                    report(done, total)
+        except Exception as caught:
+            error = caught
+        agree(error, everyone(), _HOST)
+
+
+def unwrapped_names(name: str) -> Iterator[str]:
+    """What a name may have been before models were wrapped.
+
+    >>> list(unwrapped_names("module._orig_mod.x.weight"))
+    ['module.x.weight', 'x.weight']
+    """
+    name = clean_name(name)
+    yield name
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+        yield name
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype holds every value of another one exactly."""
+    if dtype == other or other == torch.bool:
+        return True
+    if dtype == torch.bool or dtype.is_complex or other.is_complex:
+        return False
+    if dtype.is_floating_point and other.is_floating_point:
+        mine, its = torch.finfo(dtype), torch.finfo(other)
+        return mine.eps <= its.eps and mine.max >= its.max and mine.tiny <= its.tiny
+    if dtype.is_floating_point:
+        return torch.iinfo(other).max <= 1 / torch.finfo(dtype).eps
+    if other.is_floating_point:
+        return False
+    return torch.iinfo(dtype).min <= torch.iinfo(other).min and torch.iinfo(dtype).max >= torch.iinfo(other).max
+
+
+def _loss(piece: torch.Tensor, dtype: torch.dtype) -> str:
+    """What a cast would lose: nothing, ``"rounded"`` digits, or a value that the dtype cannot hold, in words."""
+    cast = piece.to(dtype)
+    wide = torch.float64 if piece.is_floating_point() else piece.dtype  # float8 cannot be compared
+    before, after = piece.to(wide), cast.to(wide)
+    different = (before != after) & ~(before.isnan() & after.isnan())
+    if not bool(different.any()):
+        return ""
+    if piece.dtype.is_floating_point and dtype.is_floating_point:
+        different &= after.isfinite() != before.isfinite()
+        if not bool(different.any()):
+            return "rounded"
+    return str(piece[different].flatten()[0].item())
+
+
+def some(names: Sequence[str]) -> str:
+    """How many names, and what they are."""
+    shown = 20
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)} ({', '.join(names[:shown])}{more})" if names else "none"
+
+
+def _joined(problems: Sequence[str]) -> str:
+    shown = 50
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "; ".join([*problems[:shown], *more])

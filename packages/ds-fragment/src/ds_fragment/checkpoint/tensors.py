@@ -1,0 +1,150 @@
+"""What is saved or loaded: the named tensors of a model, of a mapping, of pairs, or of a `Shadow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ds_fragment.collective.exchange import Locate
+from ds_fragment.engines.loaded import is_dtensor
+from ds_fragment.engines.model import own_parameters, unwrapped
+from ds_fragment.engines.shards import Shards
+from ds_fragment.errors import InvalidValueError
+from ds_fragment.record import clean_name
+
+Selection = str | Iterable[str] | Callable[[str], bool]
+
+
+@runtime_checkable
+class ShardValues(Protocol):
+    """What stands in for a model's values, as a `ds_fragment.Shadow` does."""
+
+    @property
+    def source(self) -> Any:
+        """The module, or the (name, parameter) pairs, whose values it stands in for."""
+
+    def locate(self, shards: Shards) -> Locate:
+        """What gives this rank's pieces of the items; each has the dtype and the size that its place says.
+
+        Raises:
+            FragmentError: it does not have them.
+        """
+
+
+What = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | ShardValues
+
+
+@dataclass
+class Tensors:
+    """Named tensors, each once.
+
+    Attributes:
+        sharded: parameters, and whatever else an engine may hold in shards, by name.
+        parameters: how many of them are parameters of a module; they come first.
+        buffers: of a module, that every rank holds whole, by name.
+        tied: further names of the same tensors, each with the name that it is known by here.
+        unmatched: patterns that match no name here.
+    """
+
+    sharded: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: int = 0
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+
+
+def collect(what: Any, include: Selection | None = None, exclude: Selection | None = None) -> Tensors:
+    """The tensors that are meant.
+
+    Raises:
+        TypeError: ``what`` is something else.
+        InvalidValueError: two tensors have one name, or one is on the meta device.
+    """
+    if isinstance(what, ShardValues):
+        what = what.source
+    included, excluded = _Patterns(include), _Patterns(exclude)
+    found, known = Tensors(), dict[object, str]()
+    names: set[str] = set()
+    for kind, name, tensor in _named(what):
+        if (include is not None and not included.match(name)) | excluded.match(name):
+            continue
+        if tensor.is_meta:
+            raise InvalidValueError(
+                f"'{name}' is on the meta device and has no values: materialize the model, or bring in what is "
+                "offloaded, first"
+            )
+        if name in names:
+            raise InvalidValueError(f"'{name}' is the name of two tensors: give each its own")
+        names.add(name)
+        first = known.setdefault(_identity(tensor), name)
+        if first != name:
+            found.tied[name] = first
+        elif kind == "buffer" and not is_dtensor(tensor):
+            found.buffers[name] = tensor
+        else:  # `distribute_module` makes DTensors of buffers; they travel as parameters do
+            found.sharded[name] = tensor
+            found.parameters += kind == "parameter"
+    found.unmatched = [*included.unmatched(), *excluded.unmatched()]
+    return found
+
+
+def _named(what: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Kind, name and tensor."""
+    if isinstance(what, nn.Module):
+        for name, param in own_parameters(what, remove_duplicate=False):
+            yield "parameter", name, param
+        for name, buffer in _persistent_buffers(unwrapped(what)):
+            yield "buffer", name, buffer
+        return
+    pairs = what.items() if isinstance(what, Mapping) else what
+    if isinstance(pairs, torch.Tensor | str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"what is a {type(what).__name__}, expected a module, a mapping, pairs or a Shadow")
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(f"what holds a {type(pair).__name__}, expected (name, tensor) pairs")
+        if not isinstance(pair[1], torch.Tensor):
+            raise TypeError(f"what has a {type(pair[1]).__name__} under the name '{pair[0]}', expected a tensor")
+        yield "other", clean_name(pair[0]), pair[1]
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield clean_name(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same one, as the entries of a state dict are that are tied."""
+    if type(tensor) is not torch.Tensor or not tensor.numel() or tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+class _Patterns:
+    """Names that are chosen by patterns of `fnmatch`, or by a function."""
+
+    def __init__(self, given: Selection | None) -> None:
+        self._function = given if callable(given) else None
+        patterns: Iterable[Any] = () if given is None or callable(given) else given
+        self._patterns: Sequence[str] = [given] if isinstance(given, str) else list(patterns)
+        self._matched: set[str] = set()
+
+    def match(self, name: str) -> bool:
+        """Whether the name is chosen."""
+        if self._function is not None:
+            return bool(self._function(name))
+        matched = [pattern for pattern in self._patterns if fnmatchcase(name, pattern)]
+        self._matched.update(matched)
+        return bool(matched)
+
+    def unmatched(self) -> list[str]:
+        """The patterns that matched no name."""
+        return [pattern for pattern in self._patterns if pattern not in self._matched]
