@@ -207,10 +207,13 @@ class _Load:
             if reader.shapes[source] != shape:
                 yield f"'{name}' has shape {reader.shapes[source]} in the file and {shape} in the model"
                 return
-        if reader.dtypes[sources[0]].is_complex and not dtype.is_complex:
-            yield f"'{name}' is {reader.dtypes[sources[0]]} in the file and {dtype} in the model"
+        stored = reader.dtypes[sources[0]]
+        if stored.is_complex and not dtype.is_complex:
+            yield f"'{name}' is {stored} in the file and {dtype} in the model"
             return
-        if len(sources) == 1 and _holds(dtype, reader.dtypes[sources[0]]):
+        if dtype.is_complex and not stored.is_complex:
+            dtype = dtype.to_real()
+        if len(sources) == 1 and _holds(dtype, stored):
             return
         for _, pieces in self._pieces(name, reader, sources):
             for piece, source in zip(pieces[1:], sources[1:], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -78,6 +79,10 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
                 f"'{name}' is on the meta device and has no values: materialize the model, or bring in what is "
                 "offloaded, first"
             )
+        if kind == "other" and tensor.shape == (0,) and "deepspeed" in sys.modules:
+            raise InvalidValueError(
+                f"'{name}' has shape (0,), as what state_dict() gives under DeepSpeed's ZeRO-3: pass the module"
+            )
         if name in names:
             raise InvalidValueError(f"'{name}' is the name of two tensors: give each its own")
         names.add(name)
@@ -122,7 +127,10 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _identity(tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same one, as the entries of a state dict are that are tied."""
+    """Equal for tensors that are the same one, as the entries of a state dict are that are tied.
+
+    Of DTensors only those that are one object: ranks that hold nothing of one could not tell otherwise.
+    """
     if type(tensor) is not torch.Tensor or not tensor.numel() or tensor.layout != torch.strided:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

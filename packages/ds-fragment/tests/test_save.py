@@ -1,0 +1,263 @@
+"""What can be saved beside a module: mappings, pairs, a part by patterns, pipeline stages; and in the background."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ds_fragment import Shadow, iter_full, load_full, save_full
+from ds_fragment.checkpoint import disk
+from ds_fragment.checkpoint.files import Reader
+from fragment_oracle import assert_same, raised
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Net(nn.Module):
+    """A tied weight, a LoRA pair, and a buffer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(5, 3)
+        self.lora_a, self.lora_b = nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+LORA = {"lora_a.weight", "lora_b.weight"}
+
+
+def sharded(seed: int = 0) -> Net:
+    model = Net(seed)
+    fully_shard(model)
+    return model
+
+
+def _kinds(rank: int, folder: str) -> None:
+    model, path = sharded(), Path(folder, "m.safetensors")
+    whole = dict(iter_full(model))
+
+    def stored() -> dict[str, torch.Tensor]:
+        dist.barrier()  # nobody writes the next one before all have read
+        found = load_file(path)
+        dist.barrier()
+        return found
+
+    save_full(model, path, include="*lora_*")
+    found = stored()
+    assert found.keys() == LORA
+    for name in LORA:
+        assert_same(found[name], whole[name], name)
+    save_full(model, path, exclude=["*lora_*", "norm.*"])
+    assert stored().keys() == {"embed.weight"}
+    save_full(model, path, include=lambda name: name in ("head.weight", "norm.weight"))
+    assert stored().keys() == {"head.weight", "norm.weight"}, "the name of a tied tensor that was chosen"
+    renamed = ((f"adapter.{name}", param) for name, param in model.named_parameters() if "lora" in name)
+    save_full(renamed, path)
+    assert_same(stored()["adapter.lora_a.weight"], whole["lora_a.weight"])
+    state = model.state_dict()
+    save_full({**state, "more": torch.arange(3)}, path)
+    found = stored()
+    assert found.keys() == {*state, "more"}
+    assert found["more"].dtype == torch.int64
+    shadow = Shadow(model)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    save_full(shadow, path)
+    assert_same(stored()["embed.weight"], whole["embed.weight"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mappings_pairs_patterns_and_shadows(tmp_path: Path, ranks: int) -> None:
+    run_ranks(_kinds, ranks, str(tmp_path))
+
+
+def _wrong(rank: int, folder: str) -> list[Any]:
+    model, path = sharded(), Path(folder, "m.safetensors")
+    twice = [("a", torch.ones(1)), ("a", torch.zeros(1))]
+    own = nn.Linear(2, 2)  # on each rank with weights of its own, as experts are
+    own.weight.data.fill_(rank)
+    return [
+        raised(call)
+        for call in (
+            lambda: save_full(model, path, include="*lroa*"),
+            lambda: save_full(model, path, exclude=["norm.*", "haed*"]),
+            lambda: save_full(torch.ones(2), path),
+            lambda: save_full([torch.ones(2)], path),
+            lambda: save_full({"a": 1}, path),
+            lambda: save_full(twice, path),
+            lambda: save_full(own, path),
+            lambda: save_full(model, Path(folder, "m.bin")),
+            lambda: save_full({"a": torch.ones(2) if rank else torch.ones(3)}, path),
+            lambda: save_full(model, path, max_shard_bytes=100 + rank),
+            lambda: save_full(nn.Linear(2, 2, device="meta"), path),
+        )
+    ]
+
+
+def test_what_cannot_be_saved_is_the_same_error_on_every_rank(tmp_path: Path) -> None:
+    zero, one = run_ranks(_wrong, 2, str(tmp_path))
+    assert zero == one
+    texts = [text for _, text in zero]
+    expected = (
+        "include or exclude has '*lroa*', which matches no name",
+        "include or exclude has 'haed*', which matches no name",
+        "what is a Tensor, expected a module, a mapping, pairs or a Shadow",
+        "what holds a Tensor, expected (name, tensor) pairs",
+        "what has a int under the name 'a', expected a tensor",
+        "'a' is the name of two tensors",
+        "'weight' differs on ranks 0 and 1, which each hold it whole",
+        "expected a name that ends in .safetensors",
+        "'a' is a tensor of ranks [0] and another of ranks [1]",
+        "the ranks gave different values for max_shard_bytes",
+        "'weight' is on the meta device",
+    )
+    for text, words in zip(texts, expected, strict=True):
+        assert words in text
+    assert not list(tmp_path.iterdir())
+
+
+class Whole(nn.Module):
+    """Two stages in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(5, 3), nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7))
+
+
+def _stages(rank: int, folder: str, max_shard_bytes: int) -> None:
+    """Ranks 0 and 1 have the first stage, 2 and 3 the second."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stages", "shards"))["shards"]
+    model, path = Whole(), Path(folder, "model.safetensors")
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    delattr(model, "second" if rank < 2 else "first")
+    fully_shard(model, mesh=mesh)
+    told = []
+    saving = save_full(
+        model, path, max_shard_bytes=max_shard_bytes, progress=lambda *now: told.append(now), background=True
+    )
+    saving.wait()
+    assert bool(told) == (rank in (0, 2))
+    with Reader(path) as reader:
+        assert reader.path.name == "model.safetensors.index.json"
+        assert len(reader.paths) == (2 if max_shard_bytes > 100 else 6)
+        assert set(reader.shapes) == set(whole)
+        for name in reader.shapes:
+            assert_same(reader.tensor(name), whole[name], name)
+    before = dict(iter_full(model))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    load_full(model, path)
+    for name, tensor in iter_full(model):
+        assert_same(tensor, before[name], name)
+    everything = Whole()
+    fully_shard(everything)
+    load_full(everything, path)
+    for name, tensor in iter_full(everything):
+        assert_same(tensor, whole[name], name)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 70])
+def test_pipeline_stages_write_their_own_files_under_one_index(tmp_path: Path, max_shard_bytes: int) -> None:
+    run_ranks(_stages, 4, str(tmp_path), max_shard_bytes)
+
+
+def _stage_fails(rank: int, folder: str) -> tuple[str, str] | None:
+    """The rank that writes the second stage cannot."""
+    path = Path(folder, "model.safetensors")
+    save_full({f"{rank}": torch.ones(4)}, path)
+    if rank == 1:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        disk.write_tensor = full
+    told = raised(lambda: save_full({f"{rank}": torch.zeros(4)}, path))
+    with Reader(path) as reader:
+        assert all(bool((reader.tensor(name) == 1).all()) for name in ("0", "1"))
+    return told
+
+
+def test_a_stage_that_cannot_be_written_is_everybodys_error(tmp_path: Path) -> None:
+    zero, one = run_ranks(_stage_fails, 2, str(tmp_path))
+    assert zero == one is not None
+    assert "No space left" in zero[1] or "rank 1 could not write its part" in zero[1]
+
+
+def _background(rank: int, folder: str) -> None:
+    model, path = sharded(), Path(folder, "m.safetensors")
+    whole = {name: tensor.clone() for name, tensor in iter_full(model)}
+    gate = threading.Event()
+    create = disk.create
+
+    def slow(path: Path) -> Any:
+        assert gate.wait(30)
+        return create(path)
+
+    disk.create = slow
+    saving = save_full(model, path, background=True)
+    assert saving.done() == (rank != 0)
+    assert not path.exists()
+    with torch.no_grad():  # training goes on
+        for param in model.parameters():
+            param.zero_()
+        model.norm.running_mean.fill_(7.0)
+    gate.set()
+    saving.wait()
+    saving.wait()
+    assert saving.done()
+    found = load_file(path)
+    for name, tensor in whole.items():
+        assert_same(found[name], tensor, name)
+    assert not bool(found["norm.running_mean"].any())
+
+    later = threading.Event()
+
+    def refuses(path: Path) -> Any:
+        assert later.wait(30)
+        raise OSError(28, "No space left on device")
+
+    disk.create = refuses
+    save_full(model, path, background=True)
+    disk.create = create
+    later.set()
+    told = raised(lambda: save_full(model, path))
+    assert told is not None
+    assert told[0] == "FragmentError"
+    assert "an earlier save_full(background=True) failed: rank 0: OSError: [Errno 28] No space left" in told[1]
+    save_full(model, path)  # it was told once
+    assert bool((load_file(path)["norm.running_mean"] == 7).all())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_the_background(tmp_path: Path, ranks: int) -> None:
+    run_ranks(_background, ranks, str(tmp_path))
+
+
+def _never_waits(rank: int, folder: str) -> None:
+    save_full({"a": torch.ones(1 << 20)}, Path(folder, "m.safetensors"), background=True)
+
+
+def test_a_program_that_ends_has_its_files(tmp_path: Path) -> None:
+    run_ranks(_never_waits, 2, str(tmp_path))
+    assert bool(load_file(tmp_path / "m.safetensors")["a"].all())
+
+
+def test_names_of_tied_tensors_of_a_state_dict(tmp_path: Path) -> None:
+    save_full(Net().state_dict(), tmp_path / "m.safetensors")
+    with Reader(tmp_path / "m.safetensors") as reader:
+        assert json.loads(reader.metadata["tied"]) == {"head.weight": "embed.weight"}
+        assert "head.weight" not in reader.shapes
