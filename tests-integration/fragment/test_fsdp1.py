@@ -49,7 +49,7 @@ def _every_quantity(rank: int, mixed: bool) -> list[int]:
 
     # Values, against what FSDP1 gathers itself.
     with FullyShardedDataParallel.summon_full_params(model):
-        expected = {ds_fragment.record.clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
+        expected = {ds_fragment.engines.model.clean_name(n): p.detach().clone() for n, p in model.named_parameters()}
     for name, value in ds_fragment.iter_full(model):
         assert torch.equal(value, expected[name]), name
 
@@ -58,7 +58,7 @@ def _every_quantity(rank: int, mixed: bool) -> list[int]:
     gradients = dict(ds_fragment.iter_full(model, "grad"))
     with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
         for name, param in model.named_parameters():
-            assert torch.equal(gradients[ds_fragment.record.clean_name(name)], param.grad), name
+            assert torch.equal(gradients[ds_fragment.engines.model.clean_name(name)], param.grad), name
     if not mixed:
         dense = _model()
         for part in data:

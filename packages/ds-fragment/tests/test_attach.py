@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from ds_fragment import attach, state_keys
+from ds_fragment.engines.model import clean_name
 from ds_fragment.errors import InvalidValueError, StateNotReadyError, UnlinkedParameterError
-from ds_fragment.record import clean_name, registry
+from ds_fragment.record import registry
 from ds_fragment.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,

@@ -1,18 +1,10 @@
-"""``python -m ds_fragment`` says which kernels move the fragments on this machine, and why."""
+"""``python -m ds_fragment`` is the command ``ds-fragment``; alone it says which kernels are in use here, and why."""
 
 from __future__ import annotations
 
-from ds_fragment.__about__ import __version__
-from ds_fragment.kernels import report
+import sys
 
+from ds_fragment.commands import main
 
-def main() -> None:
-    """Print the report."""
-    lines = {"ds-fragment": __version__, **report()}
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        print(f"{name:<{width}}  {text}")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and (status := main()):
+    sys.exit(status)

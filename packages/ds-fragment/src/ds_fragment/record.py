@@ -21,9 +21,6 @@ from ds_fragment.sharding import Sharding
 
 V = TypeVar("V")
 
-# What wrappers put into parameter names, wherever they are in a model. What only wraps whole models, and calls them
-# "module" as a user may call a part of a model, is taken off by `_model.unwrapped`.
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"}
 _ATTRIBUTE = "_ds_fragment"
 _record = attrgetter(_ATTRIBUTE)
 
@@ -238,16 +235,3 @@ class Registry:
 
 
 registry = Registry()
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what FSDP1, activation checkpointing, torch.compile and Fabric put into it.
-
-    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
-    'layers.0.weight'
-    >>> clean_name("_forward_module.layers.module.weight")
-    'layers.module.weight'
-    """
-    if "_mod" not in name:  # which all of them contain
-        return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

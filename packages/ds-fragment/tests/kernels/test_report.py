@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_the_report_describes_the_library(monkeypatch: pytest.MonkeyPatch, libra
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_FRAGMENT_KERNELS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["ds_fragment"])
     runpy.run_module("ds_fragment", run_name="__main__")
     printed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert printed["ds-fragment"] == __version__

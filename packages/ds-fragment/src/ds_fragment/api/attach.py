@@ -56,6 +56,7 @@ def attach(
     optimizers = _unwrapped(optimizer)
     watch_scalers()
     if model is not None:
+        model = next(unwrapping(model))  # of a pipeline's stage, its module
         optimizers = [*(each for param in model.parameters() for each in _in_backward(param)), *optimizers]
     registry.attach(_Attachment(model, list(dict.fromkeys(optimizers)), pairs))
 

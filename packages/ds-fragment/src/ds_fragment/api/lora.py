@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from ds_fragment.engines.loaded import is_a
-from ds_fragment.engines.model import own_parameters, unwrapped
+from ds_fragment.engines.model import own_modules, own_parameters
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.record import clean_name
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def merged_weights(model: nn.Module) -> list[Weight]:
     names_of: dict[int, list[str]] = {}
     for name, param in everything.items():
         names_of.setdefault(id(param), []).append(name)
-    modules = [(clean_name(name), module) for name, module in unwrapped(model).named_modules()]
+    modules = own_modules(model)
     layers = {name: module for name, module in modules if is_a(module, *_TUNER_LAYER)}
     saved = {name: module for name, module in modules if is_a(module, *_WRAPPER)}
     prefixes = _prefixes(modules)

@@ -20,11 +20,10 @@ from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
 from ds_fragment.checkpoint.tensors import Tensors, collect
 from ds_fragment.collective.agree import agree, everyone, share
-from ds_fragment.engines.model import unwrapped
+from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
 from ds_fragment.engines.shards import Shards, refresh
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.record import clean_name
 
 MapNames = Mapping[str, str] | Callable[[str], str | None]
 
@@ -106,7 +105,7 @@ class _Load:
         self._strict, self._map_names = strict, map_names
         tensors, error = Tensors(), None
         try:
-            if not isinstance(model, nn.Module):
+            if not is_model(model):
                 raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
             tensors = collect(model)
             own: Any = unwrapped(model)
@@ -194,7 +193,7 @@ class _Load:
         return None
 
     def _candidates(self, name: str) -> Iterator[str]:
-        for candidate in dict.fromkeys((name, *unwrapped_names(name))):
+        for candidate in unwrapped_names(name):
             yield candidate
             if self._prefix:
                 yield f"{self._prefix}.{candidate}"
@@ -288,19 +287,6 @@ class _Load:
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
-
-
-def unwrapped_names(name: str) -> Iterator[str]:
-    """What a name may have been before models were wrapped.
-
-    >>> list(unwrapped_names("module._orig_mod.x.weight"))
-    ['module.x.weight', 'x.weight']
-    """
-    name = clean_name(name)
-    yield name
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-        yield name
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:

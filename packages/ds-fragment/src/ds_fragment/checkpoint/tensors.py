@@ -13,10 +13,9 @@ from torch import nn
 
 from ds_fragment.collective.exchange import Locate
 from ds_fragment.engines.loaded import is_dtensor
-from ds_fragment.engines.model import own_parameters, unwrapped
+from ds_fragment.engines.model import clean_name, is_model, own_buffers, own_parameters
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.record import clean_name
 
 Selection = str | Iterable[str] | Callable[[str], bool]
 
@@ -100,10 +99,10 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
 
 def _named(what: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Kind, name and tensor."""
-    if isinstance(what, nn.Module):
+    if is_model(what):
         for name, param in own_parameters(what, remove_duplicate=False):
             yield "parameter", name, param
-        for name, buffer in _persistent_buffers(unwrapped(what)):
+        for name, buffer in own_buffers(what):
             yield "buffer", name, buffer
         return
     pairs = what.items() if isinstance(what, Mapping) else what
@@ -115,15 +114,6 @@ def _named(what: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
         if not isinstance(pair[1], torch.Tensor):
             raise TypeError(f"what has a {type(pair[1]).__name__} under the name '{pair[0]}', expected a tensor")
         yield "other", clean_name(pair[0]), pair[1]
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield clean_name(f"{prefix}.{name}" if prefix else name), buffer
 
 
 def _identity(tensor: torch.Tensor) -> object:

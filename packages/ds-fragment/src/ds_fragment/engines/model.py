@@ -3,42 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from ds_fragment.engines import held_by
-from ds_fragment.engines.loaded import is_a, is_gathered
+from ds_fragment.engines.loaded import is_gathered
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import InvalidValueError
-from ds_fragment.record import clean_name, registry
+from ds_fragment.record import registry
 
 Named = tuple[str, torch.Tensor]
 
-# What wraps a whole model: module and name of the class, and the attribute that has the model.
-_WRAPPERS = (
-    ("torch.nn.parallel", "DistributedDataParallel", "module"),
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),  # torch.compile's
-    ("deepspeed", "DeepSpeedEngine", "module"),
-    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
-    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
-)
+# What wraps a module, by the package and the name of its class: the attribute that has the wrapped module. Where in its
+# package a class is differs between versions. Only wrappers use the names that begin with an underscore.
+_WRAPPERS = {
+    ("torch", "DistributedDataParallel"): "module",
+    ("torch", "DataParallel"): "module",
+    ("torch", "AveragedModel"): "module",
+    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch", "ActivationWrapper"): "_checkpoint_wrapped_module",  # of activations that are recomputed, or offloaded
+    ("torch", "OptimizedModule"): "_orig_mod",  # torch.compile's
+    ("torch", "_PipelineStageBase"): "submod",
+    ("deepspeed", "DeepSpeedEngine"): "module",
+    ("deepspeed", "InferenceEngine"): "module",
+    ("lightning", "_FabricModule"): "_forward_module",
+    ("lightning_fabric", "_FabricModule"): "_forward_module",
+    ("megatron", "DistributedDataParallel"): "module",
+    ("megatron", "TorchFullyShardedDataParallel"): "module",
+    ("megatron", "Float16Module"): "module",
+    ("apex", "DistributedDataParallel"): "module",
+}
+_ATTRIBUTES = frozenset(_WRAPPERS.values())
+_UNMISTAKABLE = frozenset(attribute for attribute in _ATTRIBUTES if attribute.startswith("_"))
+
+
+def _attribute_of(kind: type) -> str | None:
+    """The attribute in which a wrapper of this class has what it wraps; None for any other class."""
+    for base in kind.__mro__:
+        found = _WRAPPERS.get((base.__module__.partition(".")[0], base.__name__))
+        if found is not None:
+            return found
+    return None
+
+
+def is_model(thing: object) -> TypeGuard[nn.Module]:
+    """Whether it is a module, or a stage of `torch.distributed.pipelining`, which has one."""
+    return isinstance(thing, nn.Module) or _attribute_of(type(thing)) is not None
 
 
 def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
     """The model, what it wraps as a whole, what that wraps, and so on; the last is the user's own.
 
+    A stage of `torch.distributed.pipelining`, which is no module, is not among them, but what it has is.
+
     >>> net = nn.Sequential()
     >>> net.add_module("module", nn.Linear(2, 2))  # a part of the model, whatever it is called
-    >>> [module is net for module in unwrapping(net)]
-    [True]
+    >>> [module is net for module in unwrapping(nn.DataParallel(net))]
+    [False, True]
     """
-    yield model
-    for module, name, attribute in _WRAPPERS:
-        if is_a(model, module, name):
-            yield from unwrapping(getattr(model, attribute))
+    while True:
+        if isinstance(model, nn.Module):
+            yield model
+        attribute = _attribute_of(type(model))
+        if attribute is None:
             return
+        model = getattr(model, attribute)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -47,17 +78,93 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return found
 
 
-def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+def own_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """The modules by their names in the user's own model, in the order of ``named_modules()``.
+
+    A wrapper inside of the model has the name of what it wraps, and stands before it. One of the whole model is left
+    out, with whatever it has of its own, such as the count of an AveragedModel.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    attributes: dict[type, str | None] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if remove_duplicate:
+            if module in seen:
+                return
+            seen.add(module)
+        found.append((name, module))
+        if not module._modules:
+            return
+        kind = type(module)
+        if kind not in attributes:
+            attributes[kind] = _attribute_of(kind)
+        attribute = attributes[kind]
+        dot = f"{name}." if name else ""
+        for part, child in module._modules.items():
+            if child is not None:
+                visit(child, name if part == attribute else f"{dot}{part}")
+
+    visit(unwrapped(model), "")
+    return found
+
+
+def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Named]:
     """The parameters by their names in the user's own model, as ``named_parameters()`` gives them.
 
     Where FSDP has left gathered copies in the place of parameters, the parameters: nothing is given back, which all
     ranks would have to do together.
     """
-    model = unwrapped(model)
     with known_engine():
-        gathered = any(map(is_gathered, model.modules()))
-        for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
-            yield clean_name(name), held_by(param)[1] if gathered else param
+        modules = own_modules(model, remove_duplicate=remove_duplicate)
+        gathered = any(map(is_gathered, (*unwrapping(model), *(module for _, module in modules))))
+        seen: set[torch.Tensor] = set()
+        for prefix, module in modules:
+            dot = f"{prefix}." if prefix else ""
+            for name, param in module._parameters.items():
+                if param is None or param in seen:
+                    continue
+                if remove_duplicate:
+                    seen.add(param)
+                yield f"{dot}{name}", held_by(param)[1] if gathered else param
+
+
+def own_buffers(model: nn.Module) -> Iterator[Named]:
+    """The persistent buffers by their names in the user's own model, each once."""
+    with known_engine():
+        seen: set[torch.Tensor] = set()
+        for prefix, module in own_modules(model):
+            dot = f"{prefix}." if prefix else ""
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set and buffer not in seen:
+                    seen.add(buffer)
+                    yield f"{dot}{name}", buffer
+
+
+def clean_name(name: str) -> str:
+    """A name without what only wrappers put into it; a part called ``module`` may be the user's, and stays.
+
+    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    >>> clean_name("_forward_module.layers.module.weight")
+    'layers.module.weight'
+    """
+    parts = name.split(".")
+    return name if _UNMISTAKABLE.isdisjoint(parts) else ".".join(part for part in parts if part not in _UNMISTAKABLE)
+
+
+def unwrapped_names(name: str) -> list[str]:
+    """What a name that was made with wrappers, as in a file, may be in the user's own model; the likeliest first.
+
+    >>> unwrapped_names("module._orig_mod.net.module.weight")
+    ['module._orig_mod.net.module.weight', 'module.net.module.weight', 'net.module.weight', 'net.weight']
+    """
+    found, parts = [name], clean_name(name).split(".")
+    while len(parts) > 1 and parts[0] in _ATTRIBUTES:
+        found.append(".".join(parts))
+        parts = parts[1:]
+    inside = [part for part in parts[:-1] if part not in _ATTRIBUTES]
+    return list(dict.fromkeys([*found, ".".join(parts), ".".join([*inside, parts[-1]])]))
 
 
 def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple[list[str] | None, list[torch.Tensor]]:
@@ -66,10 +173,10 @@ def named(params: nn.Module | Iterable[torch.Tensor] | Iterable[Named]) -> tuple
     Raises:
         TypeError: something is neither a tensor nor a (name, tensor) pair.
     """
-    if isinstance(params, nn.Module):
+    if is_model(params):
         found = list(own_parameters(params))
         return [name for name, _ in found], [param for _, param in found]
-    items: list[Any] = list(params)
+    items: list[Any] = list(params)  # type: ignore[arg-type]  # no module
     kinds = set(map(type, items))
     if kinds == {tuple} and set(map(len, items)) == {2}:
         names, tensors = zip(*items, strict=True)
@@ -102,7 +209,7 @@ def parameter_finder(model: nn.Module | None) -> Callable[[object], torch.Tensor
                 for name, param in own_parameters(each, remove_duplicate=False):
                     if all(param is not other for other in known.setdefault(name, [])):
                         known[name].append(param)
-        found = known.get(clean_name(key), [])
+        found = next((known[name] for name in unwrapped_names(key) if name in known), [])
         if len(found) != 1:
             where = "the model" if model is not None else "the attached models"
             raise InvalidValueError(
