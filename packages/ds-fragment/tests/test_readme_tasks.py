@@ -38,15 +38,15 @@ def failures(names: dict[str, Any]) -> str:
     return reported.getvalue()
 
 
-def test_on_one_rank() -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
+def test_on_one_rank(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": "__main__", "folder": tmp_path}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(first_example(), str(README), "exec"), names)
     assert failures(names) == ""
 
 
-def _sharded(rank: int) -> str:
-    names: dict[str, Any] = {"__name__": "__main__"}
+def _sharded(rank: int, folder: str) -> str:
+    names: dict[str, Any] = {"__name__": "__main__", "folder": Path(folder)}
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     fully_shard(model)
@@ -62,5 +62,5 @@ def _imports(code: str) -> str:
     return code[: code.index("\nmodel = ")]
 
 
-def test_on_two_ranks() -> None:
-    assert run_ranks(_sharded, 2) == ["", ""]
+def test_on_two_ranks(tmp_path: Path) -> None:
+    assert run_ranks(_sharded, 2, str(tmp_path)) == ["", ""]
