@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_fragment import Shadow, iter_full, load_full, save_full
+from ds_fragment import Shadow, attach, iter_full, load_full, save_full
 from ds_fragment.checkpoint import disk
 from ds_fragment.checkpoint.files import Reader
 from fragment_oracle import assert_same, raised
@@ -261,3 +261,49 @@ def test_names_of_tied_tensors_of_a_state_dict(tmp_path: Path) -> None:
     with Reader(tmp_path / "m.safetensors") as reader:
         assert json.loads(reader.metadata["tied"]) == {"head.weight": "embed.weight"}
         assert "head.weight" not in reader.shapes
+
+
+def _on_gpus(rank: int, folder: str, background: bool) -> None:
+    torch.cuda.set_device(rank)
+    mesh = init_device_mesh("cuda", (2,))
+    path = Path(folder, "m.safetensors")
+
+    def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(*(nn.Linear(1000, 999) if at % 2 else nn.Linear(999, 1000) for at in range(6))).cuda()
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        attach(model, optimizer)
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(4, 999, device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = build(0)
+    step(model, optimizer)
+    before = {name: tensor.cpu() for name, tensor in iter_full(model)}
+    moments = {name: tensor.cpu() for name, tensor in iter_full(model, "exp_avg")}
+    saving = save_full(model, path, optimizer=True, background=background)
+    step(model, optimizer)  # at once: what was copied must not change
+    after = {name: tensor.cpu() for name, tensor in iter_full(model)}
+    if saving is not None:
+        saving.wait()
+    stored = load_file(path)
+    for name, tensor in before.items():
+        assert_same(stored[name], tensor, name)
+    other, fresh = build(1)
+    load_full(other, path, optimizer=fresh)
+    for name, tensor in iter_full(other, "exp_avg"):
+        assert_same(tensor.cpu(), moments[name], name)
+    step(other, fresh)
+    for name, tensor in iter_full(other):
+        assert_same(tensor.cpu(), after[name], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_on_gpus(tmp_path: Path, background: bool) -> None:
+    run_ranks(_on_gpus, 2, str(tmp_path), background, timeout=120)

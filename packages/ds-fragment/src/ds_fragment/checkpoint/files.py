@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ds_fragment.errors import CheckpointError
+from ds_fragment.errors import CheckpointError, InvalidValueError
 from ds_fragment.layout import Fragment
 
 # What torch calls the dtypes of the format; an older torch lacks some.
@@ -50,6 +50,7 @@ _WRITTEN = {dtype: name for name, dtype in _DTYPES.items()}
 _IN_FOLDERS = ("model.safetensors", "adapter_model.safetensors", "diffusion_pytorch_model.safetensors")
 
 _INDEX = ".index.json"
+_RESERVED = {"format", "tied", "optimizer", "param_groups", "total_size"}
 
 # A function that is called with bytes done and bytes in all; True for a bar, or log lines.
 Progress = Callable[[int, int], None] | bool | None
@@ -79,6 +80,19 @@ def require_dtype(name: str, dtype: torch.dtype) -> None:
     """
     if dtype not in _WRITTEN:
         raise CheckpointError(f"'{name}' has dtype {dtype}, which safetensors cannot hold: pass another dtype")
+
+
+def require_metadata(metadata: Mapping[str, str]) -> None:
+    """Raise unless a file can have these entries beside those that a save adds itself.
+
+    Raises:
+        InvalidValueError: one is no string, or has a name of its own meaning.
+    """
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InvalidValueError(f"metadata has {key!r}: {value!r}, expected strings: pass json.dumps(value)")
+        if key in _RESERVED:
+            raise InvalidValueError(f"metadata has '{key}', which a save sets itself: pass another name")
 
 
 def index_path(target: Path) -> Path:
