@@ -1,0 +1,161 @@
+"""Everything that the files of a checkpoint have of the model, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_fragment.errors import CheckpointError, FragmentError
+from ds_fragment.zero_checkpoint.folder import Folder
+from ds_fragment.zero_checkpoint.sources import Contents, Piece, Source, whole
+from ds_fragment.zero_checkpoint.stages import EXPERT, VALUE, locate, source_of
+from ds_fragment.zero_checkpoint.state import optimizer_state
+from ds_fragment.zero_checkpoint.universal import universal
+from ds_fragment.zero_checkpoint.unpickle import Stored, read_pt
+
+
+def read_contents(folder: Folder, *, optimizer: bool = False, exclude_frozen: bool = False) -> Contents:
+    """Where everything in a checkpoint is; what it holds is not read.
+
+    Raises:
+        CheckpointError: a file is damaged or does not fit the others, or a parameter has no values; it is named.
+    """
+    try:
+        contents = _contents(folder, optimizer)
+    except FragmentError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"'{folder.path}' is damaged, or of a DeepSpeed that is not known: {type(error).__name__}: {error}"
+        ) from error
+    if exclude_frozen:
+        contents.frozen.clear()
+        contents.tied = {alias: name for alias, name in contents.tied.items() if name in contents.trained}
+    return contents
+
+
+def _contents(folder: Folder, optimizer: bool) -> Contents:
+    models = [_model(path) for path in folder.model]
+    contents = Contents()
+    zero = models[0].get("param_shapes") is not None
+    if folder.zero is not None:
+        universal(folder, models[0], contents, optimizer)
+    elif zero and folder.optimizer:
+        located, files = locate(folder, models)
+        for name, found in located.items():
+            contents.trained[name] = source_of(name, found, files, VALUE)
+        if optimizer:
+            optimizer_state(located, files, contents)
+    elif zero:
+        raise CheckpointError(
+            f"'{folder.path}' has no *_optim_states.pt, where the fp32 weights of its ZeRO checkpoint would be"
+        )
+    else:
+        _without_zero(folder, models[0], optimizer)
+    _module(folder, models, contents)
+    return contents
+
+
+def _model(path: Path) -> dict[str, Any]:
+    found = read_pt(path)
+    if not isinstance(found, dict) or not isinstance(found.get("module"), dict):
+        raise CheckpointError(f"'{path}' is not the model state of a DeepSpeed checkpoint: it has no 'module'")
+    if found.get("ds_autoep_layers") or found.get("autoep_layers"):
+        raise CheckpointError(f"'{path}' is of a model with AutoEP experts, which cannot be consolidated")
+    return found
+
+
+def _without_zero(folder: Folder, model: Mapping[str, Any], optimizer: bool) -> None:
+    """Refuse what the weights of the module do not have: they are read as they are."""
+    path = folder.model[0]
+    kept = model.get("optimizer")
+    if isinstance(kept, dict) and any(key.startswith("fp32_groups") for key in kept):
+        raise CheckpointError(
+            f"'{path}' was saved without ZeRO: its fp32 weights are in the optimizer state, which does not say whose "
+            "they are. Load it with DeepSpeed, and save the model with ds_fragment.save_full"
+        )
+    if optimizer:
+        raise CheckpointError(
+            f"'{path}' was saved without ZeRO: its optimizer state does not say whose it is. Leave optimizer=True out"
+        )
+
+
+def _module(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Contents) -> None:
+    """Add what only the module has: buffers, frozen parameters, and second names."""
+    model, path = models[0], folder.model[0]
+    module: dict[str, Any] = {name: value for name, value in model["module"].items() if isinstance(value, Stored)}
+    for file in folder.experts.values():
+        module |= _experts(file)
+    for name in contents.trained:
+        if EXPERT.fullmatch(name) and name not in module:
+            raise CheckpointError(
+                f"'{folder.path}' has no layer_*_expert_*_model_states.pt with '{name}': it is missing"
+            )
+    buffers = [name for name in model.get("buffer_names") or () if name in module]
+    contents.buffers = {name: whole(name, module[name]) for name in buffers}
+    _frozen_fragments(folder, models, contents)
+    seen: dict[tuple[Any, ...], str] = {}
+    shared = dict(_shared(model, contents))
+    for name, stored in module.items():
+        if name in contents.buffers or name in contents.frozen or name in contents.trained:
+            continue
+        owner = shared.get(name) or seen.get((stored.path, stored.offset, stored.shape, stored.stride))
+        if owner is not None and _is_second(stored, contents.trained.get(owner) or contents.frozen.get(owner), folder):
+            contents.tied[name] = owner
+            continue
+        if folder.parallel or (folder.is_zero3 and stored.shape.numel() == 0):
+            raise CheckpointError(
+                f"'{name}' is in the module of '{path}', but nothing in '{folder.path}' has all of its values"
+            )
+        contents.frozen[name] = whole(name, stored)
+        if stored.shape.numel():
+            seen[stored.path, stored.offset, stored.shape, stored.stride] = name
+
+
+def _is_second(stored: Stored, owner: Source | None, folder: Folder) -> bool:
+    """Whether a name is of the same parameter; DeepSpeed says so of any two without elements, too."""
+    return owner is not None and (folder.is_zero3 or stored.shape == owner.shape)
+
+
+def _shared(model: Mapping[str, Any], contents: Contents) -> Iterator[tuple[str, str]]:
+    """Second names with the first ones; those of an expert for the experts of all ranks."""
+    for alias, name in (model.get("shared_params") or {}).items():
+        yield alias, name
+        second, first = EXPERT.fullmatch(alias), EXPERT.fullmatch(name)
+        for other in contents.trained if first and second else ():
+            matched = EXPERT.fullmatch(other)
+            if first and second and matched and (matched[1], matched[3]) == (first[1], first[3]):
+                yield f"{second[1]}{matched[2]}{second[3]}", other
+
+
+def _experts(path: Path) -> dict[str, Stored]:
+    """The model's own weights of an expert: only names of it that have no fp32 weights are taken from them."""
+    found = read_pt(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{path}' is not the state of an expert")
+    return {name: value for name, value in found.items() if isinstance(value, Stored)}
+
+
+def _frozen_fragments(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Contents) -> None:
+    shapes = models[0].get("frozen_param_shapes") or {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape)
+        pieces: list[Piece] = []
+        for path, model in zip(folder.model, models, strict=True):
+            fragment = (model.get("frozen_param_fragments") or {}).get(name)
+            if not isinstance(fragment, Stored):
+                raise CheckpointError(f"'{path}' has no values of the frozen parameter '{name}'")
+            if not folder.is_zero3:
+                if fragment.shape != size:
+                    raise CheckpointError(f"'{path}' has '{name}' with shape {tuple(fragment.shape)} and {tuple(size)}")
+                contents.frozen[name] = whole(name, fragment)
+                break
+            left = size.numel() - sum(piece.numel for piece in pieces)
+            pieces.append(Piece(fragment, 0, min(left, fragment.shape.numel())))
+        else:
+            if sum(piece.numel for piece in pieces) != size.numel():
+                raise CheckpointError(f"'{folder.path}' has not all of the frozen parameter '{name}'")
+            contents.frozen[name] = Source(name, size, pieces[0].stored.dtype, tuple(pieces))
