@@ -1,6 +1,6 @@
 """Read and write the true fp32 weights, gradients and optimizer state of a sharded PyTorch run."""
 
-from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment
+from ds_fragment import mixed_precision_linkage, module_utils, tensor_fragment, zero_checkpoint
 from ds_fragment.__about__ import __version__
 from ds_fragment._flight import synchronize
 from ds_fragment.api.attach import attach
@@ -127,6 +127,7 @@ __all__ = [
     "unlink_hp_params",
     "update_many",
     "use_kernels",
+    "zero_checkpoint",
 ]
 
 

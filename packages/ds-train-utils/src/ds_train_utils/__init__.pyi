@@ -127,4 +127,5 @@ from . import (
     module_utils as module_utils,
     numa as numa,
     nvtx as nvtx,
+    zero_to_fp32 as zero_to_fp32,
 )

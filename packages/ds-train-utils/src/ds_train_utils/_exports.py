@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # A frozen application holds the modules that import statemen
         nvtx,
         tensor_fragment,
         z3_leaf_module,
+        zero_to_fp32,
     )
 
 __all__ = ["EXPORTS", "MODULES"]
@@ -45,6 +46,7 @@ MODULES = {
     "nvtx": "ds_logging.nvtx",
     "tensor_fragment": "ds_fragment.tensor_fragment",
     "z3_leaf_module": "ds_z3leaf.leaf",
+    "zero_to_fp32": "ds_fragment.zero_to_fp32",
 }
 """Each submodule of this package, by name, and the module of the seven that it is."""
 

@@ -122,6 +122,12 @@ def _same_save(folder: Folder, models: Sequence[Mapping[str, Any]], files: Seque
             )
         if each.stage != files[0].stage or len(each.masters) != len(files[0].masters):
             raise CheckpointError(f"'{each.path}' and '{files[0].path}' are of different saves: other groups")
+    groups = len(models[0]["param_shapes"])
+    if groups != len(files[0].masters):
+        raise CheckpointError(
+            f"'{folder.model[0]}' has the shapes of {groups} groups, '{files[0].path.name}' has {len(files[0].masters)}: "
+            "they are of different saves"
+        )
     if files[0].stage == 3 and len(models) != len(files):
         raise CheckpointError(
             f"'{folder.path}' has {len(models)} *_model_states.pt and {len(files)} *_optim_states.pt: some are missing"
@@ -152,11 +158,6 @@ def _zero12(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, 
     """See [Note: ZeRO-1/2]."""
     shapes = model["param_shapes"]
     located: dict[str, Located] = {}
-    if not isinstance(shapes, list) or len(shapes) != len(files[0].masters):
-        raise CheckpointError(
-            f"'{folder.model[0]}' has the shapes of {len(shapes)} groups, '{files[0].path.name}' has "
-            f"{len(files[0].masters)}: they are of different saves"
-        )
     counts = files[0].state.get("partition_count", len(files))
     for group, names in enumerate(shapes):
         count = counts[group] if isinstance(counts, list) else counts
@@ -164,6 +165,7 @@ def _zero12(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, 
         gaps = paddings[group] if paddings else [0] * len(names)
         expert_ranks = len(files) // count
         for expert_rank, ranks in enumerate(_expert_groups(model, len(files), expert_ranks)):
+            _require_equal(files, ranks, group)
             offset = 0
             for (name, shape), gap in zip(names.items(), gaps, strict=True):
                 full = name if expert_ranks == 1 else _global_name(name, expert_rank, names, folder)
@@ -215,16 +217,21 @@ def _partitions(
         )
 
 
-def _require_all_used(files: Sequence[OptimizerFile], ranks: Sequence[int], group: int, used: int) -> None:
+def _require_equal(files: Sequence[OptimizerFile], ranks: Sequence[int], group: int) -> None:
+    """Only the vector's end may be missing from its partitions."""
     sizes = [files[rank].masters[group].shape.numel() for rank in ranks]
     full = max(sizes)
-    first = next((i for i, size in enumerate(sizes) if size < full), len(sizes))
-    for i, size in enumerate(sizes):
-        if i > first and size:
-            raise CheckpointError(
-                f"'{files[ranks[first]].path}' has {sizes[first]} elements of group {group}, other ranks have "
-                f"{full}: the files are of different saves"
-            )
+    short = next((i for i, size in enumerate(sizes) if size < full), len(sizes))
+    if any(sizes[short + 1 :]):
+        raise CheckpointError(
+            f"'{files[ranks[short]].path}' has {sizes[short]} elements of group {group}, other ranks have {full}: the "
+            "files are of different saves"
+        )
+
+
+def _require_all_used(files: Sequence[OptimizerFile], ranks: Sequence[int], group: int, used: int) -> None:
+    """The partitions are those of the parameters, and no more than padding besides."""
+    sizes = [files[rank].masters[group].shape.numel() for rank in ranks]
     left = sum(sizes) - used
     paddings = [files[rank].state.get("group_paddings") for rank in ranks]
     if all(isinstance(each, list) for each in paddings):
@@ -251,7 +258,7 @@ def _zero3(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, A
             )
     bounds = [0, *itertools.accumulate(sizes[0])]
     offset = 0
-    for name, shape in (item for names in shapes for item in names.items()):
+    for index, name, shape in ((i, *item) for i, names in enumerate(shapes) for item in names.items()):
         size = torch.Size(shape)
         part = -(-size.numel() // len(files))
         places = []
@@ -260,14 +267,13 @@ def _zero3(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, A
                 f"'{name}' needs elements {offset} to {offset + part} of each rank, but '{files[0].path}' has "
                 f"{bounds[-1]}: it is of another save, or the weights are swapped to NVMe"
             )
-        group = next((i for i in range(len(sizes[0])) if bounds[i] <= offset < bounds[i + 1]), 0)
         for rank in range(len(files)):
             numel = max(0, min(part, size.numel() - rank * part))
             for i, begin in enumerate(bounds[:-1]):
                 start, stop = max(offset, begin), min(offset + numel, bounds[i + 1])
                 if start < stop:
                     places.append(Place(rank, i, start - begin, stop - start))
-        located[name] = Located(size, group, tuple(places))
+        located[name] = Located(size, index, tuple(places))
         offset += part
     if offset != bounds[-1]:
         raise CheckpointError(

@@ -78,11 +78,19 @@ def run(job: Job, writer: Writer, count: int, report: Callable[[int], None]) -> 
     Raises:
         Exception: what a worker raised; CheckpointError where one died.
     """
+    try:
+        _run(job, _plans(writer, count), report)
+    except BaseException:
+        for path in job.model.target.parent.glob(f".*.{job.token}.tmp"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _run(job: Job, plans: list[list[int]], report: Callable[[int], None]) -> None:
     inbox: queue.Queue[tuple[int, Any]] = queue.Queue()
-    done, running = [0] * count, count
+    done, running = [0] * len(plans), len(plans)
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_temporaries, job)
-        for index, shards in enumerate(_plans(writer, count)):
+        for index, shards in enumerate(plans):
             process = _start(stack)
             threading.Thread(target=_talk, args=(index, process, (job, shards), inbox), daemon=True).start()
         while running:
@@ -94,7 +102,6 @@ def run(job: Job, writer: Writer, count: int, report: Callable[[int], None]) -> 
             else:
                 done[index] = message
                 report(sum(done))
-        stack.pop_all()
 
 
 def _plans(writer: Writer, count: int) -> list[list[int]]:
@@ -116,7 +123,7 @@ def _start(stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         env={**os.environ, "PYTHONPATH": paths},
     )
     stack.callback(process.wait)
-    stack.callback(process.kill)
+    stack.callback(process.kill)  # one that has answered to the end is done
     return process
 
 
@@ -135,12 +142,6 @@ def _talk(index: int, process: subprocess.Popen[bytes], work: object, inbox: que
     except (OSError, EOFError, pickle.UnpicklingError):
         died = CheckpointError(f"process {index} of those that write died (exit code {process.wait()})")
         inbox.put((index, died))
-
-
-def _remove_temporaries(job: Job) -> None:
-    """What killed processes leave."""
-    for path in job.model.target.parent.glob(f".*.{job.token}.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def work() -> None:

@@ -1,0 +1,1 @@
+from ds_fragment.zero_to_fp32 import *
