@@ -183,7 +183,10 @@ def mixture_saved(rank: int, case: Case, folder: str) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("case", [Case("zero1"), Case("zero2", "bf16")], ids=str)
+DATA_FIRST = {"use_data_before_expert_parallelism": True}
+
+
+@pytest.mark.parametrize("case", [Case("zero1"), Case("zero2", "bf16"), Case("zero1", config=DATA_FIRST)], ids=str)
 def test_experts(case: Case, tmp_path: Path) -> None:
     """Each expert-parallel rank has experts of its own under the same names: they come out under those of all."""
     run_ranks(mixture_saved, 4, case, str(tmp_path / "saved"), env=EAGER, timeout=TIMEOUT)
@@ -192,7 +195,7 @@ def test_experts(case: Case, tmp_path: Path) -> None:
     for rank in range(4):
         found = torch.load(tmp_path / "saved" / f"truth-{rank}.pt")
         for key, tensors in found.items():
-            names = {name: globally(name, rank % EXPERT_RANKS) for name in tensors}
+            names = {name: globally(name, rank // 2 if case.config else rank % EXPERT_RANKS) for name in tensors}
             expected.setdefault(key, {}).update((names[name], tensor) for name, tensor in tensors.items())
     assert len({name for name in everything if "experts" in name}) == 2 * LOCAL * EXPERT_RANKS
     assert not differing(everything, expected["value"])

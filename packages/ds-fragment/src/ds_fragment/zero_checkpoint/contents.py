@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,15 @@ def _module(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Conte
     contents.buffers = {name: whole(name, module[name]) for name in buffers}
     _frozen_fragments(folder, models, contents)
     seen: dict[tuple[Any, ...], str] = {}
-    shared = dict(_shared(model, contents))
+    shared = _shared(model, contents)
+    known = ChainMap(contents.frozen, contents.trained)
     for name, stored in module.items():
-        if name in contents.buffers or name in contents.frozen or name in contents.trained:
+        if name in contents.buffers or name in known:
             continue
-        owner = shared.get(name) or seen.get((stored.path, stored.offset, stored.shape, stored.stride))
-        if owner is not None and _is_second(stored, contents.trained.get(owner) or contents.frozen.get(owner), folder):
-            contents.tied[name] = owner
+        place = (stored.path, stored.offset, stored.shape, stored.stride)
+        others = [other for other in (*shared.get(name, ()), seen.get(place)) if other in known]
+        if others and _is_same(stored, known[others[0]], folder):
+            contents.tied[name] = others[0]
             continue
         if folder.parallel or (folder.is_zero3 and stored.shape.numel() == 0):
             raise CheckpointError(
@@ -112,23 +115,26 @@ def _module(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Conte
             )
         contents.frozen[name] = whole(name, stored)
         if stored.shape.numel():
-            seen[stored.path, stored.offset, stored.shape, stored.stride] = name
+            seen[place] = name
 
 
-def _is_second(stored: Stored, owner: Source | None, folder: Folder) -> bool:
-    """Whether a name is of the same parameter; DeepSpeed says so of any two without elements, too."""
-    return owner is not None and (folder.is_zero3 or stored.shape == owner.shape)
+def _is_same(stored: Stored, other: Source, folder: Folder) -> bool:
+    """Whether two names are of one parameter; DeepSpeed says so of any two without elements, too."""
+    return folder.is_zero3 or stored.shape == other.shape
 
 
-def _shared(model: Mapping[str, Any], contents: Contents) -> Iterator[tuple[str, str]]:
-    """Second names with the first ones; those of an expert for the experts of all ranks."""
+def _shared(model: Mapping[str, Any], contents: Contents) -> dict[str, list[str]]:
+    """For each name the others of the same parameter; those of an expert for the experts of all ranks."""
+    found: dict[str, list[str]] = {}
     for alias, name in (model.get("shared_params") or {}).items():
-        yield alias, name
+        found.setdefault(alias, []).append(name)
+        found.setdefault(name, []).append(alias)
         second, first = EXPERT.fullmatch(alias), EXPERT.fullmatch(name)
         for other in contents.trained if first and second else ():
             matched = EXPERT.fullmatch(other)
             if first and second and matched and (matched[1], matched[3]) == (first[1], first[3]):
-                yield f"{second[1]}{matched[2]}{second[3]}", other
+                found.setdefault(f"{second[1]}{matched[2]}{second[3]}", []).append(other)
+    return found
 
 
 def _experts(path: Path) -> dict[str, Stored]:

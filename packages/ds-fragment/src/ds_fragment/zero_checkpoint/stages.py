@@ -12,9 +12,8 @@ other in the order of ``param_shapes``, in flat vectors of one sub-group each.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,8 @@ def _same_save(folder: Folder, models: Sequence[Mapping[str, Any]], files: Seque
     groups = len(models[0]["param_shapes"])
     if groups != len(files[0].masters):
         raise CheckpointError(
-            f"'{folder.model[0]}' has the shapes of {groups} groups, '{files[0].path.name}' has {len(files[0].masters)}: "
-            "they are of different saves"
+            f"'{folder.model[0]}' has the shapes of {groups} groups, '{files[0].path.name}' "
+            f"has {len(files[0].masters)}: they are of different saves"
         )
     if files[0].stage == 3 and len(models) != len(files):
         raise CheckpointError(
@@ -164,11 +163,12 @@ def _zero12(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, 
         paddings = files[0].state.get("param_alignment_paddings")
         gaps = paddings[group] if paddings else [0] * len(names)
         expert_ranks = len(files) // count
+        local = _local_experts(names)
         for expert_rank, ranks in enumerate(_expert_groups(model, len(files), expert_ranks)):
             _require_equal(files, ranks, group)
             offset = 0
             for (name, shape), gap in zip(names.items(), gaps, strict=True):
-                full = name if expert_ranks == 1 else _global_name(name, expert_rank, names, folder)
+                full = name if expert_ranks == 1 else _global_name(name, expert_rank, local, folder)
                 numel = torch.Size(shape).numel()
                 places = tuple(_partitions(files, ranks, group, offset, numel, full))
                 located[full] = Located(torch.Size(shape), group, places)
@@ -186,7 +186,15 @@ def _expert_groups(model: Mapping[str, Any], ranks: int, expert_ranks: int) -> l
     return [list(range(rank, ranks, expert_ranks)) for rank in range(expert_ranks)]
 
 
-def _global_name(name: str, expert_rank: int, names: Mapping[str, Any], folder: Folder) -> str:
+def _local_experts(names: Iterable[str]) -> dict[str, int]:
+    """How many experts a rank has of each layer, by the beginning of their names."""
+    found: dict[str, int] = {}
+    for matched in filter(None, map(EXPERT.fullmatch, names)):
+        found[matched[1]] = max(found.get(matched[1], 0), int(matched[2]) + 1)
+    return found
+
+
+def _global_name(name: str, expert_rank: int, local: Mapping[str, int], folder: Folder) -> str:
     """The name of an expert among all, from its name among those of its rank."""
     matched = EXPERT.fullmatch(name)
     if matched is None:
@@ -194,9 +202,7 @@ def _global_name(name: str, expert_rank: int, names: Mapping[str, Any], folder: 
             f"'{name}' in '{folder.model[0]}' differs from one expert-parallel rank to the next, but is not one of "
             "DeepSpeed's experts: it cannot be named"
         )
-    same = (EXPERT.fullmatch(other) for other in names)
-    local = 1 + max(int(other[2]) for other in same if other is not None and other[1] == matched[1])
-    return f"{matched[1]}{expert_rank * local + int(matched[2])}{matched[3]}"
+    return f"{matched[1]}{expert_rank * local[matched[1]] + int(matched[2])}{matched[3]}"
 
 
 def _partitions(
@@ -256,30 +262,20 @@ def _zero3(folder: Folder, files: Sequence[OptimizerFile], model: Mapping[str, A
                 f"'{file.path}' has flat weights of {own} elements, '{files[0].path.name}' of {sizes[0]}: they are of "
                 "different saves"
             )
-    bounds = [0, *itertools.accumulate(sizes[0])]
-    offset = 0
-    for index, name, shape in ((i, *item) for i, names in enumerate(shapes) for item in names.items()):
-        size = torch.Size(shape)
-        part = -(-size.numel() // len(files))
-        places = []
-        if offset + part > bounds[-1]:
+    for group, names in enumerate(shapes):
+        offset = 0
+        for name, shape in names.items():
+            size = torch.Size(shape)
+            part = -(-size.numel() // len(files))
+            numels = [max(0, min(part, size.numel() - rank * part)) for rank in range(len(files))]
+            places = (Place(rank, group, offset, numel) for rank, numel in enumerate(numels) if numel)
+            located[name] = Located(size, group, tuple(places))
+            offset += part
+        if offset != sizes[0][group]:
             raise CheckpointError(
-                f"'{name}' needs elements {offset} to {offset + part} of each rank, but '{files[0].path}' has "
-                f"{bounds[-1]}: it is of another save, or the weights are swapped to NVMe"
+                f"'{files[0].path}' has {sizes[0][group]} elements of group {group}, but the parameters in "
+                f"'{folder.model[0].name}' have {offset} there: they are of different saves, or the weights are on NVMe"
             )
-        for rank in range(len(files)):
-            numel = max(0, min(part, size.numel() - rank * part))
-            for i, begin in enumerate(bounds[:-1]):
-                start, stop = max(offset, begin), min(offset + numel, bounds[i + 1])
-                if start < stop:
-                    places.append(Place(rank, i, start - begin, stop - start))
-        located[name] = Located(size, index, tuple(places))
-        offset += part
-    if offset != bounds[-1]:
-        raise CheckpointError(
-            f"'{files[0].path}' has {bounds[-1]} elements, but the parameters in '{folder.model[0].name}' have "
-            f"{offset} there: they are of different saves"
-        )
     return located
 
 
