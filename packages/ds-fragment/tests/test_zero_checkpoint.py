@@ -260,13 +260,26 @@ def test_nothing_is_run(place: str, function: Any, tmp_path: Path) -> None:
 
 def test_what_is_not_a_tensor_is_inert(tmp_path: Path) -> None:
     class_of_a_stranger = Runs(argparse.Namespace, 1, 2)
-    numbers = {"size": torch.Size([2]), "dtype": torch.bfloat16, "set": {1}, "bytes": b"\x00\xff", "tuple": (1, None)}
+    numbers = {
+        "size": torch.Size([2]),
+        "dtype": torch.bfloat16,
+        "set": {1},
+        "bytes": b"\x00\xff",
+        "array": bytearray(b"\xff"),
+        "tuple": (1, None),
+    }
     torch.save({"stranger": class_of_a_stranger, **numbers}, tmp_path / "a.pt")
     found = read_pt(tmp_path / "a.pt")
     stranger = found.pop("stranger")
     assert isinstance(stranger, Opaque)
     assert stranger.args == (1, 2)
     assert found == numbers
+
+
+def test_no_memory_is_taken_for_a_number(tmp_path: Path) -> None:
+    torch.save(Runs(bytearray, 1 << 50), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a.pt' is damaged: TypeError"):
+        read_pt(tmp_path / "a.pt")
 
 
 def test_tensors_of_every_kind(tmp_path: Path) -> None:

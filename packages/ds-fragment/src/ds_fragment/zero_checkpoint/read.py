@@ -12,7 +12,12 @@ import torch
 from ds_fragment.errors import CheckpointError
 from ds_fragment.zero_checkpoint.sources import Source
 
-_OPEN = 64  # files at once
+try:
+    import resource
+
+    _OPEN = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # files at once
+except ImportError:  # Windows
+    _OPEN = 64
 
 
 class Reader:

@@ -22,7 +22,12 @@ import torch
 
 from ds_fragment.errors import CheckpointError
 
-_BUILTINS = {"set": set, "frozenset": frozenset, "bytearray": bytearray, "complex": complex}
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    "set": set,
+    "frozenset": frozenset,
+    "complex": complex,
+    "bytearray": lambda data="", encoding="latin-1": bytearray(data, "latin-1"),  # never of a number, which is a size
+}
 # ``float32``, say: a table, because names come from the file.
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _DTYPES |= {
