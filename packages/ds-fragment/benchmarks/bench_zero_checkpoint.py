@@ -1,6 +1,7 @@
 """Checkpoints of a real engine to safetensors: DeepSpeed's script beside `consolidate`.
 
-    python packages/ds-fragment/benchmarks/bench_zero_checkpoint.py --layers 7 21 --rounds 3 --out docs/benchmarks/zero_checkpoint.json
+    python packages/ds-fragment/benchmarks/bench_zero_checkpoint.py --layers 7 21 --rounds 3 \\
+        --out docs/benchmarks/zero_checkpoint.json
 
 Two ranks of DeepSpeed make ZeRO-2 and ZeRO-3 checkpoints of a bf16 model with fp32 weights and Adam's state. Each
 program then runs in a process of its own, in turns. Printed are medians over the rounds: seconds of the whole process

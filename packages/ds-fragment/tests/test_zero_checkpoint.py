@@ -20,12 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from ds_fragment import load_full, zero_to_fp32
+from ds_fragment import commands, load_full
 from ds_fragment.checkpoint.writer import Entry
 from ds_fragment.errors import CheckpointError, InvalidValueError
-from ds_fragment.zero_checkpoint import consolidate, iter_zero_checkpoint, workers
+from ds_fragment.zero_checkpoint import consolidate, iter_zero_checkpoint, workers, zero_to_fp32
 from ds_fragment.zero_checkpoint.arguments import bytes_of, dtype_of
-from ds_fragment.zero_checkpoint.command import add_consolidate
 from ds_fragment.zero_checkpoint.sources import Piece, Source
 from ds_fragment.zero_checkpoint.unpickle import Opaque, Stored, read_pt
 from safetensors import safe_open
@@ -580,11 +579,7 @@ def test_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> N
 
 
 def command(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_consolidate(parser.add_subparsers())
-    options = parser.parse_args(["consolidate", *arguments])
-    status: int = options.run(options)
-    return status
+    return commands.main(["consolidate", *arguments])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -597,12 +592,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert told.out.startswith(f"{out / 'model.safetensors'}: 8 tensors, ")
     assert read(out / "model.safetensors")[0]["scale"].dtype == torch.bfloat16
     truncate(rank_file(tag))
-    assert command(str(tmp_path / "saved"), str(out), "--quiet") == 1
+    assert command(str(tmp_path / "saved"), str(out), "--quiet") == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("ds-fragment consolidate: '")
+    assert told.err.startswith("ds-fragment: '")
     assert "Traceback" not in told.err
-    assert command(str(tmp_path / "saved"), str(out), "--max-shard-size", "5 apples") == 1
+    assert command(str(tmp_path / "saved"), str(out), "--max-shard-size", "5 apples") == 2
     assert "the size is '5 apples'" in capsys.readouterr().err
 
 

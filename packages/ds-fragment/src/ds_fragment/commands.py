@@ -1,4 +1,4 @@
-"""The command ``ds-fragment``: what is in checkpoints, what differs, and which kernels are in use on this machine."""
+"""The command ``ds-fragment``: what is in checkpoints, what differs, ZeRO folders to files, and the kernels in use."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Literal
 from ds_fragment.__about__ import __version__
 from ds_fragment.errors import FragmentError
 from ds_fragment.kernels import report
+from ds_fragment.zero_checkpoint.command import add_consolidate
 
 # What a command ends with.
 _EQUAL, _DIFFERENT, _FAILED = 0, 1, 2
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     compared.add_argument("--optimizer", action="store_true", help="compare the optimizer states beside them, too")
     compared.set_defaults(run=_diff)
 
+    add_consolidate(commands)
     for each in (shown, compared):
         each.add_argument("--json", action="store_true", help="print JSON")
     return parser

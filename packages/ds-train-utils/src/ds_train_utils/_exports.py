@@ -46,7 +46,7 @@ MODULES = {
     "nvtx": "ds_logging.nvtx",
     "tensor_fragment": "ds_fragment.tensor_fragment",
     "z3_leaf_module": "ds_z3leaf.leaf",
-    "zero_to_fp32": "ds_fragment.zero_to_fp32",
+    "zero_to_fp32": "ds_fragment.zero_checkpoint.zero_to_fp32",
 }
 """Each submodule of this package, by name, and the module of the seven that it is."""
 

@@ -1,7 +1,7 @@
-"""`ds_fragment.zero_to_fp32` itself, under the name that it has in `deepspeed.utils`."""
+"""`ds_fragment.zero_checkpoint.zero_to_fp32` itself, under the name that it has in `deepspeed.utils`."""
 
 import sys
 
-import ds_fragment.zero_to_fp32 as _home
+import ds_fragment.zero_checkpoint.zero_to_fp32 as _home
 
 sys.modules[__name__] = _home

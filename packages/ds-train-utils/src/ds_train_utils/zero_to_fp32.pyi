@@ -1,1 +1,1 @@
-from ds_fragment.zero_to_fp32 import *
+from ds_fragment.zero_checkpoint.zero_to_fp32 import *

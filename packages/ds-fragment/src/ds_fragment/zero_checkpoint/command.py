@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ds_fragment.errors import FragmentError
 from ds_fragment.zero_checkpoint.arguments import DTYPES, bytes_of
 from ds_fragment.zero_checkpoint.consolidate import consolidate
 
@@ -39,25 +37,21 @@ def add_consolidate(subparsers: SubParsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(options: Any) -> int:
+def run(given: argparse.Namespace) -> int:
     """Do what was asked for, and return the exit status."""
     begin = time.perf_counter()
-    try:
-        summary = consolidate(
-            options.checkpoint,
-            options.out,
-            tag=options.tag,
-            optimizer=options.optimizer,
-            exclude_frozen_parameters=options.exclude_frozen,
-            dtype=DTYPES.get(options.dtype),
-            max_shard_bytes=bytes_of(options.max_shard_size),
-            processes=options.processes,
-            progress=not options.quiet,
-        )
-    except (FragmentError, OSError) as error:
-        print(f"ds-fragment consolidate: {error}", file=sys.stderr)
-        return 1
-    if not options.quiet:
+    summary = consolidate(
+        given.checkpoint,
+        given.out,
+        tag=given.tag,
+        optimizer=given.optimizer,
+        exclude_frozen_parameters=given.exclude_frozen,
+        dtype=DTYPES.get(given.dtype),
+        max_shard_bytes=bytes_of(given.max_shard_size),
+        processes=given.processes,
+        progress=not given.quiet,
+    )
+    if not given.quiet:
         seconds = time.perf_counter() - begin
         many = f"{summary.files} files" if summary.files > 1 else "1 file"
         print(f"{summary.path}: {summary.parameters} tensors, {summary.nbytes:,} bytes in {many}, {seconds:.1f} s")

@@ -1,4 +1,4 @@
-"""The functions of ``deepspeed.utils.zero_to_fp32``, over `ds_fragment.zero_checkpoint`.
+"""The functions of ``deepspeed.utils.zero_to_fp32``, over `consolidate` and what it is made of.
 
 They need no DeepSpeed, import nothing that a checkpoint names, and read one tensor at a time where they write files.
 """
