@@ -26,7 +26,7 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
     "set": set,
     "frozenset": frozenset,
     "complex": complex,
-    "bytearray": lambda data="", encoding="latin-1": bytearray(data, "latin-1"),  # never of a number, which is a size
+    "bytearray": lambda data=b"", *rest: bytearray(_encoded(data)),  # never of a number, which is a size
 }
 # ``float32``, say: a table, because names come from the file.
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -49,6 +49,10 @@ _DTYPES |= {
     }.items()
 }
 _LOCAL_HEADER = 30  # bytes before the name of a zip member
+
+
+def _encoded(text: Any) -> bytes:
+    return codecs.latin_1_encode(text)[0] if isinstance(text, str) else memoryview(text).tobytes()
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ class _Unpickler(pickle.Unpickler):
         if module in ("builtins", "__builtin__") and name in _BUILTINS:
             return _BUILTINS[name]
         if module == "_codecs" and name == "encode":
-            return lambda text, encoding="latin1": codecs.latin_1_encode(text)[0]  # how bytes are pickled
+            return lambda text, encoding="latin1": _encoded(text)  # how bytes are pickled
         if module in ("torch", "torch.storage") and (name in _DTYPES or name == "Size"):
             return _DTYPES.get(name, torch.Size)
         full = f"{module}.{name}"
