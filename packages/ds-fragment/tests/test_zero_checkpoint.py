@@ -145,6 +145,52 @@ def check(folder: Path, frozen_dtype: torch.dtype = torch.bfloat16) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
 
 
+def save_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """Two ranks with two experts each; an expert has a weight with two names, a frozen parameter and a buffer."""
+    folder.mkdir()
+    prefix, expected = "layer.deepspeed_moe.experts.deepspeed_experts", {"dense": torch.randn(3)}
+    names = [f"{prefix}.{expert}" for expert in range(2)]
+    shapes = [{"dense": (3,)}, {f"{name}.weight": (2, 2) for name in names}]
+    state = {
+        "module": {"dense": expected["dense"].bfloat16()},
+        "buffer_names": [f"{name}.seen" for name in names],
+        "param_shapes": shapes,
+        "shared_params": {f"{name}.again": f"{name}.weight" for name in names},
+    }
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    for expert in range(4):
+        name = f"{prefix}.{expert}"
+        mine = {"weight": torch.randn(2, 2), "frozen": torch.randn(2), "seen": torch.tensor(expert)}
+        mine["again"] = mine["weight"]
+        expected |= {f"{name}.{key}": value for key, value in mine.items()}
+        lp = {f"{name}.{key}": mine[key].bfloat16() for key in ("weight", "again")}
+        rest = {f"{name}.{key}": mine[key] for key in ("frozen", "seen")}
+        torch.save({**lp, **rest}, folder / f"layer_0_expert_{expert}_mp_rank_00_model_states.pt")
+    for rank in range(2):
+        dense = expected["dense"][2 * rank : 2 * rank + 2].clone()
+        experts = torch.cat([expected[f"{prefix}.{2 * rank + each}.weight"].flatten() for each in range(2)])
+        optimizer = {
+            "base_optimizer_state": optimizer_state([dense, experts], [{}, {}]),
+            "single_partition_of_fp32_groups": [dense, experts],
+            "group_paddings": [rank, 0],
+            "partition_count": [2, 1],
+        }
+        torch.save({"optimizer_state_dict": optimizer}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return expected
+
+
+def test_experts(tmp_path: Path) -> None:
+    expected = save_experts(tmp_path / "saved")
+    found = dict(iter_zero_checkpoint(tmp_path / "saved"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    trained = dict(iter_zero_checkpoint(tmp_path / "saved", exclude_frozen_parameters=True))
+    assert trained.keys() == {name for name in expected if not name.endswith("frozen")}
+    (tmp_path / "saved" / "layer_0_expert_2_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"has no layer_\*_expert_\*_model_states.pt with '.*experts.2.weight'"):
+        consolidate(tmp_path / "saved", tmp_path / "out")
+
+
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118  (not a dict)
@@ -418,12 +464,12 @@ DAMAGED_ZERO3: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "no frozen": (
         lambda state: state["frozen_param_fragments"].pop("frozen"),
         "model",
-        "rank_1_.*no values of",
+        "rank_1_.*has not all of its values",
     ),
     "short frozen": (
         lambda state: state["frozen_param_fragments"].update(frozen=torch.ones(1)),
         "model",
-        "has not all of the frozen parameter 'frozen'",
+        "zero_pp_rank_1_.* has not all of its values of the frozen parameter 'frozen'",
     ),
     "short": (
         lambda state: state["optimizer_state_dict"]["fp32_flat_groups"].__setitem__(0, torch.ones(3)),

@@ -95,8 +95,8 @@ def _module(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Conte
             raise CheckpointError(
                 f"'{folder.path}' has no layer_*_expert_*_model_states.pt with '{name}': it is missing"
             )
-    buffers = [name for name in model.get("buffer_names") or () if name in module]
-    contents.buffers = {name: whole(name, module[name]) for name in buffers}
+    buffers = set(map(_kind, model.get("buffer_names") or ()))
+    contents.buffers = {name: whole(name, stored) for name, stored in module.items() if _kind(name) in buffers}
     _frozen_fragments(folder, models, contents)
     seen: dict[tuple[Any, ...], str] = {}
     shared = _shared(model, contents)
@@ -116,6 +116,12 @@ def _module(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Conte
         contents.frozen[name] = whole(name, stored)
         if stored.shape.numel():
             seen[place] = name
+
+
+def _kind(name: str) -> str:
+    """The name, without the number of an expert: the model's lists have only those of one rank."""
+    matched = EXPERT.fullmatch(name)
+    return f"{matched[1]}*{matched[3]}" if matched else name
 
 
 def _is_same(stored: Stored, other: Source, folder: Folder) -> bool:
@@ -146,22 +152,19 @@ def _experts(path: Path) -> dict[str, Stored]:
 
 
 def _frozen_fragments(folder: Folder, models: Sequence[Mapping[str, Any]], contents: Contents) -> None:
-    shapes = models[0].get("frozen_param_shapes") or {}
-    for name, shape in shapes.items():
+    """Frozen parameters that are listed: in ZeRO-3 a part on each rank, else whole."""
+    for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         size = torch.Size(shape)
+        part = -(-size.numel() // len(models))
         pieces: list[Piece] = []
-        for path, model in zip(folder.model, models, strict=True):
+        for rank, (path, model) in enumerate(zip(folder.model, models, strict=True)):
             fragment = (model.get("frozen_param_fragments") or {}).get(name)
-            if not isinstance(fragment, Stored):
-                raise CheckpointError(f"'{path}' has no values of the frozen parameter '{name}'")
-            if not folder.is_zero3:
-                if fragment.shape != size:
-                    raise CheckpointError(f"'{path}' has '{name}' with shape {tuple(fragment.shape)} and {tuple(size)}")
+            needed = max(0, min(part, size.numel() - rank * part))
+            if not isinstance(fragment, Stored) or fragment.shape.numel() < needed:
+                raise CheckpointError(f"'{path}' has not all of its values of the frozen parameter '{name}'")
+            if fragment.shape == size:  # not partitioned, or all of it on one rank
                 contents.frozen[name] = whole(name, fragment)
                 break
-            left = size.numel() - sum(piece.numel for piece in pieces)
-            pieces.append(Piece(fragment, 0, min(left, fragment.shape.numel())))
+            pieces.append(Piece(fragment, 0, needed))
         else:
-            if sum(piece.numel for piece in pieces) != size.numel():
-                raise CheckpointError(f"'{folder.path}' has not all of the frozen parameter '{name}'")
             contents.frozen[name] = Source(name, size, pieces[0].stored.dtype, tuple(pieces))
