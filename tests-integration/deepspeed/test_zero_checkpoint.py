@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from test_moe import EAGER, EXPERT_RANKS, backward, make_mixture
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
+DEEPSPEED = tuple(int(part) for part in importlib.metadata.version("deepspeed").partition("+")[0].split("."))
 LOCAL = 2  # experts of a rank
 # What a program without DeepSpeed makes of a folder.
 PROGRAM = """
@@ -147,6 +149,20 @@ CASES = [
 @pytest.mark.parametrize(("case", "ranks"), CASES, ids=str)
 def test_what_engines_save(case: Case, ranks: int, tmp_path: Path) -> None:
     run_ranks(saved, ranks, case, str(tmp_path / "saved"), False, env=ENV, timeout=TIMEOUT)
+    truth = torch.load(tmp_path / "saved" / "truth-0.pt")
+    compare(case, truth, consolidated(tmp_path / "saved", tmp_path / "out"))
+
+
+ALIGNED = [
+    Case("zero1", "bf16", zero={"parameter_alignment": True, "round_robin_gradients": True}),
+    Case("zero2", "bf16", offload=True, zero={"parameter_alignment": True}),
+]
+
+
+@pytest.mark.skipif(DEEPSPEED < (0, 19, 7), reason="DeepSpeed aligns parameters from 0.19.7 on")
+@pytest.mark.parametrize("case", ALIGNED, ids=str)
+def test_gaps_between_parameters(case: Case, tmp_path: Path) -> None:
+    run_ranks(saved, 3, case, str(tmp_path / "saved"), False, env=ENV, timeout=TIMEOUT)
     truth = torch.load(tmp_path / "saved" / "truth-0.pt")
     compare(case, truth, consolidated(tmp_path / "saved", tmp_path / "out"))
 
