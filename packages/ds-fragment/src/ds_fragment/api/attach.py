@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from torch import nn
 from ds_fragment.engines import adapters
 from ds_fragment.engines.gradient import watch_scalers
 from ds_fragment.engines.model import own_parameters, unwrapping
+from ds_fragment.engines.optimized import Optimizers, unwrapped_optimizers
 from ds_fragment.engines.versions import check_wrappers, known_engine
 from ds_fragment.errors import InvalidValueError
 from ds_fragment.record import registry
-
-Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | Mapping[Any, torch.optim.Optimizer]
 
 
 def attach(
@@ -53,7 +52,7 @@ def attach(
                 f"masters: a master of shape {tuple(master.shape)} for {registry.name_of(param)} of shape "
                 f"{tuple(param.shape)}; give each parameter the fp32 copy of the same shape"
             )
-    optimizers = _unwrapped(optimizer)
+    optimizers = unwrapped_optimizers(optimizer)
     watch_scalers()
     if model is not None:
         model = next(unwrapping(model))  # of a pipeline's stage, its module
@@ -118,22 +117,6 @@ class _Attachment:
             registry.add_optimizer(optimizer)
             found.update((id(param), param) for group in optimizer.param_groups for param in group["params"])
         return iter(found.values())
-
-
-def _unwrapped(optimizer: object) -> list[torch.optim.Optimizer]:
-    """The optimizers that were given, each taken out of what wraps it."""
-    if optimizer is None:
-        return []
-    if isinstance(optimizer, Mapping):
-        return [each for value in optimizer.values() for each in _unwrapped(value)]
-    if isinstance(optimizer, Iterable) and not isinstance(optimizer, str) and not hasattr(optimizer, "param_groups"):
-        return [each for value in optimizer for each in _unwrapped(value)]
-    inner = getattr(optimizer, "optimizer", None)  # as Accelerate and Fabric name it
-    if hasattr(inner, "param_groups"):
-        return _unwrapped(inner)
-    if not (isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "param_groups")):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected torch.optim optimizers")
-    return [optimizer]  # type: ignore[list-item]
 
 
 def _in_backward(param: torch.Tensor) -> Sequence[torch.optim.Optimizer]:

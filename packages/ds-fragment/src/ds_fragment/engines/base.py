@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_fragment.collective.exchange import Locate, Shards, gather
 from ds_fragment.collective.plan import Plan, bucket_bytes_for
+from ds_fragment.engines.optimized import Optimized, optimized_by
 from ds_fragment.engines.state import readable
 from ds_fragment.errors import (
     GradientUnavailableError,
@@ -104,6 +105,15 @@ class Adapter(ABC):
     @abstractmethod
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer states that this rank has of the parameter."""
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """What the optimizer keeps of each parameter on this rank; None where no optimizer updates it."""
+        return optimized_by(list(map(registry.optimizer_of, params)), params)
+
+    def forget_state(self, params: Sequence[torch.Tensor]) -> None:
+        """Find out anew what state there is of the parameters: it was made, or taken away."""
+        for param in params:
+            record_of(param).agreed.clear()
 
     @abstractmethod
     def master(self, param: torch.Tensor) -> str:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from ds_fragment.engines.base import Adapter, ready_state, state_entry, value_kind
+from ds_fragment.engines.optimized import Optimized
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import FragmentError, GradientUnavailableError, UnlinkedParameterError, UnusedGradientError
 from ds_fragment.layout import Layout, whole
@@ -145,6 +146,10 @@ class DeepSpeedAdapter(Adapter):
         found: torch.optim.Optimizer = optimizer.optimizer
         return found
 
+    def _group_index(self, optimizer: Any, index: int) -> int:
+        """Which of the base optimizer's parameter groups a flat fp32 tensor is of."""
+        return index
+
     def _optimizer(self, param: torch.Tensor, slot: Slot) -> Any:
         optimizer = slot.engine
         if optimizer is None or slot.untrained:
@@ -249,6 +254,19 @@ class DeepSpeedAdapter(Adapter):
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the base optimizer's state, the same on every rank."""
         return list(self._state(param, self._slot(param)))
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """By the base optimizer, on a flat fp32 tensor."""
+        found: list[Optimized | None] = []
+        for slot in map(self._slot, params):
+            optimizer = None if slot.untrained else slot.engine
+            if optimizer is None:
+                found.append(None)
+                continue
+            base = self._base_optimizer(optimizer, slot.index)
+            group = base.param_groups[self._group_index(optimizer, slot.index)]
+            found.append(Optimized(base, self._flat(optimizer, slot.index), group))
+        return found
 
     def master(self, param: torch.Tensor) -> str:
         """A true master, but for parameters that are not trained."""

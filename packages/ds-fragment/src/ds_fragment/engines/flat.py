@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from ds_fragment import _collectives
 from ds_fragment.engines.base import Adapter, is_state, spread, state_entry, state_of
+from ds_fragment.engines.optimized import Optimized, optimized_by
 from ds_fragment.engines.state import other_shape
 from ds_fragment.errors import (
     FragmentError,
@@ -258,6 +259,11 @@ class FlatAdapter(Adapter):
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         keys: list[str] = [] if mapping is None else mapping.get_optim_state_keys()
         return keys
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """By the optimizer of the partition."""
+        flats = [_link(param).partition(param) for param in params]
+        return optimized_by(list(map(registry.optimizer_of, flats)), flats)
 
     def master(self, param: torch.Tensor) -> str:
         """A flat partition is a true master."""

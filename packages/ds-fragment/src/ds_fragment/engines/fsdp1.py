@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ds_fragment.engines.base import (
     value_kind,
 )
 from ds_fragment.engines.gradient import require_current
+from ds_fragment.engines.optimized import Optimized
 from ds_fragment.errors import FragmentError, GradientUnavailableError, InvalidValueError, UnlinkedParameterError
 from ds_fragment.layout import flat_layout
 from ds_fragment.record import note, noted, record_of, registry
@@ -153,6 +154,13 @@ class Fsdp1Adapter(Adapter):
         """The keys of the optimizer's state; none on a rank that holds nothing."""
         sharding = self.sharding(param, "value")
         return [] if sharding.layout.fragments[sharding.rank] is None else list(state_of(param, param))
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """No state on a rank that holds nothing of the parameter."""
+        shardings = [self.sharding(param, "value") for param in params]
+        here = [sharding.layout.fragments[sharding.rank] is not None for sharding in shardings]
+        found = zip(super().optimized(params), here, strict=True)
+        return [replace(each, optimizer=None) if each and not held else each for each, held in found]
 
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a flat parameter of low precision."""

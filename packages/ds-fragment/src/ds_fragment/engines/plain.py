@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_fragment.engines.base import Adapter, missing_gradient, state_entry, state_of, value_kind
 from ds_fragment.engines.gradient import require_current
 from ds_fragment.engines.loaded import is_a
+from ds_fragment.engines.optimized import Optimized, optimized_by
 from ds_fragment.layout import whole
 from ds_fragment.record import note, noted, record_of, registry
 from ds_fragment.sharding import Sharding
@@ -82,6 +83,11 @@ class PlainAdapter(Adapter):
     def state_keys(self, param: torch.Tensor) -> list[str]:
         """The keys of the optimizer's state."""
         return list(state_of(self._owned(param), param))
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """By the optimizer of the master, or of the parameter itself."""
+        owned = list(map(self._owned, params))
+        return optimized_by(list(map(registry.optimizer_of, owned)), owned)
 
     def master(self, param: torch.Tensor) -> str:
         """``"upcast"`` for a low-precision parameter without a master."""

@@ -89,6 +89,10 @@ class Zero3Adapter(DeepSpeedAdapter):
         found: torch.optim.Optimizer = optimizer.backup_optimizer if kept else optimizer.optimizer
         return found
 
+    def _group_index(self, optimizer: Any, index: int) -> int:
+        found: int = optimizer.sub_group_to_group_id[index]
+        return found
+
     def _lp_part(self, param: Any, slot: Slot) -> torch.Tensor:
         """Without its padding."""
         part: torch.Tensor = param.ds_tensor

@@ -6,7 +6,8 @@ Only the owner of a state has its shape and dtype: the ranks exchange those once
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from ds_fragment.engines.base import is_state, state_entry
 from ds_fragment.engines.loaded import is_a
+from ds_fragment.engines.optimized import Optimized
 from ds_fragment.engines.plain import PlainAdapter
 from ds_fragment.errors import StateKeyError, StateNotReadyError
 from ds_fragment.layout import Fragment, Layout
@@ -101,6 +103,21 @@ class ZeroRedundancyAdapter(PlainAdapter):
         """The keys of the owner's state; collective like the first read of state."""
         optimizer = _optimizer(param)
         return list(self._table(optimizer).get(optimizer._param_to_index[param], {}))
+
+    def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
+        """State with the owner alone, in the owner's local optimizer; groups are set in the common one."""
+        found: list[Optimized | None] = []
+        for param, each in zip(params, super().optimized(params), strict=True):
+            common = _optimizer(param)
+            owns = common._param_to_rank[param] == common.process_group.rank()
+            found.append(None if each is None else replace(each, optimizer=common.optim if owns else None))
+        return found
+
+    def forget_state(self, params: Sequence[torch.Tensor]) -> None:
+        """And have the ranks exchange anew who keeps what."""
+        super().forget_state(params)
+        for optimizer in {id(each): each for each in map(_optimizer, params)}.values():
+            self._tables.pop(optimizer, None)
 
 
 def _metadata(state: dict[str, Any], param: torch.Tensor, key: str) -> tuple[torch.Size, torch.dtype] | str:
