@@ -265,7 +265,7 @@ class DeepSpeedAdapter(Adapter):
                 continue
             base = self._base_optimizer(optimizer, slot.index)
             group = base.param_groups[self._group_index(optimizer, slot.index)]
-            found.append(Optimized(base, self._flat(optimizer, slot.index), group))
+            found.append(Optimized(base, self._flat(optimizer, slot.index), group, type(base).__name__))
         return found
 
     def master(self, param: torch.Tensor) -> str:

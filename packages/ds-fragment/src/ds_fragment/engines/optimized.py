@@ -20,11 +20,13 @@ class Optimized:
         owned: what it updates on behalf of the parameter: the parameter itself, its master, or a flat tensor, which
             is that of other parameters too.
         group: its parameter group, live: the next step goes by what is set there.
+        kind: the name of the optimizer's class, on every rank.
     """
 
     optimizer: torch.optim.Optimizer | None
     owned: torch.Tensor
     group: dict[str, Any]
+    kind: str
 
     @property
     def state(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def optimized_by(
         if id(optimizer) not in groups:
             groups[id(optimizer)] = {id(each): group for group in optimizer.param_groups for each in group["params"]}
         group = groups[id(optimizer)].get(id(tensor))
-        found.append(None if group is None else Optimized(optimizer, tensor, group))
+        found.append(None if group is None else Optimized(optimizer, tensor, group, type(optimizer).__name__))
     return found
 
 

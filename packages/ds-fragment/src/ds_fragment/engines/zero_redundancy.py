@@ -110,7 +110,8 @@ class ZeroRedundancyAdapter(PlainAdapter):
         for param, each in zip(params, super().optimized(params), strict=True):
             common = _optimizer(param)
             owns = common._param_to_rank[param] == common.process_group.rank()
-            found.append(None if each is None else replace(each, optimizer=common.optim if owns else None))
+            kind = common._optim_constructor.__name__
+            found.append(each and replace(each, optimizer=common.optim if owns else None, kind=kind))
         return found
 
     def forget_state(self, params: Sequence[torch.Tensor]) -> None:

@@ -1,0 +1,531 @@
+"""Optimizer state as whole named tensors with parameter groups: out of any engine, and into any other.
+
+[Note: names] The state ``exp_avg`` of the parameter ``layers.0.weight`` is the tensor ``layers.0.weight/exp_avg``; the
+tensors of one key come after each other. ``step`` is a 0-dimensional fp32 tensor for each parameter. The parameter
+groups are JSON: for each group the names of its parameters, the class of the optimizer, and every hyperparameter.
+
+[Note: one for all] Engines that optimize flat tensors keep one ``step`` for all parameters of such a tensor. A file
+whose parameters differ there cannot be loaded into such an engine. A parameter without state in the file, since no
+backward pass ever used it, has zeros in a flat tensor, as it would have had there from the start; an engine that
+optimizes parameters one by one then keeps no state of it, as before its first step.
+
+[Note: implementations] Which implementation of an optimizer runs (``foreach``, ``fused``, ``capturable``,
+``differentiable``) stays as it is where state is loaded. All other hyperparameters come from the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_fragment import _collectives
+from ds_fragment.checkpoint.files import Reader
+from ds_fragment.checkpoint.writer import Entry
+from ds_fragment.collective.agree import agree
+from ds_fragment.engines import held_by
+from ds_fragment.engines.base import Adapter, is_number
+from ds_fragment.engines.loaded import is_dtensor
+from ds_fragment.engines.optimized import Optimized, Optimizers, unwrapped_optimizers
+from ds_fragment.engines.shards import Shards
+from ds_fragment.engines.state import kept_as
+from ds_fragment.engines.versions import known_engine
+from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError, UnlinkedParameterError
+from ds_fragment.record import registry
+
+_IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
+_NO_HYPERPARAMETERS = {"params", "param_names", "step"}
+_PARAMS, _KIND = "params", "optimizer"
+
+
+class OptimizerState:
+    """All optimizer state of named parameters, to be saved. All ranks must make it with the same parameters.
+
+    Args:
+        named: parameters by their names in the file, each once.
+        optimizer: that updates them; True for those that were attached, or that their engine has.
+
+    Attributes:
+        entries: what there is to save: see [Note: names]. Empty before the first step.
+        param_groups: the parameter groups, as JSON holds them.
+
+    Raises:
+        UnlinkedParameterError: no optimizer updates any of the parameters.
+        StateKeyError: state is neither a number nor a tensor that can be given back as it is; names both.
+        FragmentError: the ranks differ, or a piece of state cannot be read. All errors are the same on every rank.
+    """
+
+    def __init__(self, named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) -> None:
+        self.entries: list[Entry] = []
+        self.param_groups: list[dict[str, Any]] = []
+        self._shards: list[Shards] = []
+        found, sums, error = dict[str, Optimized](), list[int](), None
+        try:
+            found = _optimized(named, optimizer)
+            self.param_groups = _saved_groups(found)
+            _require_no_step_in_groups(found)
+            sums = [zlib.crc32(json.dumps(group).encode()) for group in self.param_groups]
+        except Exception as caught:
+            error = caught
+        device = _device(named)
+        agree(error, _everyone(), device, sums, lambda i: f"the hyperparameters of parameter group {i}")
+        for key, names in _by_key(_keys_everywhere(found, device)).items():
+            shards = Shards([named[name] for name in names], key, "save_full")
+            error = error or _unreadable(shards)
+            self._shards.append(shards)
+            for name, sharding in zip(names, shards.shardings, strict=True):
+                dtype = torch.float32 if is_number(key) and not sharding.shape else sharding.dtype
+                self.entries.append(Entry(f"{name}/{key}", dtype, sharding.shape))
+        kinds = [hash((entry.dtype.itemsize, *entry.shape)) for entry in self.entries]
+        agree(error, _everyone(), device, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
+
+    def full(self, dst: int | None = None, bucket_bytes: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The whole tensors that are delivered here, each with its position in `entries`, in order.
+
+        All ranks must take all of them. See `iter_full` for the arguments.
+
+        Raises:
+            FragmentError: a rank could not deliver its piece.
+        """
+        start = 0
+        for shards in self._shards:
+            positions = range(start, start + len(shards.params))
+            start = positions.stop
+            yield from shards.full(positions, bucket_bytes, dst)
+
+
+class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
+    """Optimizer state of a file, to be loaded. All ranks must make it with the same parameters and the same file.
+
+    State that the optimizer makes at its first step is made here, as far as it is there yet. A context manager: where
+    nothing was written at its end, everything is as it was.
+
+    Args:
+        named: parameters by their names in the file, each once.
+        optimizer: that updates them; True for those that were attached, or that their engine has.
+        reader: the file with the optimizer state; its metadata has the parameter groups.
+        strict: whether it is a problem that only the file has state of a parameter, or that a parameter which is
+            trained here is in none of the file's groups.
+
+    Attributes:
+        problems: why it cannot be loaded; empty on all ranks, or on none.
+    """
+
+    def __init__(
+        self, named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool, reader: Reader, *, strict: bool = True
+    ) -> None:
+        self.problems: list[str] = []
+        self._reader, self._device = reader, _device(named)
+        self._named = dict(named)
+        self._undo = contextlib.ExitStack()
+        self._optimized: dict[str, Optimized] = {}
+        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []  # live, and what is set in it
+        self._stored: dict[str, set[str]] = {}  # by parameter, the keys of its state in the file
+        self._shards: dict[str, tuple[list[str], Shards]] = {}
+        stages: list[Callable[[], None]] = [
+            partial(self._compare, optimizer, strict),
+            self._make_state,
+            self._find_pieces,
+        ]
+        for stage in stages:
+            try:
+                stage()
+            except FragmentError as error:
+                self.problems.append(str(error))
+            except Exception as error:
+                self.problems.append(f"{type(error).__name__}: {error}")
+            if self._any_problems():
+                return
+
+    def _any_problems(self) -> bool:
+        """Whether there is a problem on any rank; all call it."""
+        error = InvalidValueError("; ".join(self.problems)) if self.problems else None
+        try:
+            agree(error, _everyone(), self._device)
+        except FragmentError as told:
+            self.problems = self.problems or [str(told)]
+        return bool(self.problems)
+
+    def _compare(self, optimizer: Optimizers | bool, strict: bool) -> None:
+        """What can be told from the file and the parameter groups alone."""
+        self._optimized = _optimized(self._named, optimizer)
+        for entry in self._reader.shapes:
+            name, _, key = entry.rpartition("/")
+            self._stored.setdefault(name, set()).add(key)
+        unknown = sorted(set(self._stored) - set(self._optimized))
+        if unknown and strict:
+            self.problems.append(f"the file has optimizer state of {_some(unknown)}, which no optimizer updates here")
+        self._map_groups(strict)
+        tensors: dict[int, list[str]] = {}
+        for name, each in self._optimized.items():
+            tensors.setdefault(id(each.owned), []).append(name)
+        for names in tensors.values():
+            self._compare_in_one_tensor(names)
+
+    def _map_groups(self, strict: bool) -> None:
+        saved: list[dict[str, Any]] = json.loads(self._reader.metadata.get("param_groups", "[]"))
+        group_of = {name: index for index, group in enumerate(saved) for name in group[_PARAMS]}
+        here: dict[int, list[str]] = {}
+        for name, each in self._optimized.items():
+            here.setdefault(id(each.group), []).append(name)
+        for names in here.values():
+            live = self._optimized[names[0]]
+            absent = [name for name in names if name not in group_of and self._named[name].requires_grad]
+            sources = {group_of[name]: name for name in names if name in group_of}
+            if absent and (strict or not sources):
+                self.problems.append(f"no parameter group of the file has {_some(absent)}")
+            if not sources:
+                continue
+            group, *others = [_settings(saved[index]) for index in sources]
+            differ = sorted({key for other in others for key in {*group, *other} if group.get(key) != other.get(key)})
+            if differ:
+                self.problems.append(
+                    f"{_some(list(sources.values()))} are in one parameter group here and in {len(sources)} of the "
+                    f"file, with different {', '.join(differ)}: put them into groups of their own"
+                )
+            kind = saved[next(iter(sources))].get(_KIND)
+            self._compare_kinds(live, kind, group, stateful=any(name in self._stored for name in names))
+            self._groups.append((live.group, {key: _like(live.group.get(key), value) for key, value in group.items()}))
+
+    def _compare_kinds(self, live: Optimized, kind: str | None, group: Mapping[str, Any], *, stateful: bool) -> None:
+        """Of another optimizer whose state is not there yet, hyperparameters tell; else its keys do."""
+        if kind is None or kind == live.kind:
+            return
+        lacking = set(live.group) - set(group) - _IMPLEMENTATION - _NO_HYPERPARAMETERS
+        if lacking and set(group) - set(live.group) and not stateful:
+            self.problems.append(
+                f"the file is of the optimizer {kind}, whose groups have no {', '.join(sorted(lacking))}; here is "
+                f"{live.kind}"
+            )
+        else:
+            warnings.warn(
+                f"the optimizer state is {kind}'s, and the optimizer here is {live.kind}: the run goes on as before "
+                "only if both compute the same",
+                stacklevel=2,
+            )
+
+    def _compare_in_one_tensor(self, names: Sequence[str]) -> None:
+        """See [Note: one for all]."""
+        first, *others = [name for name in names if name in self._stored] or [""]
+        for other in others:
+            if self._stored[first] != self._stored[other]:
+                self.problems.append(
+                    f"'{first}' and '{other}' share one optimizer state here, and the file has "
+                    f"{sorted(self._stored[first])} of the one and {sorted(self._stored[other])} of the other"
+                )
+                return
+        for key in sorted(self._stored.get(first, ())) if others else ():
+            if self._reader.shapes[f"{first}/{key}"]:
+                continue
+            number = self._reader.tensor(f"{first}/{key}")
+            for other in others:
+                found = self._reader.tensor(f"{other}/{key}")
+                if not torch.equal(number, found):
+                    self.problems.append(
+                        f"'{first}' and '{other}' share one '{key}' here, and the file has {number.item():g} and "
+                        f"{found.item():g}: they can be loaded into an engine that keeps one for each parameter, such "
+                        "as FSDP2"
+                    )
+                    return
+
+    def _make_state(self) -> None:
+        """Have every optimizer keep what the file has state of."""
+        settings = {id(group): values for group, values in self._groups}
+        together: dict[int, list[str]] = {}
+        for name, each in self._optimized.items():
+            together.setdefault(id(each.owned), []).append(name)
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for names in together.values():
+            each = self._optimized[names[0]]
+            stored = next((self._stored[name] for name in names if name in self._stored), None)
+            if each.optimizer is None or stored is None:
+                continue
+            if each.keys != stored:
+                self._remake(names[0], each, settings.get(id(each.group), {}))
+            if each.keys != stored:
+                kinds = (each.kind, *sorted(each.keys), "", *sorted(stored))
+                lacking.setdefault(kinds, []).extend(names)
+        for (kind, *keys), names in lacking.items():
+            at = keys.index("")
+            self.problems.append(
+                f"{kind} keeps {keys[:at] or 'nothing'} of {_some(names)}, and the file has {keys[at + 1 :]}: load "
+                "into the kind of optimizer that saved it"
+            )
+        for adapter, params in self._by_adapter().items():
+            adapter.forget_state(params)
+
+    def _remake(self, name: str, each: Optimized, settings: Mapping[str, Any]) -> None:
+        """Make the state anew; tensors that are there stay the same objects, as an engine may refer to them."""
+        optimizer, owned = each.optimizer, each.owned
+        assert optimizer is not None
+        if not owned.numel() and self._named[name].numel() and not is_dtensor(owned):
+            raise FragmentError(f"the optimizer state of '{name}' is swapped out, and not made yet: take a step first")
+        before = optimizer.state.pop(owned, None)
+
+        def undo() -> None:
+            optimizer.state.pop(owned, None)
+            if before is not None:
+                optimizer.state[owned] = before
+
+        self._undo.callback(undo)
+        try:
+            each.make_state(settings)
+        except Exception as error:
+            raise FragmentError(
+                f"{each.kind} could not make its state of '{name}': {type(error).__name__}: {error}"
+            ) from error
+        state = each.state
+        for key, entry in (before or {}).items():
+            if isinstance(entry, torch.Tensor) and getattr(state.get(key), "shape", None) == entry.shape:
+                state[key] = entry
+
+    def _find_pieces(self) -> None:
+        shared: dict[int, set[str]] = {}
+        for name, each in self._optimized.items():
+            shared.setdefault(id(each.owned), set()).update(self._stored.get(name, ()))
+        keys = {name: shared[id(each.owned)] for name, each in self._optimized.items()}
+        for key, names in _by_key(keys).items():
+            shards = Shards([self._named[name] for name in names], key, "set_optimizer_state")
+            self._shards[key] = names, shards
+            error = _unreadable(shards) or _unwritable(shards)
+            if error is not None:
+                self.problems.append(str(error))
+            for name, sharding in zip(names, shards.shardings, strict=True):
+                if name in self._stored:
+                    self._compare_entry(f"{name}/{key}", sharding.shape, sharding.dtype)
+
+    def _compare_entry(self, entry: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        stored, kept = self._reader.shapes[entry], self._reader.dtypes[entry]
+        if shape != stored and (shape.numel(), torch.Size(stored).numel()) != (1, 1):
+            self.problems.append(f"'{entry}' has shape {stored} in the file and {tuple(shape)} here")
+        elif kept.is_floating_point != dtype.is_floating_point and shape:
+            self.problems.append(f"'{entry}' has dtype {kept} in the file and {dtype} here")
+
+    def _by_adapter(self) -> dict[Adapter, list[torch.Tensor]]:
+        found: dict[Adapter, list[torch.Tensor]] = {}
+        for name in self._optimized:
+            adapter, param = held_by(self._named[name])
+            found.setdefault(adapter, []).append(param)
+        return found
+
+    def write(self) -> None:
+        """Set hyperparameters, and write this rank's pieces of the state. No communication.
+
+        Raises:
+            CheckpointError: the file cannot be read to its end; some state is written.
+        """
+        assert not self.problems
+        self._undo.pop_all()
+        live = [id(value) for group, _ in self._groups for value in group.values() if isinstance(value, torch.Tensor)]
+        for group, settings in self._groups:
+            for key, value in settings.items():
+                now = group.get(key)
+                if isinstance(now, torch.Tensor) and live.count(id(now)) == 1:  # what is compiled refers to it
+                    now.copy_(value)
+                else:
+                    group[key] = value
+        with torch.no_grad(), known_engine():
+            for key, (names, shards) in self._shards.items():
+                for item, name in enumerate(names):
+                    self._write(name, key, shards, item)
+            self._clear()
+
+    def _write(self, name: str, key: str, shards: Shards, item: int) -> None:
+        state = self._optimized[name].state
+        entry = state.get(key)
+        if name not in self._stored:
+            piece = shards.local(item)
+            if isinstance(entry, torch.Tensor) and entry.dim() and piece is not None:
+                piece.zero_()
+        elif isinstance(entry, int | float):
+            state[key] = type(entry)(self._reader.tensor(f"{name}/{key}").item())
+        else:
+            sharding = shards.shardings[item]
+            target, fragment = shards.local(item), sharding.layout.fragments[sharding.rank]
+            if target is not None and fragment is not None:
+                piece = self._reader.fragment(f"{name}/{key}", sharding.layout.shape, fragment)
+                target.copy_(piece.view(target.shape))
+
+    def _clear(self) -> None:
+        """Take away, or zero where an engine may refer to it, the state of tensors that the file has none of."""
+        stored = {id(each.owned) for name, each in self._optimized.items() if name in self._stored}
+        for name, each in self._optimized.items():
+            if id(each.owned) in stored or not each.state:
+                continue
+            assert each.optimizer is not None
+            if each.owned is held_by(self._named[name])[1]:
+                del each.optimizer.state[each.owned]
+                continue
+            for key, entry in each.state.items():
+                if isinstance(entry, torch.Tensor):
+                    entry.zero_()
+                elif isinstance(entry, int | float):
+                    each.state[key] = type(entry)(0)
+        for adapter, params in self._by_adapter().items():
+            adapter.forget_state(params)
+
+    def __exit__(self, *_: object) -> None:
+        with self._undo:
+            pass
+        for adapter, params in self._by_adapter().items():
+            adapter.forget_state(params)
+
+
+def _everyone() -> list[dist.ProcessGroup]:
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return [] if world is None else [world]
+
+
+def _device(named: Mapping[str, torch.Tensor]) -> torch.device:
+    return next(iter(named.values())).device if named else torch.device("cpu")
+
+
+def _optimized(named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) -> dict[str, Optimized]:
+    """What the optimizers keep of each parameter that they update.
+
+    Raises:
+        UnlinkedParameterError: they update none.
+    """
+    chosen = [] if isinstance(optimizer, bool) else unwrapped_optimizers(optimizer)
+    for given in chosen:
+        registry.add_optimizer(given)
+    registry.changed()
+    items: dict[Adapter, list[tuple[str, torch.Tensor]]] = {}
+    with known_engine():
+        for name, param in named.items():
+            adapter, own = held_by(param)
+            items.setdefault(adapter, []).append((name, own))
+        found = {
+            name: each
+            for adapter, pairs in items.items()
+            for (name, _), each in zip(pairs, adapter.optimized([own for _, own in pairs]), strict=True)
+            if each is not None and (not chosen or registry.optimizer_of(each.owned) in (None, *chosen))
+        }
+    if not found:
+        raise UnlinkedParameterError(
+            f"no optimizer updates any of the {len(named)} parameters: pass optimizer=, or call attach(model, "
+            "optimizer) on every rank first"
+        )
+    return {name: found[name] for name in named if name in found}
+
+
+def _keys_everywhere(found: Mapping[str, Optimized], device: torch.device) -> dict[str, set[str]]:
+    """The keys of each parameter's state on any rank, in one or two small collectives over all ranks."""
+    kinds = sorted({tuple(sorted(each.keys)) for each in found.values()})
+    everyone = _everyone()
+    if not everyone:
+        return {name: each.keys for name, each in found.items()}
+    everybodys: list[Any] = [None] * everyone[0].size()
+    dist.all_gather_object(everybodys, kinds, group=everyone[0])
+    kinds = sorted({kind for each in everybodys for kind in each})
+    at = {kind: index for index, kind in enumerate(kinds)}
+    table = torch.zeros(len(found), len(kinds), dtype=torch.uint8)
+    for row, each in enumerate(found.values()):
+        table[row, at[tuple(sorted(each.keys))]] = 1
+    table = table.to(_collectives.device_for(everyone[0], device))
+    dist.all_reduce(table, dist.ReduceOp.MAX, group=everyone[0])
+    rows = zip(found, table.tolist(), strict=True)
+    return {name: {key for kind, there in zip(kinds, row, strict=True) if there for key in kind} for name, row in rows}
+
+
+def _by_key(keys: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """By key the parameters that have it, in a fixed order."""
+    names: dict[str, list[str]] = {key: [] for key in sorted({key for each in keys.values() for key in each})}
+    for name, each in keys.items():
+        for key in each:
+            names[key].append(name)
+    return names
+
+
+def _require_no_step_in_groups(found: Mapping[str, Optimized]) -> None:
+    for name, each in found.items():
+        if each.keys and "step" not in each.keys and each.group.get("step"):
+            raise StateKeyError(
+                f"the optimizer of '{name}', {each.kind}, counts its steps in its parameter group: "
+                "that cannot be saved, as other optimizers keep 'step' beside each parameter"
+            )
+
+
+def _unreadable(shards: Shards) -> Exception | None:
+    """Why this rank cannot read its pieces, or could not give them back as they are."""
+    try:
+        for item, piece in enumerate(shards.pieces(range(len(shards.params)))):
+            kind = "" if piece is None else kept_as(piece)
+            if kind:
+                raise StateKeyError(
+                    f"optim_state_key '{shards.what}' of {shards.name(item)} is a {kind}, whose numbers a file of "
+                    "plain tensors cannot give back: use the optimizer's own state_dict()"
+                )
+    except Exception as error:
+        return error
+    return None
+
+
+def _unwritable(shards: Shards) -> Exception | None:
+    try:
+        for adapter, param in zip(shards.adapters, shards.params, strict=True):
+            adapter.require_writable(param)
+    except FragmentError as error:
+        return error
+    return None
+
+
+def _saved_groups(found: Mapping[str, Optimized]) -> list[dict[str, Any]]:
+    """The parameter groups as JSON holds them; warns of hyperparameters that it cannot hold."""
+    groups: dict[int, dict[str, Any]] = {}
+    left_out: set[str] = set()
+    for name, each in found.items():
+        if id(each.group) not in groups:
+            groups[id(each.group)] = group = {_PARAMS: [], _KIND: each.kind}
+            for key, value in each.group.items():
+                if key not in _NO_HYPERPARAMETERS:
+                    try:
+                        group[key] = _jsonable(value)
+                    except TypeError:
+                        left_out.add(key)
+        groups[id(each.group)][_PARAMS].append(name)
+    if left_out:
+        warnings.warn(
+            f"the hyperparameters {', '.join(sorted(left_out))} are left out of the file: JSON cannot hold them",
+            stacklevel=2,
+        )
+    return list(groups.values())
+
+
+def _jsonable(value: object) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, list | tuple):
+        return list(map(_jsonable, value))
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _jsonable(each) for key, each in value.items()}
+    raise TypeError
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group of the file that are loaded: see [Note: implementations]."""
+    return {key: value for key, value in group.items() if key not in {_PARAMS, _KIND, *_IMPLEMENTATION}}
+
+
+def _like(live: object, value: Any) -> Any:
+    """A hyperparameter of the file, in the form in which the live group has it."""
+    if isinstance(live, torch.Tensor):
+        return torch.full_like(live, value)
+    if isinstance(live, tuple) and isinstance(value, list):
+        lives = live if len(live) == len(value) else [None] * len(value)
+        return tuple(_like(one, each) for one, each in zip(lives, value, strict=True))
+    return value
+
+
+def _some(names: Sequence[str]) -> str:
+    """Some names in words."""
+    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,224 @@
+"""Optimizer state of every kind, saved and loaded: against the optimizer's own, and a run that never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ds_fragment.checkpoint.files import Reader
+from ds_fragment.checkpoint.optimizer import OptimizerLoad, OptimizerState
+from ds_fragment.errors import StateKeyError, UnlinkedParameterError
+from safetensors.torch import save_file
+from torch import nn
+
+Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+KINDS: dict[str, Make] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1),
+    "amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.1, amsgrad=True, weight_decay=0.1, foreach=True),
+    "fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "tensor lr": lambda groups: torch.optim.AdamW(
+        groups, lr=torch.tensor(0.1), betas=(torch.tensor(0.8), torch.tensor(0.9))
+    ),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.1, initial_accumulator_value=0.5),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.1, centered=True, momentum=0.5),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.1),
+    "adadelta": lambda groups: torch.optim.Adadelta(groups, lr=0.1),
+    "nadam": lambda groups: torch.optim.NAdam(groups, lr=0.1),
+    "asgd": lambda groups: torch.optim.ASGD(groups, lr=0.1),
+    "rprop": lambda groups: torch.optim.Rprop(groups, lr=0.1),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.unused = nn.Parameter(torch.randn(4))
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x))).square().mean()
+
+
+def _groups(model: nn.Module, lr: float | None = None) -> list[dict[str, Any]]:
+    params = list(model.parameters())
+    rest = {} if lr is None else {"lr": lr}
+    return [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() < 2], **rest}]
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))).backward()
+        optimizer.step()
+
+
+def _save(model: nn.Module, optimizer: Any, path: Path) -> OptimizerState:
+    state = OptimizerState(dict(model.named_parameters()), optimizer)
+    tensors = {
+        state.entries[position].name: tensor.to(state.entries[position].dtype).clone()
+        for position, tensor in state.full()
+    }
+    assert [(entry.name, entry.shape) for entry in state.entries] == [(n, t.shape) for n, t in tensors.items()]
+    save_file(tensors, path, {"param_groups": json.dumps(state.param_groups)})
+    return state
+
+
+def _problems(model: nn.Module, optimizer: Any, path: Path, *, strict: bool = True) -> list[str]:
+    params = dict(model.named_parameters())
+    with Reader(path) as reader, OptimizerLoad(params, optimizer, reader, strict=strict) as load:
+        if not load.problems:
+            load.write()
+        return load.problems
+
+
+def _bits(thing: Any) -> Any:
+    """What is equal only if all bits are."""
+    if isinstance(thing, torch.Tensor):
+        return thing.dtype, thing.shape, bytes(thing.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    if isinstance(thing, dict):
+        return {key: _bits(value) for key, value in thing.items() if key != "params"}
+    if isinstance(thing, list | tuple):
+        return [_bits(each) for each in thing]
+    return thing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [0, 2], ids=["fresh", "stepped"])
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, kind: str, before: int) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    optimizer = KINDS[kind](_groups(model, 0.05))
+    _train(model, optimizer, range(2))
+    _save(model, optimizer, path)
+    other = Net(1)
+    resumed = KINDS[kind](_groups(other, 0.07))
+    resumed.param_groups[0]["lr"] *= 3
+    _train(other, resumed, range(10, 10 + before))
+    other.load_state_dict(model.state_dict())
+    assert not _problems(other, resumed, path)
+    for _ in range(2):
+        assert _bits(resumed.param_groups) == _bits(optimizer.param_groups)
+        names = dict(zip(model.parameters(), other.parameters(), strict=True))
+        assert {n for n, s in optimizer.state.items() if s} == {p for p, q in names.items() if resumed.state.get(q)}
+        for param, twin in names.items():
+            assert _bits(optimizer.state.get(param)) == _bits(resumed.state.get(twin))
+        _train(model, optimizer, range(2, 4))
+        _train(other, resumed, range(2, 4))
+    assert _bits(dict(model.state_dict())) == _bits(dict(other.state_dict()))
+
+
+def test_a_learning_rate_that_groups_share_as_one_tensor_is_theirs_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    _save(model, torch.optim.AdamW(_groups(model, 0.05), lr=0.1), path)
+    optimizer = KINDS["tensor lr"](_groups(model))
+    kept = optimizer.param_groups[0]["lr"]
+    assert optimizer.param_groups[1]["lr"] is kept
+    assert not _problems(model, optimizer, path)
+    assert [group["lr"].item() for group in optimizer.param_groups] == [torch.tensor(lr).item() for lr in (0.1, 0.05)]
+    assert kept.item() == torch.tensor(0.1).item(), "it was not written"
+    alone = torch.optim.AdamW(model.parameters(), lr=torch.tensor(7.0))
+    kept = alone.param_groups[0]["lr"]
+    _save(model, torch.optim.AdamW(model.parameters(), lr=0.05), path)
+    assert not _problems(model, alone, path)
+    assert alone.param_groups[0]["lr"] is kept, "compiled steps refer to it"
+    assert kept.item() == torch.tensor(0.05).item()
+
+
+def test_making_state_changes_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    optimizer = torch.optim.AdamW(_groups(model), lr=0.1)
+    _train(model, optimizer, range(2))
+    _save(model, optimizer, path)
+    other = Net(1)
+    fresh = torch.optim.AdamW(_groups(other), lr=0.1, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda _: 1.0)
+    calls: list[int] = []
+    fresh.register_step_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        other.a.weight[0, :] = -0.0
+        other.a.weight[1, 0] = float("nan")
+    other.a.bias.grad = torch.ones(5)
+    before, grads = _bits(dict(other.state_dict())), [param.grad for param in other.parameters()]
+    state, steps = torch.get_rng_state(), dict(vars(schedule))
+    assert not _problems(other, fresh, path)
+    assert _bits(dict(other.state_dict())) == before
+    assert all(param.grad is grad for param, grad in zip(other.parameters(), grads, strict=True))
+    assert bool((other.a.bias.grad == 1).all())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dict(vars(schedule)) == steps
+    assert not calls
+    assert not getattr(fresh, "_opt_called", False), "a schedule would take it for a step"
+
+
+def test_before_the_first_step_there_are_groups_only(tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    state = _save(model, torch.optim.AdamW(_groups(model, 0.02), lr=0.1), path)
+    assert not state.entries
+    groups = {tuple(group["params"]): group["lr"] for group in state.param_groups}
+    assert groups == {("a.weight", "b.weight"): 0.1, ("unused", "frozen", "a.bias", "b.bias"): 0.02}
+    optimizer = torch.optim.AdamW(_groups(model), lr=0.5)
+    _train(model, optimizer, range(2))
+    assert not _problems(model, optimizer, path)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.02]
+    assert not any(optimizer.state.values()), "as before its first step"
+
+
+def _as_before(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, **options: Any) -> str:
+    before = _bits((optimizer.param_groups, [optimizer.state.get(param) for param in model.parameters()]))
+    (problem,) = _problems(model, optimizer, path, **options)
+    assert _bits((optimizer.param_groups, [optimizer.state.get(p) for p in model.parameters()])) == before
+    return problem
+
+
+def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    momentum = torch.optim.SGD(_groups(model, 0.05), lr=0.1, momentum=0.9)
+    _train(model, momentum, range(1))
+    _save(model, momentum, path)
+    with pytest.warns(UserWarning, match="state is SGD's, and the optimizer here is AdamW"):
+        told = _as_before(model, torch.optim.AdamW(_groups(model)), path)
+    assert told.startswith("AdamW keeps ['exp_avg', 'exp_avg_sq', 'step'] of 'a.weight', ")
+    assert "the file has ['momentum_buffer']: load into the kind of optimizer that saved it" in told
+    told = _as_before(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), path)
+    assert "in 2 of the file, with different lr: put them into groups of their own" in told
+    other = torch.optim.SGD([model.a.weight, model.b.weight], lr=0.1, momentum=0.9)
+    told = _as_before(model, other, path)
+    assert told == "the file has optimizer state of 'a.bias', 'b.bias', which no optimizer updates here"
+    assert not _problems(model, other, path, strict=False)
+    assert other.state[model.a.weight]["momentum_buffer"].equal(momentum.state[model.a.weight]["momentum_buffer"])
+    _save(model, torch.optim.SGD([model.a.weight], lr=0.1), path)
+    told = _as_before(model, torch.optim.SGD(model.parameters(), lr=0.1), path)
+    assert told.startswith("no parameter group of the file has 'unused', 'a.bias', 'b.weight' and 1 more")
+    _save(model, torch.optim.SGD(model.parameters(), lr=0.1), path)
+    told = _as_before(model, torch.optim.AdamW(model.parameters()), path)
+    assert told.startswith("the file is of the optimizer SGD, whose groups have no amsgrad, betas")
+
+
+def test_what_cannot_be_saved_is_an_error(tmp_path: Path) -> None:
+    model = Net(0)
+    optimizer = torch.optim.AdamW(_groups(model))
+    _train(model, optimizer, range(1))
+    named = dict(model.named_parameters())
+    optimizer.state[model.b.bias]["note"] = "blocks of 256"
+    with pytest.raises(StateKeyError, match=r"optim_state_key 'note' of .* is a str"):
+        OptimizerState(named, optimizer)
+    del optimizer.state[model.b.bias]["note"]
+    optimizer.param_groups[0]["by"] = len
+    with pytest.warns(UserWarning, match="hyperparameters by are left out"):
+        state = OptimizerState(named, optimizer)
+    assert "by" not in state.param_groups[0]
+    with pytest.raises(UnlinkedParameterError, match="no optimizer updates any of the 2 parameters"):
+        OptimizerState(dict(nn.Linear(2, 2).named_parameters()), True)
