@@ -9,25 +9,41 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import conformance_engines as engines
-import ds_fragment
 import pytest
 import torch
 import torch.distributed as dist
 from ds_fragment import FlatPartition, iter_full, load_full, save_full
-from ds_fragment.checkpoint.files import Reader
-from ds_fragment.checkpoint.optimizer import OptimizerLoad, OptimizerState
+from ds_fragment.checkpoint.optimizer import OptimizerState
 from ds_fragment.engines.model import own_parameters
-from ds_fragment.testing import Net, Training, net
+from ds_fragment.testing import Training, net
 from ranks import run_ranks
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+_HEAD = """# Resuming in another engine
+
+A run is trained for two steps, saved with `save_full(model, path, optimizer=True)`, and goes on for two steps more. A
+run in another engine, with other weights and learning rates, loads the file with
+`load_full(model, path, optimizer=True)` and trains the same two steps; all ranks together see the same data. After
+loading, all values, the optimizer state, `step` and the parameter groups have the file's bits. After the two steps the
+values and the state are those of the run that was saved: bit for bit, or as close as the table says, relative to the
+largest element of a tensor. Where they are not bit-equal the two engines compute differently: they sum gradients in
+another order, or round them elsewhere.
+
+AdamW has a group with decay and one without, of different learning rates; SGD has momentum and dampening. The page is
+made by `python tests-integration/fragment/test_resume.py --write docs/resume.md` (gloo, CPU).
+
+| from | to | optimizer | after two more steps |
+| --- | --- | --- | --- |
+"""
 PAGE = Path(__file__).parents[2] / "docs" / "resume.md"
 ENV = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4"}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -191,14 +207,28 @@ ENGINES = {
     "ZeRO-3 bf16, 2 ranks": Engine(_bf16["zero3"], 2, torch.bfloat16),
     "BF16_Optimizer, 2 ranks": Engine(_bf16["bf16opt"], 2, torch.bfloat16),
 }
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of a value, relative to the largest of its tensor
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of a value, relative to the largest of its tensor
 
 Pair = tuple[str, str, str]  # optimizer, from, to
-_SGD = ("plain", "FlatPartition, 2 ranks", "FSDP1, 2 ranks", "FSDP2 x TP, 2 x 2 ranks", "ZeRO-1, 2 ranks", "ZeRO-3, 2 ranks")
+_AROUND = (
+    "plain",
+    "FlatPartition, 2 ranks",
+    "FSDP1, 2 ranks",
+    "FSDP2 x TP, 2 x 2 ranks",
+    "ZeRO-1, 2 ranks",
+    "ZeRO-3, 2 ranks",
+    "plain",
+)
 PAIRS: list[Pair] = [
     *(("AdamW", a, b) for a in ENGINES for b in ENGINES if ENGINES[a].dtype == ENGINES[b].dtype),
-    *(("SGD", a, b) for a, b in zip(_SGD, (*_SGD[1:], _SGD[0]), strict=True)),
+    *(("SGD", a, b) for a, b in pairwise(_AROUND)),
 ]
+
+
+def same_arithmetic(source: str, name: str) -> bool:
+    """Whether two engines compute the same, bit for bit: the sum of two ranks' gradients has one order only."""
+    two = [ENGINES[each].ranks == 2 and ENGINES[each].dtype == torch.float32 for each in (source, name)]
+    return source == name or all(two)
 
 
 # What the ranks do.
@@ -226,12 +256,14 @@ def _train(training: Training, steps: range) -> None:
 
 def _everything(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """All values and all state, whole and on every rank, and the parameter groups."""
-    params = dict(own_parameters(training.model))
     found = {name: tensor.float() for name, tensor in iter_full(training.model)}
-    state = OptimizerState(params, True)
-    for position, tensor in state.full():
+    state = OptimizerState(dict(own_parameters(training.model)), True)
+
+    def put(position: int, tensor: torch.Tensor) -> None:
         entry = state.entries[position]
-        found[entry.name] = tensor.to(entry.dtype)
+        found[entry.name] = tensor.to(entry.dtype, copy=True)
+
+    assert state.stream(put) is None
     return found, state.param_groups
 
 
@@ -241,11 +273,7 @@ def _save(rank: int, jobs: list[tuple[str, str]], folder: str) -> None:
         training = _training(name, optimizer, seed=0, scale=1.0)
         _train(training, range(2))
         path = _path(folder, optimizer, name)
-        save_full(training.model, path)
-        held, groups = _everything(training)
-        if rank == 0:
-            state = {key: tensor.clone() for key, tensor in held.items() if "/" in key}
-            save_file(state, path.with_suffix(".o"), {"param_groups": json.dumps(groups)})
+        save_full(training.model, path, optimizer=True)
         _train(training, range(2, 4))
         held, _ = _everything(training)
         if rank == 0:
@@ -261,23 +289,22 @@ def _load(rank: int, jobs: list[Pair], folder: str) -> dict[Pair, str]:
 def _resume(optimizer: str, source: str, name: str, folder: str) -> str:
     path = _path(folder, optimizer, source)
     training = _training(name, optimizer, seed=1, scale=3.0)
-    load_full(training.model, path)
-    with Reader(path.with_suffix(".o")) as reader:
-        with OptimizerLoad(dict(own_parameters(training.model)), True, reader) as load:
-            assert not load.problems, load.problems
-            load.write()
-        saved_groups = json.loads(reader.metadata["param_groups"])
+    load_full(training.model, path, optimizer=True)
     held, groups = _everything(training)
-    stored = {**load_file(path), **load_file(path.with_suffix(".o"))}
+    with safe_open(path, "pt") as file:
+        beside = path.with_name(file.metadata()["optimizer"])
+    with safe_open(beside, "pt") as file:
+        saved_groups = json.loads(file.metadata()["param_groups"])
+    stored = {**load_file(path), **load_file(beside)}
     assert set(held) == set(stored)
     assert any("/" in key for key in stored)
     for key, tensor in stored.items():
         assert held[key].dtype == tensor.dtype, key
         assert torch.equal(held[key].view(torch.int32), tensor.view(torch.int32)), key
-    by_names = [{frozenset(group["params"]): group for group in each} for each in (saved_groups, groups)]
-    assert {names: {**group, "params": 0} for names, group in by_names[0].items()} == {
-        names: {**group, "params": 0} for names, group in by_names[1].items()
-    }
+    assert len(groups) == len(saved_groups)
+    for group in groups:  # which may be in another order, as the names of a group may
+        saved = next(each for each in saved_groups if set(each["params"]) == set(group["params"]))
+        assert {**group, "params": 0} == {**saved, "params": 0}
     _train(training, range(2, 4))
     held, _ = _everything(training)
     training.close()
@@ -321,8 +348,30 @@ def _outcomes() -> dict[Pair, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pair", PAIRS, ids=" - ".join)
 def test_a_run_goes_on_in_another_engine(pair: Pair) -> None:
-    optimizer, source, name = pair
+    _, source, name = pair
     outcome = _outcomes()[pair]
     if outcome != "bit-equal":
-        assert source != name, f"the same engine goes on with the same arithmetic: {outcome}"
+        assert not same_arithmetic(source, name), outcome
         assert float(outcome.removeprefix("close ")) < TOLERANCE[ENGINES[name].dtype], outcome
+
+
+def _row(pair: Pair) -> str:
+    optimizer, source, name = pair
+    return f"| {source} | {name} | {optimizer} |"
+
+
+def _page(outcomes: dict[Pair, str]) -> str:
+    return _HEAD + "".join(f"{_row(pair)} {outcome} |\n" for pair, outcome in outcomes.items())
+
+
+def test_the_page_lists_the_pairs() -> None:
+    page = PAGE.read_text()
+    assert page.startswith(_HEAD)
+    rows = [line.rpartition(" | ")[0] + " |" for line in page.removeprefix(_HEAD).splitlines()]
+    assert rows == list(map(_row, PAIRS))
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:-1] == ["--write"], "test_resume.py --write PAGE"
+    found = _outcomes()
+    Path(sys.argv[2]).write_text(_page({pair: found[pair] for pair in PAIRS}))

@@ -61,14 +61,24 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
         optimizer.step()
 
 
+def _whole(state: OptimizerState) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def put(position: int, tensor: torch.Tensor) -> None:
+        entry = state.entries[position]
+        assert tensor.shape == entry.shape
+        found[entry.name] = tensor.to(entry.dtype, copy=True)
+
+    failure = state.stream(put)
+    if failure is not None:
+        raise failure
+    assert list(found) == [entry.name for entry in state.entries]
+    return found
+
+
 def _save(model: nn.Module, optimizer: Any, path: Path) -> OptimizerState:
     state = OptimizerState(dict(model.named_parameters()), optimizer)
-    tensors = {
-        state.entries[position].name: tensor.to(state.entries[position].dtype).clone()
-        for position, tensor in state.full()
-    }
-    assert [(entry.name, entry.shape) for entry in state.entries] == [(n, t.shape) for n, t in tensors.items()]
-    save_file(tensors, path, {"param_groups": json.dumps(state.param_groups)})
+    save_file(_whole(state), path, {"param_groups": json.dumps(state.param_groups)})
     return state
 
 
@@ -76,7 +86,7 @@ def _problems(model: nn.Module, optimizer: Any, path: Path, *, strict: bool = Tr
     params = dict(model.named_parameters())
     with Reader(path) as reader, OptimizerLoad(params, optimizer, reader, strict=strict) as load:
         if not load.problems:
-            load.write()
+            assert sum(load.write()) == load.total
         return load.problems
 
 

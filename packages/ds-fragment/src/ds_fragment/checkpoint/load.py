@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from torch import nn
 
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
+from ds_fragment.checkpoint.optimizer import OptimizerLoad
 from ds_fragment.checkpoint.tensors import Tensors, collect
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
+from ds_fragment.engines.optimized import Optimizers
 from ds_fragment.engines.shards import Shards, refresh
 from ds_fragment.engines.versions import known_engine
 from ds_fragment.errors import InvalidValueError
@@ -34,6 +37,7 @@ def load_full(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    optimizer: Optimizers | bool | None = None,
     strict: bool = True,
     map_names: MapNames | None = None,
     refresh_lp: bool = True,
@@ -49,10 +53,16 @@ def load_full(
     model's ``base_model_prefix``, as models of transformers have it, is put before it or taken off. A tied tensor may
     be there under any of its names, and under several if they are equal.
 
+    Optimizer state goes into any engine, whichever saved it, and a fresh optimizer is made to have it. The parameter
+    groups get all hyperparameters of the file but for the choice of an implementation (``fused`` and such). What a
+    learning-rate schedule, a loss scaler or an engine has counted is not in the file.
+
     Args:
         model: the sharded model, wrapped or not.
         path: the file; its index, or the name under which it was saved in several files; or a folder with one model, as
             `save_full` or ``save_pretrained`` leave it, or as Hugging Face caches a repository.
+        optimizer: True to load the optimizer state and the parameter groups too, into the optimizers that were attached
+            or that the engine has; or the optimizers themselves.
         strict: whether names that only the file or only the model has are an error. Names that only the file has and
             that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
         map_names: what a name in the file is called in the model: a mapping of those that differ, or a function,
@@ -62,19 +72,21 @@ def load_full(
             done and bytes in all.
 
     Warns:
-        UserWarning: values were rounded to a dtype with fewer digits; on rank 0.
+        UserWarning: values were rounded to a dtype with fewer digits; on rank 0. Or the optimizer is of another class
+            than that which saved.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged; on every rank.
         InvalidValueError: the file does not fit the model: everything that is missing, unexpected, of another shape,
-            or of a value that its dtype in the model cannot hold, in one message; on every rank.
+            or of a value that its dtype in the model cannot hold, and why the optimizer state does not fit, in one
+            message; on every rank.
         ImportError: safetensors is not installed: ``pip install ds-fragment[safetensors]``.
     """
     finish_earlier()
-    load = _Load(model, strict, map_names)
-    with load.open(Path(path)) as reader:
-        load.check(reader)
-        load.write(reader, progress)
+    load = _Load(model, strict, map_names, optimizer)
+    with load.open(Path(path)) as reader, load.open_optimizer(reader) as state:
+        load.check(reader, state)
+        load.write(reader, state, progress)
     if refresh_lp:
         refresh(load.shards, None)
 
@@ -101,8 +113,11 @@ class _Load:
         shards: the model's sharded tensors.
     """
 
-    def __init__(self, model: nn.Module, strict: bool, map_names: MapNames | None) -> None:
+    def __init__(
+        self, model: nn.Module, strict: bool, map_names: MapNames | None, optimizer: Optimizers | bool | None
+    ) -> None:
         self._strict, self._map_names = strict, map_names
+        self._optimizer = None if optimizer is False else optimizer
         tensors, error = Tensors(), None
         try:
             if not is_model(model):
@@ -114,8 +129,10 @@ class _Load:
             self._ignored = list(getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ())
         except Exception as caught:
             error = caught
-        agree(error, everyone(), _HOST, [int(strict)], lambda i: "strict")
+        sums, words = [int(strict), int(self._optimizer is not None)], ("strict", "optimizer")
+        agree(error, everyone(), _HOST, sums, lambda i: words[i])
         self.shards = Shards(list(tensors.sharded.values()), "value", "load_full")
+        self._sharded = tensors.sharded
         self._items = {name: item for item, name in enumerate(tensors.sharded)}
         self._buffers, self._tied = tensors.buffers, tensors.tied
         self._found = _Found()
@@ -132,9 +149,24 @@ class _Load:
         assert reader is not None
         return reader
 
-    def check(self, reader: files.Reader) -> None:
+    @contextlib.contextmanager
+    def open_optimizer(self, reader: files.Reader) -> Iterator[OptimizerLoad | None]:
+        """The optimizer state that belongs to the file, to be loaded; None if it is not asked for, or not there."""
+        name = Path(reader.metadata.get("optimizer", "")).name
+        if self._optimizer is None or not name:
+            yield None
+            return
+        with self.open(reader.path.with_name(name)) as beside:
+            options: dict[str, Any] = {"rename": self._target, "strict": self._strict}
+            with OptimizerLoad(self._sharded, self._optimizer, beside, **options) as state:
+                yield state
+
+    def check(self, reader: files.Reader, state: OptimizerLoad | None) -> None:
         """Raise on every rank what does not fit on any, in one message."""
         problems, rounded, error = list[str](), list[str](), None
+        if self._optimizer is not None:
+            absent = ["it has no optimizer state: save it with save_full(..., optimizer=True)"]
+            problems += absent if state is None else state.problems
         try:
             self._found = self._resolve(reader)
             for name, sources in self._found.sources.items():
@@ -263,12 +295,13 @@ class _Load:
                     "cannot hold both: use the engine's own checkpoints, or give each its own name"
                 )
 
-    def write(self, reader: files.Reader, progress: files.Progress) -> None:
-        """Copy this rank's pieces into the model."""
+    def write(self, reader: files.Reader, state: OptimizerLoad | None, progress: files.Progress) -> None:
+        """Copy this rank's pieces into the model and the optimizer."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         error, done = None, 0
         kinds = {name: self._kind(name) for name in self._found.sources}
         total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in kinds.values())
+        total += 0 if state is None else state.total
         try:
             with (
                 torch.no_grad(),
@@ -283,6 +316,9 @@ class _Load:
                             self.shards.adapters[item].write(self.shards.params[item], "value", piece)
                     dtype, shape = kinds[name]
                     done += dtype.itemsize * torch.Size(shape).numel()
+                    report(done, total)
+                for nbytes in () if state is None else state.write():
+                    done += nbytes
                     report(done, total)
         except Exception as caught:
             error = caught

@@ -21,15 +21,17 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_fragment import _collectives
 from ds_fragment.checkpoint.files import Reader
-from ds_fragment.checkpoint.writer import Entry
-from ds_fragment.collective.agree import agree
+from ds_fragment.checkpoint.writer import Entry, Writer, optimizer_target
+from ds_fragment.collective.agree import agree, everyone, share
+from ds_fragment.collective.exchange import Shards as Found
 from ds_fragment.engines import held_by
 from ds_fragment.engines.base import Adapter, is_number
 from ds_fragment.engines.loaded import is_dtensor
@@ -37,12 +39,19 @@ from ds_fragment.engines.optimized import Optimized, Optimizers, unwrapped_optim
 from ds_fragment.engines.shards import Shards
 from ds_fragment.engines.state import kept_as
 from ds_fragment.engines.versions import known_engine
-from ds_fragment.errors import FragmentError, InvalidValueError, StateKeyError, UnlinkedParameterError
+from ds_fragment.errors import (
+    FragmentError,
+    InvalidValueError,
+    RankMismatchError,
+    StateKeyError,
+    UnlinkedParameterError,
+)
 from ds_fragment.record import registry
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
 _NO_HYPERPARAMETERS = {"params", "param_names", "step"}
 _PARAMS, _KIND = "params", "optimizer"
+_HOST = torch.device("cpu")
 
 
 class OptimizerState:
@@ -51,10 +60,12 @@ class OptimizerState:
     Args:
         named: parameters by their names in the file, each once.
         optimizer: that updates them; True for those that were attached, or that their engine has.
+        leaders: the ranks that write, one of each set of ranks that have the same parameters.
+        at: which of these sets this rank is in.
 
     Attributes:
-        entries: what there is to save: see [Note: names]. Empty before the first step.
-        param_groups: the parameter groups, as JSON holds them.
+        entries: what there is to save of this set of ranks: see [Note: names]. Empty before the first step.
+        param_groups: their parameter groups, as JSON holds them.
 
     Raises:
         UnlinkedParameterError: no optimizer updates any of the parameters.
@@ -62,55 +73,104 @@ class OptimizerState:
         FragmentError: the ranks differ, or a piece of state cannot be read. All errors are the same on every rank.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) -> None:
+    def __init__(
+        self,
+        named: Mapping[str, torch.Tensor],
+        optimizer: Optimizers | bool,
+        *,
+        leaders: Sequence[int] = (0,),
+        at: int = 0,
+    ) -> None:
         self.entries: list[Entry] = []
         self.param_groups: list[dict[str, Any]] = []
         self._shards: list[Shards] = []
-        found, sums, error = dict[str, Optimized](), list[int](), None
+        found, error = dict[str, Optimized](), None
         try:
             found = _optimized(named, optimizer)
             self.param_groups = _saved_groups(found)
             _require_no_step_in_groups(found)
-            sums = [zlib.crc32(json.dumps(group).encode()) for group in self.param_groups]
         except Exception as caught:
             error = caught
-        device = _device(named)
-        agree(error, _everyone(), device, sums, lambda i: f"the hyperparameters of parameter group {i}")
-        for key, names in _by_key(_keys_everywhere(found, device)).items():
+        agree(error, everyone(), _HOST)
+        stage = _digest(list(named))
+        _compare(stage, self.param_groups, lambda i: f"the hyperparameters of parameter group {i}")
+        for key, names in _by_key(_keys_everywhere(stage, found)).items():
             shards = Shards([named[name] for name in names], key, "save_full")
             error = error or _unreadable(shards)
             self._shards.append(shards)
             for name, sharding in zip(names, shards.shardings, strict=True):
                 dtype = torch.float32 if is_number(key) and not sharding.shape else sharding.dtype
                 self.entries.append(Entry(f"{name}/{key}", dtype, sharding.shape))
-        kinds = [hash((entry.dtype.itemsize, *entry.shape)) for entry in self.entries]
-        agree(error, _everyone(), device, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
+        agree(error, everyone(), _HOST)
+        kinds = [[str(entry.dtype), *entry.shape] for entry in self.entries]
+        _compare(stage, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
+        self._sets, self._groups = [self.entries], self.param_groups
+        if len(leaders) > 1:
+            rows = [[entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)] for entry in self.entries]
+            told = share([rows, self.param_groups] if dist.get_rank() == leaders[at] else None)
+            self._sets = [
+                [Entry(name, getattr(torch, kind), torch.Size(shape)) for name, kind, shape in told[rank][0]]
+                for rank in leaders
+            ]
+            self._groups = [group for rank in leaders for group in told[rank][1]]
+        self._starts = list(accumulate(map(len, self._sets), initial=0))
+        self._start = self._starts[at]
 
-    def full(self, dst: int | None = None, bucket_bytes: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """The whole tensors that are delivered here, each with its position in `entries`, in order.
+    def writer(self, target: Path, max_shard_bytes: int, token: str) -> Writer:
+        """What all sets of ranks write their state with, beside the save to ``target``."""
+        entries = [entry for each in self._sets for entry in each]
+        metadata = {"param_groups": json.dumps(self._groups)}
+        beside, cuts = optimizer_target(target, token), self._starts[:-1]
+        return Writer(beside, entries, metadata, max_shard_bytes, token=token, cuts=cuts)
 
-        All ranks must take all of them. See `iter_full` for the arguments.
+    def stream(
+        self,
+        put: Callable[[int, torch.Tensor], Exception | None],
+        dst: int | None = None,
+        bucket_bytes: int | None = None,
+        failure: Exception | None = None,
+    ) -> Exception | None:
+        """Gather the whole tensors, in the order of `entries`. All ranks must call it.
 
-        Raises:
-            FragmentError: a rank could not deliver its piece.
+        Args:
+            put: called with the position among the entries of all sets of ranks and the tensor, which is delivered
+                here, until it returns an error.
+            dst: see `iter_full`.
+            bucket_bytes: see `iter_full`.
+            failure: why this rank cannot take part; it sends the error to the others instead of its pieces.
+
+        Returns:
+            This rank's first error, which ranks of other groups need to be told.
         """
-        start = 0
+
+        def locate(shards: Shards, items: Sequence[int]) -> Found:
+            if failure is not None:
+                raise failure
+            return shards.pieces(items)
+
+        start = self._start
         for shards in self._shards:
             positions = range(start, start + len(shards.params))
             start = positions.stop
-            yield from shards.full(positions, bucket_bytes, dst)
+            try:
+                for position, tensor in shards.full(positions, bucket_bytes, dst, partial(locate, shards)):
+                    failure = failure or put(position, tensor)
+            except Exception as caught:
+                failure = failure or caught
+        return failure
 
 
 class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
     """Optimizer state of a file, to be loaded. All ranks must make it with the same parameters and the same file.
 
-    State that the optimizer makes at its first step is made here, as far as it is there yet. A context manager: where
+    State that the optimizer makes at its first step is made here, where it is not there yet. A context manager: where
     nothing was written at its end, everything is as it was.
 
     Args:
         named: parameters by their names in the file, each once.
         optimizer: that updates them; True for those that were attached, or that their engine has.
         reader: the file with the optimizer state; its metadata has the parameter groups.
+        rename: what a parameter of the file is called here; None for one that is left out.
         strict: whether it is a problem that only the file has state of a parameter, or that a parameter which is
             trained here is in none of the file's groups.
 
@@ -119,15 +179,21 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
     """
 
     def __init__(
-        self, named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool, reader: Reader, *, strict: bool = True
+        self,
+        named: Mapping[str, torch.Tensor],
+        optimizer: Optimizers | bool,
+        reader: Reader,
+        *,
+        rename: Callable[[str], str | None] = str,
+        strict: bool = True,
     ) -> None:
         self.problems: list[str] = []
-        self._reader, self._device = reader, _device(named)
+        self._reader, self._rename = reader, rename
         self._named = dict(named)
         self._undo = contextlib.ExitStack()
         self._optimized: dict[str, Optimized] = {}
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []  # live, and what is set in it
-        self._stored: dict[str, set[str]] = {}  # by parameter, the keys of its state in the file
+        self._stored: dict[str, dict[str, str]] = {}  # by parameter and key, the name of the file's tensor
         self._shards: dict[str, tuple[list[str], Shards]] = {}
         stages: list[Callable[[], None]] = [
             partial(self._compare, optimizer, strict),
@@ -148,7 +214,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         """Whether there is a problem on any rank; all call it."""
         error = InvalidValueError("; ".join(self.problems)) if self.problems else None
         try:
-            agree(error, _everyone(), self._device)
+            agree(error, everyone(), _HOST)
         except FragmentError as told:
             self.problems = self.problems or [str(told)]
         return bool(self.problems)
@@ -157,8 +223,13 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         """What can be told from the file and the parameter groups alone."""
         self._optimized = _optimized(self._named, optimizer)
         for entry in self._reader.shapes:
-            name, _, key = entry.rpartition("/")
-            self._stored.setdefault(name, set()).add(key)
+            stored, _, key = entry.rpartition("/")
+            name = self._rename(stored)
+            if name is None:
+                continue
+            other = self._stored.setdefault(name, {}).setdefault(key, entry)
+            if other != entry:
+                self.problems.append(f"'{name}' is one tensor here, and the file has both '{entry}' and '{other}'")
         unknown = sorted(set(self._stored) - set(self._optimized))
         if unknown and strict:
             self.problems.append(f"the file has optimizer state of {_some(unknown)}, which no optimizer updates here")
@@ -171,7 +242,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
 
     def _map_groups(self, strict: bool) -> None:
         saved: list[dict[str, Any]] = json.loads(self._reader.metadata.get("param_groups", "[]"))
-        group_of = {name: index for index, group in enumerate(saved) for name in group[_PARAMS]}
+        group_of = {self._rename(name): index for index, group in enumerate(saved) for name in group[_PARAMS]}
         here: dict[int, list[str]] = {}
         for name, each in self._optimized.items():
             here.setdefault(id(each.group), []).append(name)
@@ -215,18 +286,18 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         """See [Note: one for all]."""
         first, *others = [name for name in names if name in self._stored] or [""]
         for other in others:
-            if self._stored[first] != self._stored[other]:
+            if set(self._stored[first]) != set(self._stored[other]):
                 self.problems.append(
                     f"'{first}' and '{other}' share one optimizer state here, and the file has "
                     f"{sorted(self._stored[first])} of the one and {sorted(self._stored[other])} of the other"
                 )
                 return
-        for key in sorted(self._stored.get(first, ())) if others else ():
-            if self._reader.shapes[f"{first}/{key}"]:
+        for key, entry in self._stored[first].items() if others else ():
+            if self._reader.shapes[entry]:
                 continue
-            number = self._reader.tensor(f"{first}/{key}")
+            number = self._reader.tensor(entry)
             for other in others:
-                found = self._reader.tensor(f"{other}/{key}")
+                found = self._reader.tensor(self._stored[other][key])
                 if not torch.equal(number, found):
                     self.problems.append(
                         f"'{first}' and '{other}' share one '{key}' here, and the file has {number.item():g} and "
@@ -244,7 +315,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         lacking: dict[tuple[str, ...], list[str]] = {}
         for names in together.values():
             each = self._optimized[names[0]]
-            stored = next((self._stored[name] for name in names if name in self._stored), None)
+            stored = next((set(self._stored[name]) for name in names if name in self._stored), None)
             if each.optimizer is None or stored is None:
                 continue
             if each.keys != stored:
@@ -299,7 +370,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
                 self.problems.append(str(error))
             for name, sharding in zip(names, shards.shardings, strict=True):
                 if name in self._stored:
-                    self._compare_entry(f"{name}/{key}", sharding.shape, sharding.dtype)
+                    self._compare_entry(self._stored[name][key], sharding.shape, sharding.dtype)
 
     def _compare_entry(self, entry: str, shape: torch.Size, dtype: torch.dtype) -> None:
         stored, kept = self._reader.shapes[entry], self._reader.dtypes[entry]
@@ -315,8 +386,16 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             found.setdefault(adapter, []).append(param)
         return found
 
-    def write(self) -> None:
-        """Set hyperparameters, and write this rank's pieces of the state. No communication.
+    @property
+    def total(self) -> int:
+        """Bytes of what is written on all ranks together."""
+        return sum(sharding.nbytes for _, shards in self._shards.values() for sharding in shards.shardings)
+
+    def write(self) -> Iterator[int]:
+        """Set hyperparameters, and write this rank's pieces of the state: no communication. To be taken to its end.
+
+        Yields:
+            Bytes, of all ranks together, that were written.
 
         Raises:
             CheckpointError: the file cannot be read to its end; some state is written.
@@ -335,6 +414,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             for key, (names, shards) in self._shards.items():
                 for item, name in enumerate(names):
                     self._write(name, key, shards, item)
+                    yield shards.shardings[item].nbytes
             self._clear()
 
     def _write(self, name: str, key: str, shards: Shards, item: int) -> None:
@@ -345,12 +425,12 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             if isinstance(entry, torch.Tensor) and entry.dim() and piece is not None:
                 piece.zero_()
         elif isinstance(entry, int | float):
-            state[key] = type(entry)(self._reader.tensor(f"{name}/{key}").item())
+            state[key] = type(entry)(self._reader.tensor(self._stored[name][key]).item())
         else:
             sharding = shards.shardings[item]
             target, fragment = shards.local(item), sharding.layout.fragments[sharding.rank]
             if target is not None and fragment is not None:
-                piece = self._reader.fragment(f"{name}/{key}", sharding.layout.shape, fragment)
+                piece = self._reader.fragment(self._stored[name][key], sharding.layout.shape, fragment)
                 target.copy_(piece.view(target.shape))
 
     def _clear(self) -> None:
@@ -378,15 +458,6 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             adapter.forget_state(params)
 
 
-def _everyone() -> list[dist.ProcessGroup]:
-    world = dist.group.WORLD if dist.is_initialized() else None
-    return [] if world is None else [world]
-
-
-def _device(named: Mapping[str, torch.Tensor]) -> torch.device:
-    return next(iter(named.values())).device if named else torch.device("cpu")
-
-
 def _optimized(named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) -> dict[str, Optimized]:
     """What the optimizers keep of each parameter that they update.
 
@@ -394,6 +465,8 @@ def _optimized(named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) 
         UnlinkedParameterError: they update none.
     """
     chosen = [] if isinstance(optimizer, bool) else unwrapped_optimizers(optimizer)
+    if not isinstance(optimizer, bool) and not chosen:
+        raise InvalidValueError("optimizer is empty: pass the optimizers that update the parameters, or True")
     for given in chosen:
         registry.add_optimizer(given)
     registry.changed()
@@ -416,23 +489,34 @@ def _optimized(named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) 
     return {name: found[name] for name in named if name in found}
 
 
-def _keys_everywhere(found: Mapping[str, Optimized], device: torch.device) -> dict[str, set[str]]:
-    """The keys of each parameter's state on any rank, in one or two small collectives over all ranks."""
-    kinds = sorted({tuple(sorted(each.keys)) for each in found.values()})
-    everyone = _everyone()
-    if not everyone:
-        return {name: each.keys for name, each in found.items()}
-    everybodys: list[Any] = [None] * everyone[0].size()
-    dist.all_gather_object(everybodys, kinds, group=everyone[0])
-    kinds = sorted({kind for each in everybodys for kind in each})
-    at = {kind: index for index, kind in enumerate(kinds)}
-    table = torch.zeros(len(found), len(kinds), dtype=torch.uint8)
-    for row, each in enumerate(found.values()):
-        table[row, at[tuple(sorted(each.keys))]] = 1
-    table = table.to(_collectives.device_for(everyone[0], device))
-    dist.all_reduce(table, dist.ReduceOp.MAX, group=everyone[0])
-    rows = zip(found, table.tolist(), strict=True)
-    return {name: {key for kind, there in zip(kinds, row, strict=True) if there for key in kind} for name, row in rows}
+def _digest(thing: object) -> int:
+    return zlib.crc32(json.dumps(thing).encode())
+
+
+def _compare(stage: int, mine: Sequence[object], name: Callable[[int], str]) -> None:
+    """Raise on every rank unless the ranks with the same parameters have the same; all ranks must call it."""
+    sums = list(map(_digest, mine))
+    heads = {tuple(head) for head in share([stage, _digest(sums)])}
+    if len(heads) == len(dict(heads)):
+        return
+    error = None
+    for other, row in share([stage, sums]):
+        if other == stage and row != sums and error is None:
+            at = next((at for at, (one, two) in enumerate(zip(sums, row, strict=False)) if one != two), len(row))
+            error = RankMismatchError(f"{name(min(at, len(sums) - 1))} differs over the ranks: set the same on all")
+    agree(error, everyone(), _HOST)
+
+
+def _keys_everywhere(stage: int, found: Mapping[str, Optimized]) -> dict[str, set[str]]:
+    """The keys of each parameter's state on any rank with the same parameters; all ranks must call it."""
+    keys = {name: each.keys for name, each in found.items()}
+    kinds = sorted({tuple(sorted(each)) for each in keys.values()})
+    mine = [stage, kinds, [kinds.index(tuple(sorted(each))) for each in keys.values()]]
+    if len(set(share(_digest(mine)))) > 1:
+        for other, theirs, at in share(mine):
+            for name, kind in zip(keys, at, strict=False) if other == stage else ():
+                keys[name].update(theirs[kind])
+    return keys
 
 
 def _by_key(keys: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,12 +18,14 @@ import torch.distributed as dist
 
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import BackgroundSave, begin, finish_earlier
+from ds_fragment.checkpoint.optimizer import OptimizerState
 from ds_fragment.checkpoint.tensors import Selection, ShardValues, Tensors, What, collect
 from ds_fragment.checkpoint.writer import MAX_SHARD_BYTES, Entry, Writer
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate, Shards as Found
 from ds_fragment.collective.plan import Plan, bucket_bytes_for
+from ds_fragment.engines.optimized import Optimizers
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
 
@@ -34,6 +37,7 @@ def save_full(
     what: What,
     path: str | os.PathLike[str],
     *,
+    optimizer: Optimizers | bool | None = ...,
     include: Selection | None = ...,
     exclude: Selection | None = ...,
     values: ShardValues | None = ...,
@@ -51,6 +55,7 @@ def save_full(
     what: What,
     path: str | os.PathLike[str],
     *,
+    optimizer: Optimizers | bool | None = ...,
     include: Selection | None = ...,
     exclude: Selection | None = ...,
     values: ShardValues | None = ...,
@@ -67,6 +72,7 @@ def save_full(
     what: What,
     path: str | os.PathLike[str],
     *,
+    optimizer: Optimizers | bool | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     values: ShardValues | None = None,
@@ -87,12 +93,17 @@ def save_full(
     Where ranks have other names than rank 0, as the stages of a pipeline do, the lowest rank of each stage writes the
     stage's own files, and one index names them all. All of these ranks need to see the folder.
 
+    Optimizer state goes into a safetensors file of its own beside the first, ``model-TOKEN.optimizer``, which becomes
+    current together with it; its metadata has the parameter groups. Before the first step it has nothing else.
+
     Args:
         what: a module, wrapped or not, whose parameters and persistent buffers are stored under their names in the
             user's own model; a mapping from names to tensors, or (name, tensor) pairs, of sharded or of plain tensors;
             or a `Shadow`. A plain buffer of a module is that of the rank that writes.
         path: ``model.safetensors``, say, in a folder that exists. Above ``max_shard_bytes`` there are several files
             beside it, and ``model.safetensors.index.json`` says what is where, as Hugging Face's loaders expect.
+        optimizer: True to store the optimizer state and the parameter groups of the parameters that are stored, of the
+            optimizers that were attached or that the engine has; or the optimizers themselves.
         include: what is stored: patterns of names as `fnmatch` has them (``"*lora_*"``), or a function of the name;
             all unless told.
         exclude: what of it is not.
@@ -110,14 +121,19 @@ def save_full(
     Returns:
         None, or the save that is under way.
 
+    Warns:
+        UserWarning: a hyperparameter is nothing that JSON holds, and is left out.
+
     Raises:
         TypeError: ``what`` is something else.
         InvalidValueError: an argument is wrong; a pattern matches nothing; or two ranks hold different tensors under
             one name, as experts of expert-parallel ranks are, so that one would be lost. The same on every rank.
+        UnlinkedParameterError: no optimizer updates any of the parameters.
+        StateKeyError: the optimizer keeps something that a file of plain tensors cannot give back.
         FragmentError: a shard could not be read, or a rank could not write; the same on every rank.
     """
     finish_earlier()
-    plan = _Plan(what, Path(path), include, exclude, values, dtype, max_shard_bytes, background)
+    plan = _Plan(what, Path(path), optimizer, include, exclude, values, dtype, max_shard_bytes, background)
     writer = plan.writer(metadata or {}, max_shard_bytes)
     save = BackgroundSave(writer, plan.leaders, plan.token, progress, background=background)
     shards = plan.shards
@@ -164,6 +180,7 @@ class _Plan:
         self,
         what: Any,
         target: Path,
+        optimizer: Optimizers | bool | None,
         include: Selection | None,
         exclude: Selection | None,
         values: ShardValues | None,
@@ -173,15 +190,18 @@ class _Plan:
     ) -> None:
         self._target = target
         tensors, error = Tensors(), None
+        wanted = optimizer is not None and optimizer is not False
         try:
             tensors = collect(what, include, exclude)
             _check_target(target, max_shard_bytes)
             if dtype is not None and not dtype.is_floating_point:
                 raise InvalidValueError(f"dtype is {dtype}, expected a floating-point dtype, or None")
+            if wanted and (isinstance(what, ShardValues) or values is not None):
+                raise InvalidValueError("optimizer is given, but its state does not belong to the values of a Shadow")
         except Exception as caught:
             error = caught
-        names = ("max_shard_bytes", "background", "dtype")
-        sums = [max_shard_bytes, int(background), zlib.crc32(str(dtype).encode())]
+        names = ("max_shard_bytes", "background", "dtype", "optimizer")
+        sums = [max_shard_bytes, int(background), zlib.crc32(str(dtype).encode()), int(wanted)]
         agree(error, everyone(), _HOST, sums, lambda i: names[i])
         self.shards = Shards(list(tensors.sharded.values()), "value", "save_full")
         self._buffers = list(tensors.buffers.values())
@@ -204,6 +224,10 @@ class _Plan:
             error, sums = caught, []
         agree(error, everyone(), _HOST)
         self._compare(sums)
+        self._state: OptimizerState | None = None
+        if optimizer is not None and optimizer is not False:
+            at = self._stages.index(self._stage)
+            self._state = OptimizerState(tensors.sharded, optimizer, leaders=self.leaders, at=at)
 
     def _check_names(self) -> None:
         """Raise if one name means several tensors, or a dtype cannot be stored."""
@@ -268,7 +292,8 @@ class _Plan:
         for stage in self._stages:
             cuts.append(end)
             end += len(stage.entries)
-        return Writer(self._target, entries, words, max_shard_bytes, token=self.token, cuts=cuts)
+        beside = None if self._state is None else self._state.writer(self._target, max_shard_bytes, self.token)
+        return Writer(self._target, entries, words, max_shard_bytes, token=self.token, cuts=cuts, beside=beside)
 
     def stream(self, save: BackgroundSave, writer: Writer | None, bucket_bytes: int | None) -> Exception | None:
         """Gather everything to the ranks that write; returns this rank's error, which the others need to be told."""
@@ -288,18 +313,25 @@ class _Plan:
         try:
             for item, tensor in self.shards.full(range(len(self.shards.params)), bucket_bytes, dst, locate):
                 if failure is None:
-                    failure = self._put(save, writer, item, tensor)
+                    failure = self._put(save, writer, self._start + item, tensor)
+            buffers = self._start + len(self.shards.params)
             for at, buffer in enumerate(self._buffers):
                 if failure is None:
-                    failure = self._put(save, writer, len(self.shards.params) + at, buffer)
+                    failure = self._put(save, writer, buffers + at, buffer)
         except Exception as caught:
             failure = caught
+        if self._state is not None:
+            beside = writer and writer.beside
+            put = partial(self._put, save, beside)
+            failure = self._state.stream(put, dst, bucket_bytes, failure)
         return failure
 
-    def _put(self, save: BackgroundSave, writer: Writer | None, item: int, tensor: torch.Tensor) -> Exception | None:
+    def _put(
+        self, save: BackgroundSave, writer: Writer | None, position: int, tensor: torch.Tensor
+    ) -> Exception | None:
         try:
             if writer is not None:
-                save.put(writer, self._start + item, tensor)
+                save.put(writer, position, tensor)
         except Exception as error:
             return error
         return None
