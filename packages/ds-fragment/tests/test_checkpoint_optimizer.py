@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from ds_fragment import FlatPartition, attach, load_full, safe_get_full_optimizer_state, save_full
 from ds_fragment.checkpoint.files import Reader
 from ds_fragment.checkpoint.optimizer import OptimizerLoad, OptimizerState
 from ds_fragment.errors import StateKeyError, UnlinkedParameterError
+from fragment_oracle import raised
+from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import nn
 
@@ -73,6 +76,8 @@ def _whole(state: OptimizerState) -> dict[str, torch.Tensor]:
     if failure is not None:
         raise failure
     assert list(found) == [entry.name for entry in state.entries]
+    keys = [name.rpartition("/")[2] for name in found]
+    assert keys == sorted(keys), "one key after the other"
     return found
 
 
@@ -232,3 +237,174 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path) -> None:
     assert "by" not in state.param_groups[0]
     with pytest.raises(UnlinkedParameterError, match="no optimizer updates any of the 2 parameters"):
         OptimizerState(dict(nn.Linear(2, 2).named_parameters()), True)
+
+
+class _Counting(torch.optim.SGD):
+    """Keeps a Python number, and a half-precision average."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state["step"] = state.get("step", 0) + 1
+                    average = state.setdefault("average", torch.zeros_like(param, dtype=torch.bfloat16))
+                    average.add_(param.detach(), alpha=state["step"])
+
+
+def _flat(seed: int, groups: int, make: Make) -> tuple[Net, list[FlatPartition], torch.optim.Optimizer]:
+    model = Net(seed)
+    params = [model.a.weight, model.b.weight], [model.a.bias, model.b.bias, model.unused]
+    chosen = params if groups == 2 else ([*params[0], *params[1]],)
+    partitions = [FlatPartition(each, index=index) for index, each in enumerate(chosen)]
+    optimizer = make([{"params": [each.hp_param]} for each in partitions])
+    attach(model, optimizer)
+    return model, partitions, optimizer
+
+
+def _train_flat(
+    model: Net, partitions: list[FlatPartition], optimizer: torch.optim.Optimizer, steps: range
+) -> list[torch.Tensor]:
+    for step in steps:
+        model(torch.randn(4, 3, generator=torch.Generator().manual_seed(step))).backward()
+        for partition in partitions:
+            partition.reduce_gradients()
+        optimizer.step()
+        for partition in partitions:
+            partition.publish()
+    return [partition.hp_param.detach().clone() for partition in partitions]
+
+
+def _python_numbers(rank: int, folder: str) -> None:
+    make = lambda groups: _Counting(groups, lr=0.1, momentum=0.9)  # noqa: E731
+    run = _flat(0, 2, make)
+    _train_flat(*run, range(2))
+    path = Path(folder, "m.safetensors")
+    save_full(run[0], path, optimizer=True)
+    later = _train_flat(*run, range(2, 4))
+    other = _flat(1, 2, make)
+    load_full(other[0], path, optimizer=other[2])
+    for partition in other[1]:
+        state = other[2].state[partition.hp_param]
+        assert type(state["step"]) is int
+        assert state["step"] == 2
+        assert state["average"].dtype == torch.bfloat16
+    for found, expected in zip(_train_flat(*other, range(2, 4)), later, strict=True):
+        assert torch.equal(found, expected)
+    with Reader(path) as reader, Reader(path.with_name(reader.metadata["optimizer"])) as beside:
+        assert beside.dtypes["a.weight/step"] == torch.float32
+        assert beside.shapes["a.weight/average"] == (5, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_numbers_of_python_and_flat_tensors(tmp_path: Path, ranks: int) -> None:
+    run_ranks(_python_numbers, ranks, str(tmp_path))
+
+
+def _one_for_all(rank: int, folder: str) -> list[Any]:
+    """One step in a flat tensor, several in the file."""
+    path = Path(folder, "m.safetensors")
+    model = Net(0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    _train(model, optimizer, range(2))
+    save_full(model, path, optimizer=optimizer)
+    run = _flat(1, 1, torch.optim.AdamW)
+    load_full(run[0], path, optimizer=True)
+    state = run[2].state[run[1][0].hp_param]
+    assert state["step"].item() == 2
+    for param in model.parameters():
+        assert (param in optimizer.state) == (param is not model.unused and param.requires_grad)
+    unused = safe_get_full_optimizer_state(run[0].unused, "exp_avg")
+    assert unused is not None
+    assert not unused.any(), "as if it had been flat from the start"
+    assert torch.equal(
+        safe_get_full_optimizer_state(run[0].a.weight, "exp_avg"), optimizer.state[model.a.weight]["exp_avg"]
+    )
+    for param in (model.b.weight, model.b.bias):
+        optimizer.state[param]["step"] += 5
+    save_full(model, path, optimizer=optimizer)
+    before = _bits(state)
+    values = [partition.hp_param.detach().clone() for partition in run[1]]
+    told = [raised(lambda: load_full(run[0], path, optimizer=True))]
+    two = _flat(1, 2, torch.optim.AdamW)
+    two[0].a.weight.requires_grad_(True)
+    told.append(raised(lambda: load_full(two[0], path, optimizer=True)))
+    assert _bits(state) == before
+    assert all(torch.equal(one.hp_param, value) for one, value in zip(run[1], values, strict=True))
+    assert not any(two[2].state.values()), "as before its first step"
+    return told
+
+
+def test_parameters_of_a_flat_tensor_have_one_step(tmp_path: Path) -> None:
+    told = run_ranks(_one_for_all, 2, str(tmp_path))
+    assert told[0] == told[1]
+    (kind, one), (_, two) = told[0]
+    assert kind == "InvalidValueError"
+    assert "share one 'step' here, and the file has 2 and 7" in one
+    assert "'a.weight' and 'b.weight' share one 'step' here" in two
+
+
+def _all_in_one_error(rank: int, folder: str) -> list[Any]:
+    path = Path(folder, "m.safetensors")
+    model = Net(0)
+    optimizer = torch.optim.AdamW(_groups(model, 0.05))
+    _train(model, optimizer, range(1))
+    save_full(model, path)
+    told = [raised(lambda: load_full(model, path, optimizer=optimizer))]
+    save_full(model, path, optimizer=optimizer)
+    model.a, model.extra = nn.Linear(3, 4), nn.Parameter(torch.randn(3))
+    one = torch.optim.AdamW(model.parameters())
+    told.append(raised(lambda: load_full(model, path, optimizer=one)))
+    assert not any(one.state.values())
+    told.append(raised(lambda: save_full(Net(0), path, optimizer=[])))
+    if rank == 1:
+        one.param_groups[0]["lr"] = 7.0
+    told.append(raised(lambda: save_full(model, path, optimizer=one)))
+    one.param_groups[0]["lr"] = 0.1
+    _train(model, one, range(0))
+    one.state[model.b.bias]["step"] = torch.tensor(float(rank))
+    told.append(raised(lambda: save_full(model, path, optimizer=one)))
+    assert sorted(each.suffix for each in Path(folder).iterdir()) == [".optimizer", ".safetensors"]
+    return told
+
+
+def test_what_is_wrong_is_one_error_on_every_rank(tmp_path: Path) -> None:
+    told = run_ranks(_all_in_one_error, 2, str(tmp_path))
+    assert told[0] == told[1]
+    (_, absent), (_, misfit), (_, empty), (kind, groups), (_, differs) = told[0]
+    assert "has no optimizer state: save it with save_full(..., optimizer=True)" in absent
+    assert "missing 1 (extra)" in misfit
+    assert "'a.weight' has shape (5, 3) in the file and (4, 3) in the model" in misfit
+    assert "no parameter group of the file has 'extra'" in misfit
+    assert "with different lr" in misfit
+    assert "optimizer is empty" in empty
+    assert kind == "RankMismatchError"
+    assert "parameter group 0 differs over the ranks" in groups
+    assert "'b.bias/step', which every rank holds whole, differs over the ranks" in differs
+
+
+def _stages(rank: int, folder: str) -> None:
+    """Each rank has a stage of its own, as in a pipeline."""
+    path = Path(folder, "m.safetensors")
+
+    def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({f"stage{rank}": nn.Linear(2 + rank, 3)})
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1 + rank)
+
+    model, optimizer = build(rank)
+    for _ in range(2):
+        model[f"stage{rank}"](torch.ones(1, 2 + rank)).square().sum().backward()
+        optimizer.step()
+    save_full(model, path, optimizer=optimizer)
+    other, resumed = build(7)
+    load_full(other, path, optimizer=resumed, strict=False)
+    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, twin)
+        assert _bits(optimizer.state[param]) == _bits(resumed.state[twin])
+    assert resumed.param_groups[0]["lr"] == 0.1 + rank
+
+
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    run_ranks(_stages, 3, str(tmp_path))

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from ds_fragment.checkpoint.files import Reader
 from ds_fragment.checkpoint.writer import Entry, Writer, optimizer_target
 from ds_fragment.collective.agree import agree, everyone, share
+from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Shards as Found
 from ds_fragment.engines import held_by
 from ds_fragment.engines.base import Adapter, is_number
@@ -93,7 +94,7 @@ class OptimizerState:
             error = caught
         agree(error, everyone(), _HOST)
         stage = _digest(list(named))
-        _compare(stage, self.param_groups, lambda i: f"the hyperparameters of parameter group {i}")
+        _compare(stage, self.param_groups, lambda i: f"parameter group {i}")
         for key, names in _by_key(_keys_everywhere(stage, found)).items():
             shards = Shards([named[name] for name in names], key, "save_full")
             error = error or _unreadable(shards)
@@ -104,6 +105,8 @@ class OptimizerState:
         agree(error, everyone(), _HOST)
         kinds = [[str(entry.dtype), *entry.shape] for entry in self.entries]
         _compare(stage, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
+        sums = [total for shards in self._shards for total in _sums_of_whole(shards)]
+        _compare(stage, sums, lambda i: f"'{self.entries[i].name}', which every rank holds whole,")
         self._sets, self._groups = [self.entries], self.param_groups
         if len(leaders) > 1:
             rows = [[entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)] for entry in self.entries]
@@ -503,7 +506,7 @@ def _compare(stage: int, mine: Sequence[object], name: Callable[[int], str]) -> 
     for other, row in share([stage, sums]):
         if other == stage and row != sums and error is None:
             at = next((at for at, (one, two) in enumerate(zip(sums, row, strict=False)) if one != two), len(row))
-            error = RankMismatchError(f"{name(min(at, len(sums) - 1))} differs over the ranks: set the same on all")
+            error = RankMismatchError(f"{name(min(at, len(sums) - 1))} differs over the ranks")
     agree(error, everyone(), _HOST)
 
 
@@ -550,6 +553,16 @@ def _unreadable(shards: Shards) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def _sums_of_whole(shards: Shards) -> list[int]:
+    """A sum of the bits of each tensor that this rank holds whole; 0 for the rest."""
+    sums = [0] * len(shards.params)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        alone = [item for item, sharding in enumerate(shards.shardings) if sharding.alone]
+        for item, total in zip(alone, checksums(shards.pieces(alone)), strict=True):
+            sums[item] = total
+    return sums
 
 
 def _unwritable(shards: Shards) -> Exception | None:
