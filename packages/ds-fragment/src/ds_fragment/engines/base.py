@@ -107,7 +107,11 @@ class Adapter(ABC):
         """The keys of the optimizer states that this rank has of the parameter."""
 
     def optimized(self, params: Sequence[torch.Tensor]) -> list[Optimized | None]:
-        """What the optimizer keeps of each parameter on this rank; None where no optimizer updates it."""
+        """What the optimizer keeps of each parameter on this rank; None where no optimizer updates it.
+
+        To be overridden where an engine optimizes something else in the place of the parameter. Without it optimizer
+        state can be read and written, but neither saved nor loaded with the model.
+        """
         return optimized_by(list(map(registry.optimizer_of, params)), params)
 
     def forget_state(self, params: Sequence[torch.Tensor]) -> None:
