@@ -33,10 +33,12 @@ _HEAD = """# Resuming in another engine
 A run is trained for two steps, saved with `save_full(model, path, optimizer=True)`, and goes on for two steps more. A
 run in another engine, with other weights and learning rates, loads the file with
 `load_full(model, path, optimizer=True)` and trains the same two steps; all ranks together see the same data. Half of
-these runs are fresh, and half have made a step before they load. After loading, all values, the optimizer state, `step` and the parameter groups have the file's bits. After the two steps the
-values and the state are those of the run that was saved: bit for bit, or as close as the table says, relative to the
-largest element of a tensor. Where they are not bit-equal the two engines compute differently: they sum gradients in
-another order, or round them elsewhere.
+these runs are fresh, and half have made a step before they load.
+
+After loading, all values, the optimizer state, `step` and the parameter groups have the file's bits. After the two
+steps the values and the state are those of the run that was saved: bit for bit, or as close as the table says,
+relative to the largest element of a tensor. Where they are not bit-equal the two engines compute differently: they sum
+gradients in another order, or round them elsewhere.
 
 AdamW has a group with decay and one without, of different learning rates; SGD has momentum and dampening. The page is
 made by `python tests-integration/fragment/test_resume.py --write docs/resume.md` (gloo, CPU).

@@ -408,3 +408,37 @@ def _stages(rank: int, folder: str) -> None:
 
 def test_stages_of_a_pipeline(tmp_path: Path) -> None:
     run_ranks(_stages, 3, str(tmp_path))
+
+
+class _Refusing(_Counting):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("only with a closure")
+
+
+def test_state_of_another_dtype_and_state_that_cannot_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    model = Net(0)
+    optimizer = _Counting(model.parameters(), lr=0.1, momentum=0.9)
+    _train(model, optimizer, range(2))
+    _save(model, optimizer, path)
+    (problem,) = _problems(Net(1), _Refusing(Net(1).parameters(), lr=0.1), path)
+    assert "no optimizer updates any" in problem
+    other = Net(1)
+    with pytest.warns(UserWarning, match="state is _Counting's, and the optimizer here is _Refusing"):
+        (problem,) = _problems(other, _Refusing(other.parameters(), lr=0.1), path)
+    assert problem == "_Refusing could not make its state of 'a.weight': RuntimeError: only with a closure"
+    resumed = _Counting(other.parameters(), lr=0.1, momentum=0.9)
+    _train(other, resumed, range(1))
+    momenta = [state["momentum_buffer"] for state in resumed.state.values()]
+    for state in resumed.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
+    with pytest.warns(UserWarning, match="fewer digits here than in the file; rounded: 'a.weight/momentum_buffer'"):
+        assert not _problems(other, resumed, path)
+    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+        if optimizer.state.get(param):
+            expected = optimizer.state[param]["momentum_buffer"].bfloat16()
+            assert torch.equal(resumed.state[twin]["momentum_buffer"], expected)
+    for state, momentum in zip(resumed.state.values(), momenta, strict=True):
+        state["momentum_buffer"] = momentum.half()
+    problems = _problems(other, resumed, path)
+    assert "is torch.float32 in the file and torch.float16 here, which may not hold its values" in problems[0]

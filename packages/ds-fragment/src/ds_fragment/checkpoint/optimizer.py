@@ -35,7 +35,6 @@ from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Shards as Found
 from ds_fragment.engines import held_by
 from ds_fragment.engines.base import Adapter, is_number
-from ds_fragment.engines.loaded import is_dtensor
 from ds_fragment.engines.optimized import Optimized, Optimizers, unwrapped_optimizers
 from ds_fragment.engines.shards import Shards
 from ds_fragment.engines.state import kept_as
@@ -194,6 +193,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         self._reader, self._rename = reader, rename
         self._named = dict(named)
         self._undo = contextlib.ExitStack()
+        self._rounded: list[str] = []
         self._optimized: dict[str, Optimized] = {}
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []  # live, and what is set in it
         self._stored: dict[str, dict[str, str]] = {}  # by parameter and key, the name of the file's tensor
@@ -212,6 +212,11 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
                 self.problems.append(f"{type(error).__name__}: {error}")
             if self._any_problems():
                 return
+        if self._rounded:
+            warnings.warn(
+                f"optimizer state is kept with fewer digits here than in the file; rounded: {_some(self._rounded)}",
+                stacklevel=5,
+            )
 
     def _any_problems(self) -> bool:
         """Whether there is a problem on any rank; all call it."""
@@ -319,7 +324,15 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         for names in together.values():
             each = self._optimized[names[0]]
             stored = next((set(self._stored[name]) for name in names if name in self._stored), None)
-            if each.optimizer is None or stored is None:
+            if each.optimizer is None or (stored is None and not each.state):
+                continue
+            elsewhere = each.owned is not held_by(self._named[names[0]])[1] and not each.owned.numel()
+            if elsewhere and each.keys != stored:
+                raise FragmentError(
+                    f"the optimizer state of {_some(names)} is on NVMe, and the file has other state or none: load, "
+                    "after the first step, what was saved after a step"
+                )
+            if stored is None:
                 continue
             if each.keys != stored:
                 self._remake(names[0], each, settings.get(id(each.group), {}))
@@ -339,8 +352,6 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         """Make the state anew; tensors that are there stay the same objects, as an engine may refer to them."""
         optimizer, owned = each.optimizer, each.owned
         assert optimizer is not None
-        if not owned.numel() and self._named[name].numel() and not is_dtensor(owned):
-            raise FragmentError(f"the optimizer state of '{name}' is swapped out, and not made yet: take a step first")
         before = optimizer.state.pop(owned, None)
 
         def undo() -> None:
@@ -379,8 +390,12 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         stored, kept = self._reader.shapes[entry], self._reader.dtypes[entry]
         if shape != stored and (shape.numel(), torch.Size(stored).numel()) != (1, 1):
             self.problems.append(f"'{entry}' has shape {stored} in the file and {tuple(shape)} here")
-        elif kept.is_floating_point != dtype.is_floating_point and shape:
-            self.problems.append(f"'{entry}' has dtype {kept} in the file and {dtype} here")
+        elif not shape or kept == dtype:
+            return
+        elif kept.is_floating_point != dtype.is_floating_point or _largest(kept) > 2 * _largest(dtype):
+            self.problems.append(f"'{entry}' is {kept} in the file and {dtype} here, which may not hold its values")
+        elif kept.itemsize > dtype.itemsize:
+            self._rounded.append(entry)
 
     def _by_adapter(self) -> dict[Adapter, list[torch.Tensor]]:
         found: dict[Adapter, list[torch.Tensor]] = {}
@@ -472,7 +487,7 @@ def _optimized(named: Mapping[str, torch.Tensor], optimizer: Optimizers | bool) 
         raise InvalidValueError("optimizer is empty: pass the optimizers that update the parameters, or True")
     for given in chosen:
         registry.add_optimizer(given)
-    registry.changed()
+        registry.changed()
     items: dict[Adapter, list[tuple[str, torch.Tensor]]] = {}
     with known_engine():
         for name, param in named.items():
@@ -621,6 +636,11 @@ def _like(live: object, value: Any) -> Any:
         lives = live if len(live) == len(value) else [None] * len(value)
         return tuple(_like(one, each) for one, each in zip(lives, value, strict=True))
     return value
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest number that a dtype holds."""
+    return float((torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max) if dtype != torch.bool else 1.0
 
 
 def _some(names: Sequence[str]) -> str:
