@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import conformance_engines as engines
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+sys.path.insert(0, str(Path(__file__).parent))
+import conformance_engines as engines
+
 _HEAD = """# Resuming in another engine
 
 A run is trained for two steps, saved with `save_full(model, path, optimizer=True)`, and goes on for two steps more. A
@@ -38,7 +41,8 @@ these runs are fresh, and half have made a step before they load.
 After loading, all values, the optimizer state, `step` and the parameter groups have the file's bits. After the two
 steps the values and the state are those of the run that was saved: bit for bit, or as close as the table says,
 relative to the largest element of a tensor. Where they are not bit-equal the two engines compute differently: they sum
-gradients in another order, or round them elsewhere.
+gradients in another order, or round them elsewhere. So may DDP itself on four ranks, which makes its buckets anew after
+its first step.
 
 AdamW has a group with decay and one without, of different learning rates; SGD has momentum and dampening. The page is
 made by `python tests-integration/fragment/test_resume.py --write docs/resume.md` (gloo, CPU).
@@ -249,9 +253,21 @@ PAIRS: list[Pair] = [
 
 
 def same_arithmetic(source: str, name: str) -> bool:
-    """Whether two engines compute the same, bit for bit: the sum of two ranks' gradients has one order only."""
+    """Whether two engines compute the same, bit for bit: the sum of two ranks' gradients has one order only.
+
+    On four ranks gloo sums a gradient in an order that depends on its place in the bucket, and DDP makes its buckets
+    anew after the first step.
+    """
     two = [ENGINES[each].ranks == 2 and ENGINES[each].dtype == torch.float32 for each in (source, name)]
-    return source == name or all(two)
+    return (source == name != "DDP, 4 ranks") or all(two)
+
+
+_HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def _can_run(pair: Pair) -> bool:
+    makes = [getattr(ENGINES[name].make, "func", None) for name in pair[1:]]
+    return _HAS_DEEPSPEED or _deepspeed not in makes
 
 
 # What the ranks do.
@@ -291,7 +307,8 @@ def _everything(training: Training) -> tuple[dict[str, torch.Tensor], list[dict[
 
 
 def _save(rank: int, jobs: list[tuple[str, str]], folder: str) -> None:
-    engines._prepare()
+    if _HAS_DEEPSPEED:
+        engines._prepare()
     for optimizer, name in jobs:
         training = _training(name, optimizer, seed=0, scale=1.0)
         _train(training, range(2))
@@ -305,7 +322,8 @@ def _save(rank: int, jobs: list[tuple[str, str]], folder: str) -> None:
 
 
 def _load(rank: int, jobs: list[Pair], folder: str) -> dict[Pair, str]:
-    engines._prepare()
+    if _HAS_DEEPSPEED:
+        engines._prepare()
     return {job: _resume(*job, folder) for job in jobs}
 
 
@@ -359,10 +377,14 @@ def _outcomes() -> dict[Pair, str]:
     found: dict[Pair, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2, 4):
-            saved = [job for job in dict.fromkeys(pair[:2] for pair in PAIRS) if ENGINES[job[1]].ranks == ranks]
+            saved = [
+                job
+                for job in dict.fromkeys(pair[:2] for pair in filter(_can_run, PAIRS))
+                if ENGINES[job[1]].ranks == ranks
+            ]
             run_ranks(_save, ranks, saved, folder, env=ENV, timeout=280)
         for ranks in (1, 2, 4):
-            loaded = [pair for pair in PAIRS if ENGINES[pair[2]].ranks == ranks]
+            loaded = [pair for pair in filter(_can_run, PAIRS) if ENGINES[pair[2]].ranks == ranks]
             everybodys = run_ranks(_load, ranks, loaded, folder, env=ENV, timeout=280)
             assert all(each == everybodys[0] for each in everybodys)
             found |= everybodys[0]
@@ -372,6 +394,8 @@ def _outcomes() -> dict[Pair, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pair", PAIRS, ids=" - ".join)
 def test_a_run_goes_on_in_another_engine(pair: Pair) -> None:
+    if not _can_run(pair):
+        pytest.skip("needs DeepSpeed")
     _, source, name = pair
     outcome = _outcomes()[pair]
     if outcome != "bit-equal":
