@@ -102,6 +102,8 @@ def _wrong(rank: int, folder: str) -> list[Any]:
             lambda: save_full({"a": torch.ones(2) if rank else torch.ones(3)}, path),
             lambda: save_full(model, path, max_shard_bytes=100 + rank),
             lambda: save_full(nn.Linear(2, 2, device="meta"), path),
+            lambda: save_full(model, path, metadata={"step": 3}),
+            lambda: save_full(model, path, metadata={"tied": "x"}),
         )
     ]
 
@@ -117,11 +119,13 @@ def test_what_cannot_be_saved_is_the_same_error_on_every_rank(tmp_path: Path) ->
         "what holds a Tensor, expected (name, tensor) pairs",
         "what has a int under the name 'a', expected a tensor",
         "'a' is the name of two tensors",
-        "'weight' differs on ranks 0 and 1, which each hold it whole",
+        "'weight' differs on ranks 0 and 1, which hold the same part of it",
         "expected a name that ends in .safetensors",
         "'a' is a tensor of ranks [0] and another of ranks [1]",
         "the ranks gave different values for max_shard_bytes",
         "'weight' is on the meta device",
+        "metadata has 'step': 3, expected strings",
+        "metadata has 'tied', which a save sets itself",
     )
     for text, words in zip(texts, expected, strict=True):
         assert words in text

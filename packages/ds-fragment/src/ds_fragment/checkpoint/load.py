@@ -7,7 +7,6 @@ import json
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
 from ds_fragment.checkpoint.optimizer import OptimizerLoad
-from ds_fragment.checkpoint.tensors import Tensors, collect
+from ds_fragment.checkpoint.tensors import Tensors, apart, collect, first_difference, part_sums
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
 from ds_fragment.engines.optimized import Optimizers
@@ -72,8 +71,8 @@ def load_full(
             done and bytes in all.
 
     Warns:
-        UserWarning: values were rounded to a dtype with fewer digits; on rank 0. Or the optimizer is of another class
-            than that which saved.
+        UserWarning: values were rounded to a dtype with fewer digits; sets of ranks that each hold a tensor of one name
+            with different values now hold the same; or the optimizer is of another class than that which saved.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged; on every rank.
@@ -174,24 +173,33 @@ class _Load:
             for item, (adapter, param) in enumerate(zip(self.shards.adapters, self.shards.params, strict=True)):
                 adapter.require_writable(param)
                 self.shards.local(item)
+            problems += self._experts()
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
         told = share([self._found.missing, self._found.unexpected, problems, rounded])
         missing = sorted({name for row in told for name in row[0]})
         unexpected = sorted(set[str].intersection(*(set(row[1]) for row in told)))
-        misfits = [*self._two_of_a_name(), *dict.fromkeys(problem for row in told for problem in row[2])]
+        misfits = list(dict.fromkeys(problem for row in told for problem in row[2]))
         if self._strict and (missing or unexpected):
             fix = "" if misfits else "; pass strict=False to load what both have"
             misfits.insert(0, f"missing {some(missing)}, unexpected {some(unexpected)}{fix}")
         if misfits:
             raise InvalidValueError(f"the file '{reader.path}' does not fit the model: {_joined(misfits)}")
+        copies = self._apart()
         names = sorted({name for row in told for name in row[3]})
-        if names and (not dist.is_initialized() or dist.get_rank() == 0):
-            warnings.warn(
-                f"the file '{reader.path}' has more digits than the model's dtypes hold; rounded: {some(names)}",
-                stacklevel=3,
-            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            if names:
+                warnings.warn(
+                    f"the file '{reader.path}' has more digits than the model's dtypes hold; rounded: {some(names)}",
+                    stacklevel=3,
+                )
+            if copies:
+                warnings.warn(
+                    f"ranks hold {some(copies)} apart, with different values, and now all get those of the file: right "
+                    "for what tensor-parallel ranks each have a copy of, wrong for experts of one name each",
+                    stacklevel=3,
+                )
 
     def _resolve(self, reader: files.Reader) -> _Found:
         """Which of the file's tensors is for which of the model's."""
@@ -275,25 +283,32 @@ class _Load:
         if fragment is not None:
             yield item, [reader.fragment(source, sharding.layout.shape, fragment) for source in sources]
 
-    def _two_of_a_name(self) -> Iterator[str]:
-        """What is wrong where ranks hold different tensors under one name, as experts are; all ranks must call it."""
-        first = {}
-        for name, item in self._items.items():
-            sharding = self.shards.shardings[item]
-            ranks = () if sharding.replicas else sharding.global_ranks()
-            first[name] = ranks[0] if ranks else 0
-        if len(set(share(zlib.crc32(json.dumps(first).encode())))) == 1:
-            return
-        holders: dict[str, set[int]] = {}
-        for row in share(first):
-            for name, rank in row.items():
-                holders.setdefault(name, set()).add(rank)
-        for name, ranks in holders.items():
-            if len(ranks) > 1:
-                yield (
-                    f"'{name}' is another tensor on ranks {sorted(ranks)}, as in expert parallelism, and one file "
-                    "cannot hold both: use the engine's own checkpoints, or give each its own name"
-                )
+    def _experts(self) -> list[str]:
+        """What is wrong with experts that have one name on ranks which hold different ones."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        triples = zip(self._items, self.shards.params, self.shards.shardings, strict=True)
+        names = [name for name, param, sharding in triples if _is_expert(param) and apart(sharding, world)]
+        if not names or world == 1:
+            return []
+        return [
+            f"expert-parallel ranks have different tensors under the names {some(names)}, and one file cannot hold "
+            "them: use the engine's own checkpoints, or give each its own name"
+        ]
+
+    def _apart(self) -> list[str]:
+        """Names of what several sets of ranks hold apart, with different bits; all ranks must call it."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        shardings = self.shards.shardings
+        items = [at for at, sharding in enumerate(shardings) if not sharding.alone and apart(sharding, world)]
+        if not any(share(bool(items))):
+            return []
+        names = list(self._items)
+        sums = part_sums(self.shards, items, self.shards.pieces)
+        by_name: dict[str, dict[int, tuple[int, int]]] = {}
+        for rank, row in enumerate(share([[names[at], *sums[at]] for at in items])):
+            for name, part, total in row:
+                by_name.setdefault(name, {})[rank] = (part, total)
+        return [name for name, found in by_name.items() if first_difference(found) is not None]
 
     def write(self, reader: files.Reader, state: OptimizerLoad | None, progress: files.Progress) -> None:
         """Copy this rank's pieces into the model and the optimizer."""
@@ -323,6 +338,11 @@ class _Load:
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
+
+
+def _is_expert(param: torch.Tensor) -> bool:
+    """Whether DeepSpeed or Megatron have marked an expert that other ranks have others in the place of."""
+    return getattr(param, "allreduce", True) is False and getattr(param, "group_name", "") != "ep_size_1"
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:

@@ -19,12 +19,19 @@ import torch.distributed as dist
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import BackgroundSave, begin, finish_earlier
 from ds_fragment.checkpoint.optimizer import OptimizerState
-from ds_fragment.checkpoint.tensors import Selection, ShardValues, Tensors, What, collect
+from ds_fragment.checkpoint.tensors import (
+    Selection,
+    ShardValues,
+    Tensors,
+    What,
+    apart,
+    collect,
+    first_difference,
+    part_sums,
+)
 from ds_fragment.checkpoint.writer import MAX_SHARD_BYTES, Entry, Writer
 from ds_fragment.collective.agree import agree, everyone, share
-from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate, Shards as Found
-from ds_fragment.collective.plan import Plan, bucket_bytes_for
 from ds_fragment.engines.optimized import Optimizers
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
@@ -133,8 +140,10 @@ def save_full(
         FragmentError: a shard could not be read, or a rank could not write; the same on every rank.
     """
     finish_earlier()
-    plan = _Plan(what, Path(path), optimizer, include, exclude, values, dtype, max_shard_bytes, background)
-    writer = plan.writer(metadata or {}, max_shard_bytes)
+    plan = _Plan(
+        what, Path(path), optimizer, include, exclude, values, dtype, metadata or {}, max_shard_bytes, background
+    )
+    writer = plan.writer()
     save = BackgroundSave(writer, plan.leaders, plan.token, progress, background=background)
     shards = plan.shards
     with shards.named_if_broken(range(len(shards.params))):
@@ -185,15 +194,17 @@ class _Plan:
         exclude: Selection | None,
         values: ShardValues | None,
         dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
         max_shard_bytes: int,
         background: bool,
     ) -> None:
-        self._target = target
+        self._target, self._metadata, self._max_shard_bytes = target, metadata, max_shard_bytes
         tensors, error = Tensors(), None
         wanted = optimizer is not None and optimizer is not False
         try:
             tensors = collect(what, include, exclude)
             _check_target(target, max_shard_bytes)
+            files.require_metadata(metadata)
             if dtype is not None and not dtype.is_floating_point:
                 raise InvalidValueError(f"dtype is {dtype}, expected a floating-point dtype, or None")
             if wanted and (isinstance(what, ShardValues) or values is not None):
@@ -215,15 +226,16 @@ class _Plan:
             self._start += len(stage.entries)
         self._pieces: Locate = self.shards.pieces
         stands_in = what if isinstance(what, ShardValues) else values
+        parts: dict[int, tuple[int, int]] = {}
         try:
             if stands_in is not None:
                 self._pieces = stands_in.locate(self.shards)
             self._check_names()
-            sums = self._sums_of_whole()
+            parts = self._part_sums()
         except Exception as caught:
-            error, sums = caught, []
+            error = caught
         agree(error, everyone(), _HOST)
-        self._compare(sums)
+        self._compare(parts)
         self._state: OptimizerState | None = None
         if optimizer is not None and optimizer is not False:
             at = self._stages.index(self._stage)
@@ -242,58 +254,45 @@ class _Plan:
                         "which have other names beside it: one file cannot hold both. Give each its own name, or leave "
                         "it out on one side"
                     )
-        for entry, sharding in zip(self._stage.entries, self.shards.shardings, strict=False):
-            ranks = () if sharding.replicas else sharding.global_ranks()
-            if ranks and self._stage.ranks[0] not in ranks:
-                raise InvalidValueError(
-                    f"'{entry.name}' is held by ranks {list(ranks)} without rank {self._stage.ranks[0]}, which has a "
-                    "tensor of its own under that name, as in expert parallelism: one file cannot hold both. Use "
-                    "the engine's own checkpoints, or give each its own name"
-                )
 
-    def _sums_of_whole(self) -> list[int]:
-        """A sum of the bits of each sharded tensor that this rank holds whole; 0 for the rest."""
-        shardings = self.shards.shardings
-        alone = [item for item, sharding in enumerate(shardings) if sharding.alone]
-        sums = [0] * len(shardings)
-        if len(self._stage.ranks) > 1:
-            for bucket in Plan([shardings[item] for item in alone], bucket_bytes_for(shardings)).buckets:
-                items = [alone[at] for at in bucket.items]
-                for item, total in zip(items, checksums(self._pieces(items)), strict=True):
-                    sums[item] = total
-        return sums
+    def _part_sums(self) -> dict[int, tuple[int, int]]:
+        """See `part_sums`: of what ranks of the same names may each have another tensor of."""
+        ranks = len(self._stage.ranks)
+        items = [item for item, sharding in enumerate(self.shards.shardings) if ranks > 1 and apart(sharding, ranks)]
+        return part_sums(self.shards, items, self._pieces)
 
-    def _compare(self, sums: Sequence[int]) -> None:
-        """Raise if ranks of one stage hold different tensors under one name."""
-        digests = share(hash(tuple(sums)))
-        differ = [stage for stage in self._stages if len({digests[rank] for rank in stage.ranks}) > 1]
-        if not differ:
+    def _compare(self, sums: Mapping[int, tuple[int, int]]) -> None:
+        """Raise if ranks of one stage hold different tensors under one name; all ranks must call it."""
+        if not any(share(bool(sums))):
             return
-        rows = share(list(sums))
-        for stage in differ:
-            for item, entry in enumerate(stage.entries):
-                found = {rank: rows[rank][item] for rank in stage.ranks if item < len(rows[rank])}
-                other = next((rank for rank in found if found[rank] != found[stage.ranks[0]]), None)
-                if other is not None:
+        rows = share([[item, *sums[item]] for item in sums])
+        for stage in self._stages:
+            by_item: dict[int, dict[int, tuple[int, int]]] = {}
+            for rank in stage.ranks:
+                for item, part, total in rows[rank]:
+                    by_item.setdefault(item, {})[rank] = (part, total)
+            for item, found in by_item.items():
+                differ = first_difference(found)
+                if differ is not None:
                     raise InvalidValueError(
-                        f"'{entry.name}' differs on ranks {stage.ranks[0]} and {other}, which each hold it whole, and "
-                        "one file cannot hold both: give each its own name if they are different tensors, as experts "
-                        "are; else the ranks have trained apart"
+                        f"'{stage.entries[item].name}' differs on ranks {differ[0]} and {differ[1]}, which hold the "
+                        "same part of it, and one file cannot hold both: give each its own name if they are different "
+                        "tensors, as in expert parallelism; else the ranks have trained apart"
                     )
 
-    def writer(self, metadata: Mapping[str, str], max_shard_bytes: int) -> Writer | None:
+    def writer(self) -> Writer | None:
         """What this rank writes with; None if it does not."""
         if not self._leads:
             return None
         entries = [entry for stage in self._stages for entry in stage.entries]
         tied = {alias: name for stage in self._stages for alias, name in stage.tied.items()}
-        words = {**metadata, **({"tied": json.dumps(tied)} if tied else {})}
-        cuts, end = [], 0
+        words = {**self._metadata, **({"tied": json.dumps(tied)} if tied else {})}
+        cuts, end, limit = [], 0, self._max_shard_bytes
         for stage in self._stages:
             cuts.append(end)
             end += len(stage.entries)
-        beside = None if self._state is None else self._state.writer(self._target, max_shard_bytes, self.token)
-        return Writer(self._target, entries, words, max_shard_bytes, token=self.token, cuts=cuts, beside=beside)
+        beside = None if self._state is None else self._state.writer(self._target, limit, self.token)
+        return Writer(self._target, entries, words, limit, token=self.token, cuts=cuts, beside=beside)
 
     def stream(self, save: BackgroundSave, writer: Writer | None, bucket_bytes: int | None) -> Exception | None:
         """Gather everything to the ranks that write; returns this rank's error, which the others need to be told."""

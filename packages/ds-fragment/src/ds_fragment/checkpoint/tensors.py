@@ -11,11 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate
+from ds_fragment.collective.plan import Plan, bucket_bytes_for
 from ds_fragment.engines.loaded import is_dtensor
 from ds_fragment.engines.model import clean_name, is_model, own_buffers, own_parameters
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
+from ds_fragment.sharding import Sharding
 
 Selection = str | Iterable[str] | Callable[[str], bool]
 
@@ -114,6 +117,37 @@ def _named(what: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
         if not isinstance(pair[1], torch.Tensor):
             raise TypeError(f"what has a {type(pair[1]).__name__} under the name '{pair[0]}', expected a tensor")
         yield "other", clean_name(pair[0]), pair[1]
+
+
+def apart(sharding: Sharding, ranks: int) -> bool:
+    """Whether other ranks may have a tensor of their own under the same name: only their bits tell.
+
+    Args:
+        sharding: of the tensor here.
+        ranks: how many have the name.
+    """
+    return sharding.alone or (not sharding.replicas and len(sharding.global_ranks()) < ranks)
+
+
+def part_sums(shards: Shards, items: Sequence[int], pieces: Locate) -> dict[int, tuple[int, int]]:
+    """By item, which part of the tensor this rank holds, by its rank in the layout, and a sum of the part's bits."""
+    found: dict[int, tuple[int, int]] = {}
+    shardings = [shards.shardings[item] for item in items]
+    for bucket in Plan(shardings, bucket_bytes_for(shardings)).buckets:
+        chosen = [items[at] for at in bucket.items]
+        for item, total in zip(chosen, checksums(pieces(chosen)), strict=True):
+            found[item] = (shards.shardings[item].rank, total)
+    return found
+
+
+def first_difference(rows: Mapping[int, tuple[int, int]]) -> tuple[int, int] | None:
+    """Two ranks that hold one part of a tensor with different bits, of what `part_sums` has of it by rank."""
+    first: dict[int, int] = {}
+    for rank, (part, total) in rows.items():
+        other = first.setdefault(part, rank)
+        if rows[other][1] != total:
+            return other, rank
+    return None
 
 
 def _identity(tensor: torch.Tensor) -> object:
