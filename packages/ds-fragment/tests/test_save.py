@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 class Net(nn.Module):
@@ -265,6 +268,45 @@ def test_names_of_tied_tensors_of_a_state_dict(tmp_path: Path) -> None:
     with Reader(tmp_path / "m.safetensors") as reader:
         assert json.loads(reader.metadata["tied"]) == {"head.weight": "embed.weight"}
         assert "head.weight" not in reader.shapes
+
+
+def _beside_a_plan(rank: int, folder: str) -> None:
+    """A norm that no tensor-parallel plan names: ranks 0 and 2 share one copy of it, ranks 1 and 3 another."""
+    mesh, path = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp")), Path(folder, "m.safetensors")
+
+    def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        layers = {"norm": nn.LayerNorm(4), "up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}
+        model = nn.Sequential(OrderedDict(layers))
+        model.norm.weight.data.normal_()
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["fsdp"])
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = build(0)
+    model(torch.full((3, 4), float(rank // 2))).square().sum().backward()
+    optimizer.step()
+    attach(model, optimizer)
+    save_full(model, path, optimizer=True)
+    values, moments = dict(iter_full(model)), dict(iter_full(model, "exp_avg"))
+    stored = load_file(path)
+    assert stored.keys() == values.keys()
+    other, fresh = build(1 + rank)
+    with pytest.warns(UserWarning, match=r"ranks hold 1 \(norm.weight\) apart") if rank == 0 else nullcontext():
+        load_full(other, path, optimizer=fresh)
+    for name, tensor in iter_full(other):
+        assert_same(tensor, stored[name], name)
+    for name, tensor in iter_full(other, "exp_avg"):
+        assert_same(tensor, moments[name], name)
+    with torch.no_grad():
+        model.norm.weight.mul_(1 + rank % 2)  # now they are different tensors
+    told = raised(lambda: save_full(model, path))
+    assert told is not None
+    assert "'norm.weight' differs on ranks 0 and 1, which hold the same part of it" in told[1]
+
+
+def test_what_is_beside_a_tensor_parallel_plan(tmp_path: Path) -> None:
+    run_ranks(_beside_a_plan, 4, str(tmp_path))
 
 
 def _on_gpus(rank: int, folder: str, background: bool) -> None:
