@@ -20,7 +20,31 @@ from torch import nn
 
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
+
+class Averaging(torch.optim.Optimizer):
+    """Counts steps in its parameter groups, as apex's and DeepSpeed's FusedAdam do, or beside each parameter."""
+
+    def __init__(self, params: Any, lr: float, by_group: bool) -> None:
+        super().__init__(params, {"lr": lr})
+        self._by_group = by_group
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if self._by_group:
+                group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    average = state.setdefault("exp_avg", torch.zeros_like(param))
+                    if not self._by_group:
+                        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                    average.lerp_(param.grad, 0.1)
+                    param.sub_(average * (group["lr"] / float(group["step"] if self._by_group else state["step"])))
+
+
 KINDS: dict[str, Make] = {
+    "steps of groups": lambda groups: Averaging(groups, lr=0.1, by_group=True),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1),
     "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1),
@@ -237,6 +261,38 @@ def test_what_cannot_be_saved_is_an_error(tmp_path: Path) -> None:
     assert "by" not in state.param_groups[0]
     with pytest.raises(UnlinkedParameterError, match="no optimizer updates any of the 2 parameters"):
         OptimizerState(dict(nn.Linear(2, 2).named_parameters()), True)
+
+
+def _across(rank: int, folder: str) -> None:
+    """Steps that are counted in groups, into an optimizer that counts them beside each parameter, and back."""
+    path = Path(folder, "m.safetensors")
+    for by_group in (True, False):
+        run = _flat(0, 2, lambda groups, by=by_group: Averaging(groups, 0.1, by))  # type: ignore[misc]
+        _train_flat(*run, range(3))
+        save_full(run[0], path, optimizer=True)
+        later = _train_flat(*run, range(3, 5))
+        other = _flat(1, 2, lambda groups, by=not by_group: Averaging(groups, 0.1, by))  # type: ignore[misc]
+        load_full(other[0], path, optimizer=True)
+        for found, expected in zip(_train_flat(*other, range(3, 5)), later, strict=True):
+            assert torch.equal(found, expected)
+        with Reader(path) as reader, Reader(path.with_name(reader.metadata["optimizer"])) as beside:
+            assert float(beside.tensor("b.weight/step")) == 3.0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_of_groups_and_of_parameters(tmp_path: Path, ranks: int) -> None:
+    run_ranks(_across, ranks, str(tmp_path))
+
+
+def test_one_count_for_parameters_with_several(tmp_path: Path) -> None:
+    path, model = tmp_path / "o.safetensors", Net(0)
+    optimizer = Averaging(_groups(model), 0.1, by_group=False)
+    _train(model, optimizer, range(2))
+    optimizer.state[model.b.weight]["step"] += 5
+    _save(model, optimizer, path)
+    other = Net(1)
+    found = _problems(other, Averaging(_groups(other), 0.1, by_group=True), path)
+    assert "counts the steps of a parameter group, and the file has 2 of 'a.weight' and 7 of 'b.weight'" in found[0]
 
 
 class _Counting(torch.optim.SGD):

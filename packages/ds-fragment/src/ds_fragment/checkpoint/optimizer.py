@@ -1,7 +1,8 @@
 """Optimizer state as whole named tensors with parameter groups: out of any engine, and into any other.
 
 [Note: names] The state ``exp_avg`` of the parameter ``layers.0.weight`` is the tensor ``layers.0.weight/exp_avg``; the
-tensors of one key come after each other. ``step`` is a 0-dimensional fp32 tensor for each parameter. The parameter
+tensors of one key come after each other. ``step`` is a 0-dimensional fp32 tensor for each parameter, also where the
+optimizer counts the steps of a parameter group as a whole, as apex's and DeepSpeed's FusedAdam do. The parameter
 groups are JSON: for each group the names of its parameters, the class of the optimizer, and every hyperparameter.
 
 [Note: one for all] Engines that optimize flat tensors keep one ``step`` for all parameters of such a tensor. A file
@@ -88,23 +89,26 @@ class OptimizerState:
         try:
             found = _optimized(named, optimizer)
             self.param_groups = _saved_groups(found)
-            _require_no_step_in_groups(found)
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
         stage = _digest(list(named))
         _compare(stage, self.param_groups, lambda i: f"parameter group {i}")
-        for key, names in _by_key(_keys_everywhere(stage, found)).items():
+        keys = _keys_everywhere(stage, found)
+        for key, names in _by_key(keys).items():
             shards = Shards([named[name] for name in names], key, "save_full")
             error = error or _unreadable(shards)
             self._shards.append(shards)
             for name, sharding in zip(names, shards.shardings, strict=True):
                 dtype = torch.float32 if is_number(key) and not sharding.shape else sharding.dtype
                 self.entries.append(Entry(f"{name}/{key}", dtype, sharding.shape))
+        steps = _group_steps(found, keys)
+        self._steps = list(steps.values())
+        self.entries += [Entry(f"{name}/step", torch.float32, torch.Size(())) for name in steps]
         agree(error, everyone(), _HOST)
         kinds = [[str(entry.dtype), *entry.shape] for entry in self.entries]
         _compare(stage, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
-        sums = [total for shards in self._shards for total in _sums_of_whole(shards)]
+        sums = [*(total for shards in self._shards for total in _sums_of_whole(shards)), *self._steps]
         _compare(stage, sums, lambda i: f"'{self.entries[i].name}', which every rank holds whole,")
         self._sets, self._groups = [self.entries], self.param_groups
         if len(leaders) > 1:
@@ -159,6 +163,8 @@ class OptimizerState:
                     failure = failure or put(position, tensor)
             except Exception as caught:
                 failure = failure or caught
+        for position, step in enumerate(self._steps, start):
+            failure = failure or put(position, torch.tensor(float(step)))
         return failure
 
 
@@ -195,6 +201,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         self._undo = contextlib.ExitStack()
         self._rounded: list[str] = []
         self._optimized: dict[str, Optimized] = {}
+        self._counted: set[int] = set()  # ids of the live groups in which steps are counted
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []  # live, and what is set in it
         self._stored: dict[str, dict[str, str]] = {}  # by parameter and key, the name of the file's tensor
         self._shards: dict[str, tuple[list[str], Shards]] = {}
@@ -327,6 +334,9 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             if each.optimizer is None or (stored is None and not each.state):
                 continue
             elsewhere = each.owned is not held_by(self._named[names[0]])[1] and not each.owned.numel()
+            counted = each.counts_for_group
+            if stored is not None and counted:
+                stored -= {"step"}
             if elsewhere and each.keys != stored:
                 raise FragmentError(
                     f"the optimizer state of {_some(names)} is on NVMe, and the file has other state or none: load, "
@@ -335,7 +345,10 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             if stored is None:
                 continue
             if each.keys != stored:
-                self._remake(names[0], each, settings.get(id(each.group), {}))
+                counted = self._remake(names[0], each, settings.get(id(each.group), {}))
+            if counted:
+                stored -= {"step"}
+                self._counted.add(id(each.group))
             if each.keys != stored:
                 kinds = (each.kind, *sorted(each.keys), "", *sorted(stored))
                 lacking.setdefault(kinds, []).extend(names)
@@ -348,8 +361,12 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         for adapter, params in self._by_adapter().items():
             adapter.forget_state(params)
 
-    def _remake(self, name: str, each: Optimized, settings: Mapping[str, Any]) -> None:
-        """Make the state anew; tensors that are there stay the same objects, as an engine may refer to them."""
+    def _remake(self, name: str, each: Optimized, settings: Mapping[str, Any]) -> bool:
+        """Make the state anew; tensors that are there stay the same objects, as an engine may refer to them.
+
+        Returns:
+            Whether steps are counted in the group.
+        """
         optimizer, owned = each.optimizer, each.owned
         assert optimizer is not None
         before = optimizer.state.pop(owned, None)
@@ -361,7 +378,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
 
         self._undo.callback(undo)
         try:
-            each.make_state(settings)
+            counted = each.make_state(settings)
         except Exception as error:
             raise FragmentError(
                 f"{each.kind} could not make its state of '{name}': {type(error).__name__}: {error}"
@@ -370,12 +387,20 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
         for key, entry in (before or {}).items():
             if isinstance(entry, torch.Tensor) and getattr(state.get(key), "shape", None) == entry.shape:
                 state[key] = entry
+        return counted
 
     def _find_pieces(self) -> None:
+        first = {id(each.group): name for name, each in reversed(self._optimized.items())}
+        for row in share([first[group] for group in self._counted]):  # a rank without state cannot tell by itself
+            self._counted.update(id(self._optimized[name].group) for name in row if name in self._optimized)
         shared: dict[int, set[str]] = {}
         for name, each in self._optimized.items():
             shared.setdefault(id(each.owned), set()).update(self._stored.get(name, ()))
         keys = {name: shared[id(each.owned)] for name, each in self._optimized.items()}
+        for name, each in self._optimized.items():
+            if id(each.group) in self._counted:
+                keys[name] = keys[name] - {"step"}
+        self._compare_counted()
         for key, names in _by_key(keys).items():
             shards = Shards([self._named[name] for name in names], key, "set_optimizer_state")
             self._shards[key] = names, shards
@@ -385,6 +410,25 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             for name, sharding in zip(names, shards.shardings, strict=True):
                 if name in self._stored:
                     self._compare_entry(self._stored[name][key], sharding.shape, sharding.dtype)
+
+    def _group_steps(self) -> dict[int, dict[str, int]]:
+        """By the id of each live group in which steps are counted, those that the file has of its parameters."""
+        found: dict[int, dict[str, int]] = {}
+        for name, each in self._optimized.items():
+            entry = self._stored.get(name, {}).get("step")
+            if entry is not None and id(each.group) in self._counted:
+                found.setdefault(id(each.group), {})[name] = int(self._reader.tensor(entry).item())
+        return found
+
+    def _compare_counted(self) -> None:
+        for steps in self._group_steps().values():
+            (first, step), *others = steps.items()
+            other = next((name for name, value in others if value != step), None)
+            if other is not None:
+                self.problems.append(
+                    f"the optimizer here counts the steps of a parameter group, and the file has {step} of '{first}' "
+                    f"and {steps[other]} of '{other}'"
+                )
 
     def _compare_entry(self, entry: str, shape: torch.Size, dtype: torch.dtype) -> None:
         stored, kept = self._reader.shapes[entry], self._reader.dtypes[entry]
@@ -428,6 +472,9 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
                     now.copy_(value)
                 else:
                     group[key] = value
+        groups = {id(each.group): each.group for each in self._optimized.values()}
+        for at, steps in self._group_steps().items():
+            groups[at]["step"] = next(iter(steps.values()))
         with torch.no_grad(), known_engine():
             for key, (names, shards) in self._shards.items():
                 for item, name in enumerate(names):
@@ -546,13 +593,13 @@ def _by_key(keys: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     return names
 
 
-def _require_no_step_in_groups(found: Mapping[str, Optimized]) -> None:
-    for name, each in found.items():
-        if each.keys and "step" not in each.keys and each.group.get("step"):
-            raise StateKeyError(
-                f"the optimizer of '{name}', {each.kind}, counts its steps in its parameter group: "
-                "that cannot be saved, as other optimizers keep 'step' beside each parameter"
-            )
+def _group_steps(found: Mapping[str, Optimized], keys: Mapping[str, set[str]]) -> dict[str, int]:
+    """The steps that optimizers count in a parameter group, by each of its parameters that has state."""
+    return {
+        name: each.group["step"]
+        for name, each in found.items()
+        if keys[name] and "step" not in keys[name] and isinstance(each.group.get("step"), int)
+    }
 
 
 def _unreadable(shards: Shards) -> Exception | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,12 @@ class Optimized:
         """The keys of the state that there is."""
         return {key for key, entry in self.state.items() if entry is not None}
 
-    def make_state(self, hyperparameters: Mapping[str, Any]) -> None:
+    @property
+    def counts_for_group(self) -> bool:
+        """Whether the optimizer counts its steps in the group, as apex's and DeepSpeed's FusedAdam do."""
+        return bool(self.keys) and "step" not in self.keys and isinstance(self.group.get("step"), int)
+
+    def make_state(self, hyperparameters: Mapping[str, Any]) -> bool:
         """Have the optimizer make its state for the tensor, by a step that changes nothing else.
 
         The step is that of the optimizer's class, so that neither hooks nor learning-rate schedules see it, with a
@@ -47,6 +52,9 @@ class Optimized:
 
         Args:
             hyperparameters: which take the place of the group's.
+
+        Returns:
+            Whether it counts its steps in the group: see `counts_for_group`.
 
         Raises:
             Exception: what the optimizer raises.
@@ -70,6 +78,7 @@ class Optimized:
             optimizer.param_groups, owned.grad = groups, grad
             with torch.no_grad():
                 owned.copy_(weights)
+        return replace(self, group=trial).counts_for_group
 
 
 def optimized_by(
