@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import nn
 
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
+from ds_fragment.checkpoint.conversions import conversions
 from ds_fragment.checkpoint.tensors import Tensors, collect
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
@@ -56,7 +56,7 @@ def load_full(
         strict: whether names that only the file or only the model has are an error. Names that only the file has and
             that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
         map_names: what a name in the file is called in the model: a mapping of those that differ, or a function,
-            which returns None for a tensor that is to be left out.
+            which returns None for a tensor that is to be left out. Given, nothing of transformers' table is applied.
         refresh_lp: bring the low-precision weights up to date at once.
         progress: True for a bar (or, without rich, log lines) on rank 0, or a function called on every rank with bytes
             done and bytes in all.
@@ -108,7 +108,7 @@ class _Load:
             if not is_model(model):
                 raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
             tensors = collect(model)
-            own: Any = unwrapped(model)
+            own = self._own = unwrapped(model)
             prefix = getattr(own, "base_model_prefix", "")
             self._prefix = prefix if isinstance(prefix, str) else ""
             self._ignored = list(getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -119,6 +119,7 @@ class _Load:
         self._items = {name: item for item, name in enumerate(tensors.sharded)}
         self._buffers, self._tied = tensors.buffers, tensors.tied
         self._found = _Found()
+        self._renamed: dict[str, str] = {}
 
     def open(self, path: Path) -> files.Reader:
         """The file, which is the same on every rank."""
@@ -136,6 +137,7 @@ class _Load:
         """Raise on every rank what does not fit on any, in one message."""
         problems, rounded, error = list[str](), list[str](), None
         try:
+            self._convert(reader)
             self._found = self._resolve(reader)
             for name, sources in self._found.sources.items():
                 problems += self._misfits(reader, name, sources, rounded)
@@ -161,6 +163,19 @@ class _Load:
                 stacklevel=3,
             )
 
+    def _convert(self, reader: files.Reader) -> None:
+        """Have what transformers makes of tensors that the model does not have as they are in the file."""
+        if self._map_names is not None:
+            return
+        strange = []
+        for name, shape in reader.shapes.items():
+            target = self._target(name)
+            if target is None or self._kind(target)[1] != shape:
+                strange.append(name)
+        found = conversions(self._own, reader, strange, [*self._items, *self._buffers, *self._tied])
+        self._renamed = found.renamed
+        reader.replace(found.used, found.made)
+
     def _resolve(self, reader: files.Reader) -> _Found:
         """Which of the file's tensors is for which of the model's."""
         found = _Found()
@@ -178,7 +193,7 @@ class _Load:
 
     def _target(self, stored: str) -> str | None:
         """The model's name for a name in the file; None if the tensor is left out, or is not the model's."""
-        name: str | None = stored
+        name: str | None = self._renamed.get(stored, stored)
         if isinstance(self._map_names, Mapping):
             name = self._map_names.get(stored, stored)
         elif self._map_names is not None:
