@@ -54,6 +54,8 @@ def conversions(model: nn.Module, reader: Reader, names: Collection[str], known:
         return Conversions()
     try:
         return _convert(_on_meta(model), reader, names, known, table, core)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"'{reader.path}' has {len(names)} tensors, such as '{next(iter(names))}', that the model does not have, "
@@ -96,7 +98,13 @@ def _convert(
             made = converter.convert(first, model=model, config=model.config)
             return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
 
-        meta = make(lambda name: torch.empty(reader.shapes[name], dtype=reader.dtypes[name], device="meta"))
+        try:
+            meta = make(lambda name: torch.empty(reader.shapes[name], dtype=reader.dtypes[name], device="meta"))
+        except Exception as error:
+            raise CheckpointError(
+                f"'{reader.path}' has {len(sources)} tensors, such as '{sources[0][1]}', of which transformers cannot "
+                f"make '{first}', as if some were missing: {type(error).__name__}: {error}"
+            ) from error
         if used.isdisjoint(meta) and not meta.keys().isdisjoint(reader.shapes):
             continue  # the file has both
         for name, tensor in meta.items():

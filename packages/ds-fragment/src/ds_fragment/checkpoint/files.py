@@ -73,13 +73,15 @@ def header(tensors: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Map
 
 
 def require_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise unless the format has the dtype of a tensor.
+    """Raise unless the format has the dtype of a tensor, and its name.
 
     Raises:
         CheckpointError: it has not.
     """
     if dtype not in _WRITTEN:
         raise CheckpointError(f"'{name}' has dtype {dtype}, which safetensors cannot hold: pass another dtype")
+    if name == "__metadata__":
+        raise CheckpointError(f"'{name}' is the name of a tensor, which safetensors has for something else: rename it")
 
 
 def index_path(target: Path) -> Path:

@@ -147,13 +147,15 @@ class _Load:
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
-        told = share([self._found.missing, self._found.unexpected, problems, rounded])
+        told = share([self._found.missing, self._found.unexpected, problems, rounded, len(self._found.sources)])
         missing = sorted({name for row in told for name in row[0]})
         unexpected = sorted(set[str].intersection(*(set(row[1]) for row in told)))
         misfits = [*self._two_of_a_name(), *dict.fromkeys(problem for row in told for problem in row[2])]
         if self._strict and (missing or unexpected):
             fix = "" if misfits else "; pass strict=False to load what both have"
             misfits.insert(0, f"missing {some(missing)}, unexpected {some(unexpected)}{fix}")
+        elif unexpected and not any(row[4] for row in told):
+            misfits.insert(0, f"they have no name in common, as the file has {some(unexpected)}; see map_names")
         if misfits:
             raise InvalidValueError(f"the file '{reader.path}' does not fit the model: {_joined(misfits)}")
         names = sorted({name for row in told for name in row[3]})
@@ -221,6 +223,9 @@ class _Load:
             if reader.shapes[source] != shape:
                 yield f"'{name}' has shape {reader.shapes[source]} in the file and {shape} in the model"
                 return
+        if self._is_expanded(name):
+            yield f"'{name}' is expanded in the model, elements that share memory cannot be written: clone() it first"
+            return
         stored = reader.dtypes[sources[0]]
         if stored.is_complex and not dtype.is_complex:
             yield f"'{name}' is {stored} in the file and {dtype} in the model"
@@ -244,6 +249,11 @@ class _Load:
             return self._buffers[name].dtype, tuple(self._buffers[name].shape)
         sharding = self.shards.shardings[self._items[name]]
         return sharding.dtype, tuple(sharding.shape)
+
+    def _is_expanded(self, name: str) -> bool:
+        """Whether elements share memory, as those of ``expand``."""
+        tensor = self._buffers[name] if name in self._buffers else self.shards.params[self._items[name]]
+        return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
     def _pieces(
         self, name: str, reader: files.Reader, sources: Sequence[str]
