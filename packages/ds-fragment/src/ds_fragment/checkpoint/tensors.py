@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_fragment.collective.exchange import Locate
-from ds_fragment.engines.loaded import is_dtensor
+from ds_fragment.engines.loaded import is_a, is_dtensor
 from ds_fragment.engines.model import clean_name, is_model, own_buffers, own_parameters
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
@@ -106,7 +106,8 @@ def _require_values(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise InvalidValueError(f"'{name}' is {tensor.layout}, which safetensors cannot hold: make it dense first")
-    if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor):
+    waits = is_a(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor) and not waits:
         raise InvalidValueError(
             f"'{name}' is a {type(tensor).__name__}, which has its values in other tensors, as quantized weights do: "
             "dequantize it first"
