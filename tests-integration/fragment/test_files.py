@@ -330,7 +330,7 @@ WRAPS: dict[Callable[[Any], Any], list[str]] = {
     compiled_ddp: SEVERAL[:2],
     prepared: SEVERAL[:1],
     fabric: SEVERAL[:1],
-    zero3: SEVERAL[:4],
+    zero3: ["tied llama", "mixtral", "bert"],  # what is frozen, as a part of whisper, is in bf16 alone
 }
 
 
@@ -446,19 +446,20 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(8, 4)
-        self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         self.head = nn.Linear(4, 8)
+        self.register_buffer("scale", torch.rand(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.layers(self.embed(x)))
+        out: torch.Tensor = self.head(self.layers(self.embed(x)) * self.scale)
         return out
 
 
 def stages(rank: int, top: str) -> None:
     from torch.distributed.pipelining import SplitPoint, pipeline
 
-    spec = {"layers.2": SplitPoint.BEGINNING}
-    pipe = pipeline(Net().eval(), mb_args=(torch.arange(4),), split_spec=spec)
+    spec = {"layers.1": SplitPoint.BEGINNING}
+    pipe = pipeline(Net(), mb_args=(torch.arange(4),), split_spec=spec)
     stage = pipe.build_stage(rank, torch.device("cpu"))
     save_full(stage, Path(top, "stage.safetensors"))
     save_full(stage.submod, Path(top, "submod.safetensors"))
