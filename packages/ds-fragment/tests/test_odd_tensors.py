@@ -164,7 +164,7 @@ def test_shared_buffers(tmp_path: Path) -> None:
     load_full(model, path)
     assert same(model, shared(4.0))
     save_file({"a.t": torch.full((2,), 4.0), "b.t": torch.full((2,), 5.0)}, path)
-    with pytest.raises(InvalidValueError, match="one tensor in the model, but 'a.t' and 'b.t' differ"):
+    with pytest.raises(InvalidValueError, match=r"one tensor in the model, but 'a.t' and 'b.t' differ"):
         load_full(model, path)
 
 
