@@ -480,3 +480,33 @@ def stages(rank: int, top: str) -> None:
 
 def test_pipeline_stages(tmp_path: Path) -> None:
     run_ranks(stages, 2, str(tmp_path))
+
+
+def deepspeed_stages(rank: int, top: str) -> None:
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    net = PipelineModule([LayerSpec(nn.Linear, 4, 4) for _ in range(4)], num_stages=2, loss_fn=nn.MSELoss())
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
+    }
+    engine = deepspeed.initialize(model=net, config=config, model_parameters=net.parameters())[0]
+    own = {name: param.detach().clone() for name, param in net.named_parameters()}
+    assert set(own) == {f"{layer}.{kind}" for layer in (2 * rank, 2 * rank + 1) for kind in ("weight", "bias")}
+    save_full(engine, Path(top, "model.safetensors"))
+    whole = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    load_full(whole, top)
+    assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in own.items())
+    with torch.no_grad():
+        for param in net.parameters():
+            param.zero_()
+    load_full(engine, top)
+    assert all(torch.equal(dict(net.named_parameters())[name], tensor) for name, tensor in own.items())
+
+
+def test_deepspeeds_pipeline_stages(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    run_ranks(deepspeed_stages, 2, str(tmp_path), timeout=TIMEOUT, env=ENV)
