@@ -11,7 +11,8 @@ import contextlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,13 +74,15 @@ def header(tensors: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Map
 
 
 def require_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise unless the format has the dtype of a tensor.
+    """Raise unless the format has the dtype of a tensor, and its name.
 
     Raises:
         CheckpointError: it has not.
     """
     if dtype not in _WRITTEN:
         raise CheckpointError(f"'{name}' has dtype {dtype}, which safetensors cannot hold: pass another dtype")
+    if name == "__metadata__":
+        raise CheckpointError(f"'{name}' is the name of a tensor, which safetensors has for something else: rename it")
 
 
 def require_metadata(metadata: Mapping[str, str]) -> None:
@@ -188,6 +191,15 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return metadata, weights
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is computed from those of a file whenever it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
 class Reader:
     """The tensors of one file, or of several under an index, read in parts.
 
@@ -218,6 +230,7 @@ class Reader:
         self._broken: Any = (safetensors.SafetensorError, OSError)
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
+        self._made: dict[str, Made] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.file_of: dict[str, Path] = {}
@@ -267,16 +280,27 @@ class Reader:
                 sums.append(hash((size, zlib.crc32(file.read(), crc))))
         return sums
 
+    def replace(self, names: Collection[str], made: Mapping[str, Made]) -> None:
+        """Have no longer the tensors of these names, of which others are made, but those."""
+        for name in names:
+            del self.shapes[name], self.dtypes[name]
+        for name, tensor in made.items():
+            self._made[name], self.shapes[name], self.dtypes[name] = tensor, tensor.shape, tensor.dtype
+
+    def _slice(self, name: str) -> Any:
+        """What gives parts of a tensor."""
+        return self._made[name].make() if name in self._made else self._files[name].get_slice(name)
+
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
-        found: torch.Tensor = self._files[name].get_tensor(name)
+        found: torch.Tensor = self._made[name].make() if name in self._made else self._files[name].get_tensor(name)
         return found
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Some of the first dimension of a tensor; no more is read. A tensor without dimensions is read whole."""
         if not self.shapes[name]:
             return self.tensor(name)
-        found: torch.Tensor = self._files[name].get_slice(name)[start:stop]
+        found: torch.Tensor = self._slice(name)[start:stop]
         return found
 
     def fragment(self, name: str, shape: tuple[int, ...], fragment: Fragment) -> torch.Tensor:
@@ -286,7 +310,7 @@ class Reader:
             return self.tensor(name).view(fragment.size)
         if len(shape) == len(stored):
             box = tuple(slice(o, o + s) for o, s in zip(fragment.offset, fragment.size, strict=True))
-            found: torch.Tensor = self._files[name].get_slice(name)[box]
+            found: torch.Tensor = self._slice(name)[box]
             return found
         # The layout is over the flattened tensor: read the rows that the interval touches.
         (start,), (numel,) = fragment.offset, fragment.size

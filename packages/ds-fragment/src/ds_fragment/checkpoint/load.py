@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import nn
 
 from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
+from ds_fragment.checkpoint.conversions import conversions
 from ds_fragment.checkpoint.optimizer import OptimizerLoad
 from ds_fragment.checkpoint.tensors import Tensors, apart, collect, first_difference, part_sums
 from ds_fragment.collective.agree import agree, everyone, share
@@ -65,7 +65,7 @@ def load_full(
         strict: whether names that only the file or only the model has are an error. Names that only the file has and
             that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
         map_names: what a name in the file is called in the model: a mapping of those that differ, or a function,
-            which returns None for a tensor that is to be left out.
+            which returns None for a tensor that is to be left out. Given, nothing of transformers' table is applied.
         refresh_lp: bring the low-precision weights up to date at once.
         progress: True for a bar (or, without rich, log lines) on rank 0, or a function called on every rank with bytes
             done and bytes in all.
@@ -122,7 +122,7 @@ class _Load:
             if not is_model(model):
                 raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
             tensors = collect(model)
-            own: Any = unwrapped(model)
+            own = self._own = unwrapped(model)
             prefix = getattr(own, "base_model_prefix", "")
             self._prefix = prefix if isinstance(prefix, str) else ""
             self._ignored = list(getattr(own, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -135,6 +135,7 @@ class _Load:
         self._items = {name: item for item, name in enumerate(tensors.sharded)}
         self._buffers, self._tied = tensors.buffers, tensors.tied
         self._found = _Found()
+        self._renamed: dict[str, str] = {}
 
     def open(self, path: Path) -> files.Reader:
         """The file, which is the same on every rank."""
@@ -167,6 +168,7 @@ class _Load:
             absent = ["it has no optimizer state: save it with save_full(..., optimizer=True)"]
             problems += absent if state is None else state.problems
         try:
+            self._convert(reader)
             self._found = self._resolve(reader)
             for name, sources in self._found.sources.items():
                 problems += self._misfits(reader, name, sources, rounded)
@@ -177,13 +179,15 @@ class _Load:
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
-        told = share([self._found.missing, self._found.unexpected, problems, rounded])
+        told = share([self._found.missing, self._found.unexpected, problems, rounded, len(self._found.sources)])
         missing = sorted({name for row in told for name in row[0]})
         unexpected = sorted(set[str].intersection(*(set(row[1]) for row in told)))
         misfits = list(dict.fromkeys(problem for row in told for problem in row[2]))
         if self._strict and (missing or unexpected):
             fix = "" if misfits else "; pass strict=False to load what both have"
             misfits.insert(0, f"missing {some(missing)}, unexpected {some(unexpected)}{fix}")
+        elif unexpected and not any(row[4] for row in told):
+            misfits.insert(0, f"they have no name in common, as the file has {some(unexpected)}; see map_names")
         if misfits:
             raise InvalidValueError(f"the file '{reader.path}' does not fit the model: {_joined(misfits)}")
         copies = self._apart()
@@ -200,6 +204,19 @@ class _Load:
                     "for what tensor-parallel ranks each have a copy of, wrong for experts of one name each",
                     stacklevel=3,
                 )
+
+    def _convert(self, reader: files.Reader) -> None:
+        """Have what transformers makes of tensors that the model does not have as they are in the file."""
+        if self._map_names is not None:
+            return
+        strange = []
+        for name, shape in reader.shapes.items():
+            target = self._target(name)
+            if target is None or self._kind(target)[1] != shape:
+                strange.append(name)
+        found = conversions(self._own, reader, strange, [*self._items, *self._buffers, *self._tied])
+        self._renamed = found.renamed
+        reader.replace(found.used, found.made)
 
     def _resolve(self, reader: files.Reader) -> _Found:
         """Which of the file's tensors is for which of the model's."""
@@ -218,7 +235,7 @@ class _Load:
 
     def _target(self, stored: str) -> str | None:
         """The model's name for a name in the file; None if the tensor is left out, or is not the model's."""
-        name: str | None = stored
+        name: str | None = self._renamed.get(stored, stored)
         if isinstance(self._map_names, Mapping):
             name = self._map_names.get(stored, stored)
         elif self._map_names is not None:
@@ -246,6 +263,9 @@ class _Load:
             if reader.shapes[source] != shape:
                 yield f"'{name}' has shape {reader.shapes[source]} in the file and {shape} in the model"
                 return
+        if self._is_expanded(name):
+            yield f"'{name}' is expanded in the model, elements that share memory cannot be written: clone() it first"
+            return
         stored = reader.dtypes[sources[0]]
         if stored.is_complex and not dtype.is_complex:
             yield f"'{name}' is {stored} in the file and {dtype} in the model"
@@ -269,6 +289,11 @@ class _Load:
             return self._buffers[name].dtype, tuple(self._buffers[name].shape)
         sharding = self.shards.shardings[self._items[name]]
         return sharding.dtype, tuple(sharding.shape)
+
+    def _is_expanded(self, name: str) -> bool:
+        """Whether elements share memory, as those of ``expand``."""
+        tensor = self._buffers[name] if name in self._buffers else self.shards.params[self._items[name]]
+        return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
     def _pieces(
         self, name: str, reader: files.Reader, sources: Sequence[str]

@@ -10,11 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate
 from ds_fragment.collective.plan import Plan, bucket_bytes_for
-from ds_fragment.engines.loaded import is_dtensor
+from ds_fragment.engines.loaded import is_a, is_dtensor
 from ds_fragment.engines.model import clean_name, is_model, own_buffers, own_parameters
 from ds_fragment.engines.shards import Shards
 from ds_fragment.errors import InvalidValueError
@@ -66,7 +68,7 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
 
     Raises:
         TypeError: ``what`` is something else.
-        InvalidValueError: two tensors have one name, or one is on the meta device.
+        InvalidValueError: two tensors have one name, or one is on the meta device, or not dense.
     """
     if isinstance(what, ShardValues):
         what = what.source
@@ -76,12 +78,8 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
     for kind, name, tensor in _named(what):
         if (include is not None and not included.match(name)) | excluded.match(name):
             continue
-        if tensor.is_meta:
-            raise InvalidValueError(
-                f"'{name}' is on the meta device and has no values: materialize the model, or bring in what is "
-                "offloaded, first"
-            )
-        if kind == "other" and tensor.shape == (0,) and "deepspeed" in sys.modules:
+        _require_values(name, tensor)
+        if kind == "other" and tensor.shape == (0,) and "deepspeed" in sys.modules and not hasattr(tensor, "ds_id"):
             raise InvalidValueError(
                 f"'{name}' has shape (0,), as what state_dict() gives under DeepSpeed's ZeRO-3: pass the module"
             )
@@ -98,6 +96,25 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
             found.parameters += kind == "parameter"
     found.unmatched = [*included.unmatched(), *excluded.unmatched()]
     return found
+
+
+def _require_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless the tensor has values of its own, one after the other or in shards."""
+    if is_lazy(tensor):
+        raise InvalidValueError(f"'{name}' is of a lazy module and has no shape yet: run a forward pass first")
+    if tensor.is_meta:
+        raise InvalidValueError(
+            f"'{name}' is on the meta device and has no values: materialize the model, or bring in what is "
+            "offloaded, first"
+        )
+    if tensor.layout != torch.strided:
+        raise InvalidValueError(f"'{name}' is {tensor.layout}, which safetensors cannot hold: make it dense first")
+    waits = is_a(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor) and not waits:
+        raise InvalidValueError(
+            f"'{name}' is a {type(tensor).__name__}, which has its values in other tensors, as quantized weights do: "
+            "dequantize it first"
+        )
 
 
 def _named(what: Any) -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -130,14 +130,12 @@ def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterat
 
 
 def own_buffers(model: nn.Module) -> Iterator[Named]:
-    """The persistent buffers by their names in the user's own model, each once."""
+    """The persistent buffers by their names in the user's own model; one that is shared under each of its names."""
     with known_engine():
-        seen: set[torch.Tensor] = set()
-        for prefix, module in own_modules(model):
+        for prefix, module in own_modules(model, remove_duplicate=False):
             dot = f"{prefix}." if prefix else ""
             for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set and buffer not in seen:
-                    seen.add(buffer)
+                if buffer is not None and name not in module._non_persistent_buffers_set:
                     yield f"{dot}{name}", buffer
 
 
