@@ -309,8 +309,9 @@ def test_what_is_beside_a_tensor_parallel_plan(tmp_path: Path) -> None:
     run_ranks(_beside_a_plan, 4, str(tmp_path))
 
 
-def _on_gpus(rank: int, folder: str, background: bool) -> None:
+def _on_gpus(rank: int, folder: str, background: bool, backend: str) -> None:
     torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cuda", (2,))
     path = Path(folder, "m.safetensors")
 
@@ -346,10 +347,12 @@ def _on_gpus(rank: int, folder: str, background: bool) -> None:
     step(other, fresh)
     for name, tensor in iter_full(other):
         assert_same(tensor.cpu(), after[name], name)
+    dist.destroy_process_group()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
-def test_on_gpus(tmp_path: Path, background: bool) -> None:
-    run_ranks(_on_gpus, 2, str(tmp_path), background, timeout=120)
+@pytest.mark.parametrize("backend", ["nccl", "cuda:nccl,cpu:gloo"])
+def test_on_gpus(tmp_path: Path, background: bool, backend: str) -> None:
+    run_ranks(_on_gpus, 2, str(tmp_path), background, backend, timeout=120, init=False)
