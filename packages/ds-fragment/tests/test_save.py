@@ -356,3 +356,23 @@ def _on_gpus(rank: int, folder: str, background: bool, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["nccl", "cuda:nccl,cpu:gloo"])
 def test_on_gpus(tmp_path: Path, background: bool, backend: str) -> None:
     run_ranks(_on_gpus, 2, str(tmp_path), background, backend, timeout=120, init=False)
+
+
+def _over_gloo(rank: int, folder: str) -> None:
+    """Parameters on GPUs, and a group that moves the memory of CPUs."""
+    torch.cuda.set_device(rank)
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), Path(folder, "m.safetensors")
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fully_shard(model.cuda(), mesh=init_device_mesh("cuda", (2,)))
+    save_full(model, path)
+    dist.barrier()
+    for name, tensor in load_file(path).items():
+        assert_same(tensor, whole[name], name)
+    load_full(model, path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_parameters_on_gpus_over_gloo(tmp_path: Path) -> None:
+    run_ranks(_over_gloo, 2, str(tmp_path))

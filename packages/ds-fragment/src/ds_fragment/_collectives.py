@@ -129,11 +129,30 @@ def broadcast_many(parts: Sequence[tuple[int, torch.Tensor]], group: dist.Proces
 
 
 def exchange_many(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """Several sends and receives at once; returns what is to be waited for."""
+    """Several sends and receives at once; returns what is to be waited for.
+
+    Gloo sends and receives nothing but the memory of a CPU, though it gathers that of a GPU: what is on a GPU goes
+    through a copy, and is waited for here.
+    """
+    received = []
+    for operation in operations:
+        there = operation.tensor
+        group: Any = operation.group
+        if there.is_cuda and group._get_backend(there.device).name() == "gloo":
+            operation.tensor = there.cpu()
+            if operation.op is dist.irecv:
+                received.append((there, operation.tensor))
     try:
-        return dist.batch_isend_irecv(operations)
+        works: list[dist.Work] = dist.batch_isend_irecv(operations)
     except RuntimeError as error:
         raise CollectiveError.of(error) from error
+    if not received:
+        return works
+    for work in works:
+        wait_for(work)
+    for there, here in received:
+        there.copy_(here)
+    return []
 
 
 @functools.cache
