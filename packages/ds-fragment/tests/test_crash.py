@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ds_fragment import save_full
 from ds_fragment.checkpoint import disk
 from ds_fragment.checkpoint.files import Reader
@@ -30,11 +31,35 @@ def model_of(value: float) -> nn.Module:
 
 
 def held(path: Path) -> float:
-    """The value that every element of the file has."""
+    """The value that every element of the file has, and of the optimizer state beside it."""
     with Reader(path) as reader:
         assert set(reader.shapes) == set(model_of(0).state_dict())
-        (value,) = {value for name in reader.shapes for value in reader.tensor(name).flatten().tolist()}
+        values = {value for name in reader.shapes for value in reader.tensor(name).flatten().tolist()}
+        if "optimizer" in reader.metadata:
+            with Reader(path.with_name(reader.metadata["optimizer"])) as beside:
+                assert {name.split("/")[1] for name in beside.shapes} == {"momentum_buffer"}
+                values |= {value for name in beside.shapes for value in beside.tensor(name).flatten().tolist()}
+    (value,) = values
     return value
+
+
+def files_of(path: Path) -> set[str]:
+    """The names of the files of the current save."""
+    with Reader(path) as reader:
+        names = {file.name for file in (*reader.paths, reader.path)}
+        beside = reader.metadata.get("optimizer")
+    return names if beside is None else names | files_of(path.with_name(beside))
+
+
+def save(value: float, path: Path, max_shard_bytes: int, *, background: bool = False) -> None:
+    """Save a model and its optimizer, and wait."""
+    model = model_of(value)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    for param in model.parameters():
+        optimizer.state[param] = {"momentum_buffer": torch.full_like(param, value)}
+    saving = save_full(model, path, optimizer=optimizer, max_shard_bytes=max_shard_bytes, background=background)
+    if saving is not None:
+        saving.wait()
 
 
 def on_operation(number: int, act: Callable[[], None]) -> list[str]:
@@ -63,23 +88,21 @@ def _killed_everywhere(rank: int, folder: str, before: int, after: int, backgrou
     number, ended = 0, False
     while not ended:
         number += 1
-        assert number < 100
-        save_full(model_of(1.0), path, max_shard_bytes=before)
+        assert number < 200
+        save(1.0, path, before)
         child = os.fork()
         if not child:
             signal.alarm(30)
             on_operation(number, lambda: os._exit(9))
-            _save(path, background, after)
+            save(2.0, path, after, background=background)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9)
         ended = code == 0
         assert held(path) in ((2.0,) if ended else (1.0, 2.0))
-        save_full(model_of(3.0), path, max_shard_bytes=after)
+        save(3.0, path, after)
         assert held(path) == 3.0
-        with Reader(path) as reader:
-            names = {file.name for file in (*reader.paths, reader.path)}
-        assert {file.name for file in Path(folder).iterdir()} == names, "what the killed save left is gone"
+        assert {file.name for file in Path(folder).iterdir()} == files_of(path), "what the killed save left is gone"
     return number
 
 
@@ -112,8 +135,8 @@ def _no_space() -> None:
     raise OSError(28, "No space left on device")
 
 
-def _save(path: Path, background: bool, max_shard_bytes: int = SHARDS) -> None:
-    saving = save_full(model_of(2.0), path, max_shard_bytes=max_shard_bytes, background=background)
+def _save(path: Path, background: bool) -> None:
+    saving = save_full(model_of(2.0), path, max_shard_bytes=SHARDS, background=background)
     if saving is not None:
         saving.wait()
 
@@ -175,17 +198,14 @@ def test_the_rank_that_writes_is_lost(tmp_path: Path, at: int, background: bool)
 def _at_once(rank: int, folder: str) -> None:
     """Two programs save to one path, again and again."""
     for turn in range(30):
-        shards = SHARDS if (turn + rank) % 3 else SINGLE
-        save_full(model_of(float(100 * rank + turn)), Path(folder, "model.safetensors"), max_shard_bytes=shards)
+        save(100.0 * rank + turn, Path(folder, "model.safetensors"), SHARDS if (turn + rank) % 3 else SINGLE)
 
 
 def test_two_programs_save_to_one_path_at_once(tmp_path: Path) -> None:
     run_ranks(_at_once, 2, str(tmp_path), init=False)
     path = tmp_path / "model.safetensors"
     assert held(path) in (29.0, 129.0)
-    with Reader(path) as reader:
-        current = {file.name for file in (*reader.paths, reader.path)}
-    assert {file.name for file in tmp_path.iterdir()} == current
+    assert {file.name for file in tmp_path.iterdir()} == files_of(path)
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -182,6 +182,48 @@ def test_pipeline_stages_write_their_own_files_under_one_index(tmp_path: Path, m
     run_ranks(_stages, 4, str(tmp_path), max_shard_bytes)
 
 
+def _tied_stages(rank: int, folder: str) -> None:
+    """The first and the last stage each have the tied layer."""
+    path = Path(folder, "m.safetensors")
+
+    def stage(seed: int, *layers: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.ModuleDict()
+        for name in layers:
+            torch.manual_seed(seed + (name == "last"))
+            model[name] = nn.Linear(3, 3)
+        model["tied"].register_buffer("scale", torch.ones(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for name, param in model.named_parameters():  # in the place of a step
+            momentum = torch.full_like(param, float(len(name)))
+            optimizer.state[param] = {"momentum_buffer": momentum}
+        attach(model, optimizer)
+        return model, optimizer
+
+    model, _ = stage(0, "first", "tied") if rank == 0 else stage(0, "tied", "last")
+    save_full(model, path, optimizer=True)
+    dist.barrier()
+    whole, optimizer = stage(7, "first", "tied", "last")
+    with torch.no_grad():
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+    load_full(whole, path, optimizer=True)
+    for name, param in model.named_parameters():
+        assert_same(whole.get_parameter(name).detach(), param.detach(), name)
+    for name, param in whole.named_parameters():
+        assert bool((optimizer.state[param]["momentum_buffer"] == len(name)).all())
+    with Reader(path) as reader:
+        assert sorted(reader.shapes).count("tied.weight") == 1
+    load_full(model, path, optimizer=True)
+    model["tied"].scale.fill_(rank)
+    told = raised(lambda: save_full(model, path))
+    assert told is not None
+    assert "'tied.scale' differs on ranks 0 and 1" in told[1]
+
+
+def test_what_several_stages_have_is_stored_once(tmp_path: Path) -> None:
+    run_ranks(_tied_stages, 2, str(tmp_path))
+
+
 def _stage_fails(rank: int, folder: str) -> tuple[str, str] | None:
     """The rank that writes the second stage cannot."""
     path = Path(folder, "model.safetensors")

@@ -22,7 +22,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment.checkpoint.files import Reader
-from ds_fragment.checkpoint.writer import Entry, Writer, optimizer_target
+from ds_fragment.checkpoint.writer import Entry, Order, Writer, optimizer_target
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Shards as Found
@@ -110,28 +109,27 @@ class OptimizerState:
         _compare(stage, kinds, lambda i: f"the shape or dtype of '{self.entries[i].name}'")
         sums = [*(total for shards in self._shards for total in _sums_of_whole(shards)), *self._steps]
         _compare(stage, sums, lambda i: f"'{self.entries[i].name}', which every rank holds whole,")
-        self._sets, self._groups = [self.entries], self.param_groups
+        sets, self._groups = [self.entries], self.param_groups
         if len(leaders) > 1:
             rows = [[entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)] for entry in self.entries]
             told = share([rows, self.param_groups] if dist.get_rank() == leaders[at] else None)
-            self._sets = [
+            sets = [
                 [Entry(name, getattr(torch, kind), torch.Size(shape)) for name, kind, shape in told[rank][0]]
                 for rank in leaders
             ]
             self._groups = [group for rank in leaders for group in told[rank][1]]
-        self._starts = list(accumulate(map(len, self._sets), initial=0))
-        self._start = self._starts[at]
+        self._order = Order.of(sets)
+        self._positions = self._order.positions[at]
 
     def writer(self, target: Path, max_shard_bytes: int, token: str) -> Writer:
         """What all sets of ranks write their state with, beside the save to ``target``."""
-        entries = [entry for each in self._sets for entry in each]
-        metadata = {"param_groups": json.dumps(self._groups)}
-        beside, cuts = optimizer_target(target, token), self._starts[:-1]
-        return Writer(beside, entries, metadata, max_shard_bytes, token=token, cuts=cuts)
+        metadata, order = {"param_groups": json.dumps(self._groups)}, self._order
+        beside = optimizer_target(target, token)
+        return Writer(beside, order.entries, metadata, max_shard_bytes, token=token, cuts=order.starts)
 
     def stream(
         self,
-        put: Callable[[int, torch.Tensor], Exception | None],
+        put: Callable[[int | None, torch.Tensor], Exception | None],
         dst: int | None = None,
         bucket_bytes: int | None = None,
         failure: Exception | None = None,
@@ -139,8 +137,8 @@ class OptimizerState:
         """Gather the whole tensors, in the order of `entries`. All ranks must call it.
 
         Args:
-            put: called with the position among the entries of all sets of ranks and the tensor, which is delivered
-                here, until it returns an error.
+            put: called with the position among the entries of all sets of ranks, None where another set writes it, and
+                the tensor, which is delivered here, until it returns an error.
             dst: see `iter_full`.
             bucket_bytes: see `iter_full`.
             failure: why this rank cannot take part; it sends the error to the others instead of its pieces.
@@ -154,16 +152,16 @@ class OptimizerState:
                 raise failure
             return shards.pieces(items)
 
-        start = self._start
+        start = 0
         for shards in self._shards:
-            positions = range(start, start + len(shards.params))
-            start = positions.stop
+            positions = self._positions[start : start + len(shards.params)]
+            start += len(shards.params)
             try:
                 for position, tensor in shards.full(positions, bucket_bytes, dst, partial(locate, shards)):
                     failure = failure or put(position, tensor)
             except Exception as caught:
                 failure = failure or caught
-        for position, step in enumerate(self._steps, start):
+        for position, step in zip(self._positions[start:], self._steps, strict=True):
             failure = failure or put(position, torch.tensor(float(step)))
         return failure
 

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,9 @@ from ds_fragment.checkpoint.tensors import (
     first_difference,
     part_sums,
 )
-from ds_fragment.checkpoint.writer import MAX_SHARD_BYTES, Entry, Writer
+from ds_fragment.checkpoint.writer import MAX_SHARD_BYTES, Entry, Order, Writer
 from ds_fragment.collective.agree import agree, everyone, share
+from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Locate, Shards as Found
 from ds_fragment.engines.optimized import Optimizers
 from ds_fragment.engines.shards import Shards
@@ -98,7 +99,8 @@ def save_full(
     names they are known (JSON, alias to name).
 
     Where ranks have other names than rank 0, as the stages of a pipeline do, the lowest rank of each stage writes the
-    stage's own files, and one index names them all. All of these ranks need to see the folder.
+    stage's own files, and one index names them all. All of these ranks need to see the folder. What several stages have
+    under one name, such as tied embeddings, is stored once if it has the same bits on all of them.
 
     Optimizer state goes into a safetensors file of its own beside the first, ``model-TOKEN.optimizer``, which becomes
     current together with it; its metadata has the parameter groups. Before the first step it has nothing else.
@@ -221,78 +223,88 @@ class _Plan:
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._stage = next(stage for stage in self._stages if rank in stage.ranks)
         self._leads = rank == self._stage.ranks[0]
-        self._start = 0  # of this rank's entries among all
-        for stage in self._stages[: self._stages.index(self._stage)]:
-            self._start += len(stage.entries)
+        self._order = Order.of([stage.entries for stage in self._stages])
+        at = self._stages.index(self._stage)
+        self._positions = self._order.positions[at]
         self._pieces: Locate = self.shards.pieces
         stands_in = what if isinstance(what, ShardValues) else values
-        parts: dict[int, tuple[int, int]] = {}
+        parts: dict[str, tuple[int, int]] = {}
         try:
             if stands_in is not None:
                 self._pieces = stands_in.locate(self.shards)
-            self._check_names()
-            parts = self._part_sums()
+            parts = self._part_sums(self._check_names())
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
         self._compare(parts)
         self._state: OptimizerState | None = None
         if optimizer is not None and optimizer is not False:
-            at = self._stages.index(self._stage)
             self._state = OptimizerState(tensors.sharded, optimizer, leaders=self.leaders, at=at)
 
-    def _check_names(self) -> None:
-        """Raise if one name means several tensors, or a dtype cannot be stored."""
-        owners: dict[str, _Stage] = {}
+    def _check_names(self) -> set[str]:
+        """The names that several stages have, as those of tied weights of the first and the last one.
+
+        Raises:
+            CheckpointError: a dtype cannot be stored.
+            InvalidValueError: a name is that of tensors of different shapes or dtypes.
+        """
+        owners: dict[str, tuple[_Stage, Entry]] = {}
+        shared = set()
         for stage in self._stages:
             for entry in stage.entries:
                 files.require_dtype(entry.name, entry.dtype)
-                other = owners.setdefault(entry.name, stage)
-                if other is not stage:
+                other, first = owners.setdefault(entry.name, (stage, entry))
+                if first != entry:
                     raise InvalidValueError(
                         f"'{entry.name}' is a tensor of ranks {_ranks(other)} and another of ranks {_ranks(stage)}, "
-                        "which have other names beside it: one file cannot hold both. Give each its own name, or leave "
-                        "it out on one side"
+                        "of another shape or dtype: one file cannot hold both. Give each its own name, or leave it "
+                        "out on one side"
                     )
+                if other is not stage:
+                    shared.add(entry.name)
+        return shared
 
-    def _part_sums(self) -> dict[int, tuple[int, int]]:
-        """See `part_sums`: of what ranks of the same names may each have another tensor of."""
-        ranks = len(self._stage.ranks)
-        items = [item for item, sharding in enumerate(self.shards.shardings) if ranks > 1 and apart(sharding, ranks)]
-        return part_sums(self.shards, items, self._pieces)
+    def _part_sums(self, shared: Collection[str]) -> dict[str, tuple[int, int]]:
+        """See `part_sums`: by name, of what other ranks may have another tensor of."""
+        ranks, shardings = len(self._stage.ranks), self.shards.shardings
+        names = [entry.name for entry in self._stage.entries]
+        items = [
+            item
+            for item, sharding in enumerate(shardings)
+            if names[item] in shared or (ranks > 1 and apart(sharding, ranks))
+        ]
+        found = {names[item]: part for item, part in part_sums(self.shards, items, self._pieces).items()}
+        for name, buffer in zip(names[len(shardings) :], self._buffers, strict=True):
+            if name in shared:
+                found[name] = (0, checksums([buffer])[0])
+        return found
 
-    def _compare(self, sums: Mapping[int, tuple[int, int]]) -> None:
-        """Raise if ranks of one stage hold different tensors under one name; all ranks must call it."""
+    def _compare(self, sums: Mapping[str, tuple[int, int]]) -> None:
+        """Raise if ranks hold different tensors under one name; all ranks must call it."""
         if not any(share(bool(sums))):
             return
-        rows = share([[item, *sums[item]] for item in sums])
-        for stage in self._stages:
-            by_item: dict[int, dict[int, tuple[int, int]]] = {}
-            for rank in stage.ranks:
-                for item, part, total in rows[rank]:
-                    by_item.setdefault(item, {})[rank] = (part, total)
-            for item, found in by_item.items():
-                differ = first_difference(found)
-                if differ is not None:
-                    raise InvalidValueError(
-                        f"'{stage.entries[item].name}' differs on ranks {differ[0]} and {differ[1]}, which hold the "
-                        "same part of it, and one file cannot hold both: give each its own name if they are different "
-                        "tensors, as in expert parallelism; else the ranks have trained apart"
-                    )
+        by_name: dict[str, dict[int, tuple[int, int]]] = {}
+        for rank, row in enumerate(share([[name, *sums[name]] for name in sums])):
+            for name, part, total in row:
+                by_name.setdefault(name, {})[rank] = (part, total)
+        for name, found in by_name.items():
+            differ = first_difference(found)
+            if differ is not None:
+                raise InvalidValueError(
+                    f"'{name}' differs on ranks {differ[0]} and {differ[1]}, which hold the same part of it, and one "
+                    "file cannot hold both: give each its own name if they are different tensors, as in expert "
+                    "parallelism; else the ranks have trained apart"
+                )
 
     def writer(self) -> Writer | None:
         """What this rank writes with; None if it does not."""
         if not self._leads:
             return None
-        entries = [entry for stage in self._stages for entry in stage.entries]
         tied = {alias: name for stage in self._stages for alias, name in stage.tied.items()}
         words = {**self._metadata, **({"tied": json.dumps(tied)} if tied else {})}
-        cuts, end, limit = [], 0, self._max_shard_bytes
-        for stage in self._stages:
-            cuts.append(end)
-            end += len(stage.entries)
+        order, limit = self._order, self._max_shard_bytes
         beside = None if self._state is None else self._state.writer(self._target, limit, self.token)
-        return Writer(self._target, entries, words, limit, token=self.token, cuts=cuts, beside=beside)
+        return Writer(self._target, order.entries, words, limit, token=self.token, cuts=order.starts, beside=beside)
 
     def stream(self, save: BackgroundSave, writer: Writer | None, bucket_bytes: int | None) -> Exception | None:
         """Gather everything to the ranks that write; returns this rank's error, which the others need to be told."""
@@ -310,13 +322,11 @@ class _Plan:
         except Exception as caught:
             failure = caught
         try:
-            for item, tensor in self.shards.full(range(len(self.shards.params)), bucket_bytes, dst, locate):
-                if failure is None:
-                    failure = self._put(save, writer, self._start + item, tensor)
-            buffers = self._start + len(self.shards.params)
-            for at, buffer in enumerate(self._buffers):
-                if failure is None:
-                    failure = self._put(save, writer, buffers + at, buffer)
+            count = len(self.shards.params)
+            for position, tensor in self.shards.full(self._positions[:count], bucket_bytes, dst, locate):
+                failure = failure or self._put(save, writer, position, tensor)
+            for position, buffer in zip(self._positions[count:], self._buffers, strict=True):
+                failure = failure or self._put(save, writer, position, buffer)
         except Exception as caught:
             failure = caught
         if self._state is not None:
@@ -326,10 +336,10 @@ class _Plan:
         return failure
 
     def _put(
-        self, save: BackgroundSave, writer: Writer | None, position: int, tensor: torch.Tensor
+        self, save: BackgroundSave, writer: Writer | None, position: int | None, tensor: torch.Tensor
     ) -> Exception | None:
         try:
-            if writer is not None:
+            if writer is not None and position is not None:
                 save.put(writer, position, tensor)
         except Exception as error:
             return error

@@ -190,6 +190,43 @@ class Writer:
             self._held = None
 
 
+@dataclass(frozen=True)
+class Order:
+    """The entries of several sets of ranks in the order of the files, each name once.
+
+    Attributes:
+        entries: of all sets.
+        positions: for each set, where each of its entries is in ``entries``; None where an earlier set has the name.
+        starts: for each set, where those that it writes begin.
+    """
+
+    entries: list[Entry]
+    positions: list[list[int | None]]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, sets: Sequence[Sequence[Entry]]) -> Order:
+        """The order of some sets.
+
+        >>> weight, bias = (Entry(name, torch.float32, torch.Size((2,))) for name in ("weight", "bias"))
+        >>> Order.of([[weight], [weight, bias]]).positions
+        [[0], [None, 1]]
+        """
+        entries: list[Entry] = []
+        known: set[str] = set()
+        positions: list[list[int | None]] = []
+        starts = []
+        for each in sets:
+            starts.append(len(entries))
+            positions.append([])
+            for entry in each:
+                positions[-1].append(None if entry.name in known else len(entries))
+                if entry.name not in known:
+                    known.add(entry.name)
+                    entries.append(entry)
+        return cls(entries, positions, starts)
+
+
 def _cut(entries: Sequence[Entry], max_shard_bytes: int, cuts: Collection[int]) -> list[range]:
     spans, start, filled = [], 0, 0
     for position, entry in enumerate(entries):
