@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ds_fragment
 import torch
 import torch.distributed as dist
+from ds_fragment.zero_checkpoint import consolidate
 from engines import ENV, TIMEOUT, Case, Net, make_engine, train
 from oracles import differing, same
 from ranks import run_ranks
@@ -289,3 +290,36 @@ def without(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", [Case("zero2", "bf16"), Case("zero3", "bf16")], ids=str)
 def test_the_functions_of_deepspeed(case: Case, tmp_path: Path) -> None:
     run_ranks(functions_saved, 2, case, str(tmp_path), env=ENV, timeout=TIMEOUT)
+
+
+def goes_on(rank: int, folder: str, first: Case, second: Case) -> None:
+    """A checkpoint of one engine, consolidated, loaded into another and trained further."""
+    engine = make_engine(first)
+    ds_fragment.attach(engine)
+    for step in range(2):
+        train(engine, step)
+    engine.save_checkpoint(f"{folder}/deepspeed", tag="step2")
+    truth = {what: whole(engine, what) for what in ("value", *STATES)}
+    for step in range(2, 4):
+        train(engine, step)
+    later = whole(engine, "value")
+    engine.destroy()
+    if rank == 0:
+        consolidate(f"{folder}/deepspeed", f"{folder}/out", optimizer=True)
+    dist.barrier()
+    other = make_engine(second, lr=0.9)
+    ds_fragment.attach(other)
+    train(other, 7)
+    ds_fragment.load_full(other, f"{folder}/out", optimizer=True)
+    for what, tensors_of in truth.items():
+        assert not differing(whole(other, what), tensors_of), what
+    for step in range(2, 4):
+        train(other, step)
+    assert not differing(whole(other, "value"), later)
+    other.destroy()
+
+
+@pytest.mark.parametrize(("first", "second"), [("zero2", "zero3"), ("zero3", "zero1")])
+def test_a_consolidated_run_goes_on_in_another_engine(tmp_path: Path, first: str, second: str) -> None:
+    cases = Case(first, "bf16"), Case(second, "bf16")
+    run_ranks(goes_on, 2, str(tmp_path), *cases, env=ENV, timeout=TIMEOUT)
