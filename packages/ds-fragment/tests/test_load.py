@@ -216,6 +216,7 @@ CASTS: list[tuple[Any, torch.dtype, torch.dtype, str]] = [
     ([3.0], torch.float32, torch.int8, ""),
     ([300], torch.int64, torch.int8, "cannot hold 300"),
     ([-1], torch.int64, torch.uint8, "cannot hold -1"),
+    ([-1], torch.int64, torch.uint64, "cannot hold -1"),
     ([2**24 + 1], torch.int64, torch.float32, "cannot hold 16777217"),
     ([2**24], torch.int64, torch.float32, ""),
     ([1, 0], torch.int64, torch.bool, ""),
@@ -310,6 +311,31 @@ def _reads_its_own(rank: int, folder: str) -> int:
 
 def test_each_rank_reads_its_own_shards(tmp_path: Path) -> None:
     assert run_ranks(_reads_its_own, 3, str(tmp_path)) == [16, 16, 16]
+
+
+def test_arguments_are_named(tmp_path: Path) -> None:
+    path, model = tmp_path / "m.safetensors", Net()
+    save_full(model, path)
+    wrong: list[Any] = [
+        (
+            lambda: load_full(model, path, map_names="x"),
+            "map_names is a str, expected a mapping of names or a function",
+        ),
+        (lambda: load_full(model, path, map_names=lambda name: 3), "map_names gives 3 for 'model.embed.weight'"),
+        (lambda: load_full(model, 5), "path is a int, expected a path of a file"),
+        (lambda: load_full([], path), "model is a list, expected a torch.nn.Module"),
+        (lambda: save_full(model, None), "path is a NoneType, expected a path of a file"),
+        (lambda: save_full(model, path, include=5), "include is a int, expected patterns of names or a function"),
+        (lambda: save_full(model, path, exclude=[]), "exclude is empty, expected patterns of names, or None"),
+        (lambda: save_full(model, path, max_shard_bytes="5GB"), "max_shard_bytes is '5GB', expected a positive number"),
+        (lambda: save_full(model, path, dtype="bf16"), "dtype is 'bf16', expected a floating-point dtype"),
+        (lambda: save_full(model, path, metadata=[1]), "metadata is a list, expected a mapping of strings"),
+        (lambda: save_full(model, path, optimizer=5), "optimizer is a int, expected torch.optim optimizers"),
+    ]
+    for call, words in wrong:
+        told = raised(call)
+        assert told is not None, words
+        assert words in told[1]
 
 
 def test_names_that_the_model_ignores(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,11 +92,25 @@ def require_metadata(metadata: Mapping[str, str]) -> None:
     Raises:
         InvalidValueError: one is no string, or has a name of its own meaning.
     """
+    if not isinstance(metadata, Mapping):
+        raise InvalidValueError(f"metadata is a {type(metadata).__name__}, expected a mapping of strings")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InvalidValueError(f"metadata has {key!r}: {value!r}, expected strings: pass json.dumps(value)")
         if key in _RESERVED:
             raise InvalidValueError(f"metadata has '{key}', which a save sets itself: pass another name")
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path that a user gave.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path is a {type(path).__name__}, expected a path of a file") from None
 
 
 def index_path(target: Path) -> Path:
@@ -267,6 +282,23 @@ class Reader:
         for name, file in weights.items():
             if name not in self.file_of or self.file_of[name].name != file:
                 raise CheckpointError(f"'{self.path}' says that '{name}' is in '{file}', which does not have it")
+
+    def json(self, key: str, kind: type) -> Any:
+        """An entry of the metadata that is JSON, a list or a dict; an empty one where there is none.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        text = self.metadata.get(key)
+        try:
+            found = kind() if text is None else json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, kind):
+            raise CheckpointError(
+                f"the metadata of '{self.path}' has '{key}' = {text!r}, expected a JSON {kind.__name__}"
+            )
+        return found
 
     def sums(self) -> list[int]:
         """A number for each file, equal where the ranks see the same one: its size, its header, its last bytes."""

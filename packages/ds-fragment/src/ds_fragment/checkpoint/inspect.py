@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -337,23 +336,7 @@ def _spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _tied(reader: Reader) -> dict[str, str]:
-    found: dict[str, str] = _metadata(reader, "tied", dict, str)
-    return found
-
-
-def _metadata(reader: Reader, key: str, kind: type, of: type) -> Any:
-    """An entry that is JSON: a list or a dict."""
-    text = reader.metadata.get(key)
-    if text is None:
-        return kind()
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, kind):
-        raise CheckpointError(
-            f"the metadata of '{reader.path}' has '{key}' = {text!r}, expected a JSON {kind.__name__}"
-        )
+    found: dict[str, str] = reader.json("tied", dict)
     return found
 
 
@@ -377,7 +360,7 @@ def _optimizer(reader: Reader) -> StoredState | None:
                 key = each.rpartition("/")[2]
                 states[key] = states.get(key, 0) + 1
             nbytes = sum(math.prod(shape) * state.dtypes[each].itemsize for each, shape in state.shapes.items())
-            found: list[dict[str, Any]] = _metadata(state, "param_groups", list, dict)
+            found: list[dict[str, Any]] = state.json("param_groups", list)
             groups = [{**group, "params": len(group.get("params", ()))} for group in found]
             return StoredState(name, dict(sorted(states.items())), nbytes, groups)
     except CheckpointError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import warnings
@@ -84,7 +83,7 @@ def load_full(
     """
     finish_earlier()
     load = _Load(model, strict, map_names, optimizer)
-    with load.open(Path(path)) as reader, load.open_optimizer(reader) as state:
+    with load.open(files.path_of(path)) as reader, load.open_optimizer(reader) as state:
         load.check(reader, state)
         load.write(reader, state, progress)
     if refresh_lp:
@@ -122,6 +121,8 @@ class _Load:
         try:
             if not is_model(model):
                 raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+            if not (map_names is None or callable(map_names) or isinstance(map_names, Mapping)):
+                raise TypeError(f"map_names is a {type(map_names).__name__}, expected a mapping of names or a function")
             tensors = collect(model)
             own = self._own = unwrapped(model)
             prefix = getattr(own, "base_model_prefix", "")
@@ -223,7 +224,7 @@ class _Load:
         """Which of the file's tensors is for which of the model's."""
         found = _Found()
         stored = {name: name for name in reader.shapes}
-        tied = json.loads(reader.metadata.get("tied", "{}"))
+        tied = reader.json("tied", dict)
         stored.update((alias, name) for alias, name in tied.items() if alias not in stored and name in stored)
         for alias, name in stored.items():
             target = self._target(alias)
@@ -241,6 +242,10 @@ class _Load:
             name = self._map_names.get(stored, stored)
         elif self._map_names is not None:
             name = self._map_names(stored)
+        if not isinstance(name, str | None):
+            raise InvalidValueError(
+                f"map_names gives {name!r} for '{stored}', expected a name, or None to leave it out"
+            )
         if name is None:
             self._ignored.append(re.escape(stored))
             return None
@@ -393,6 +398,8 @@ def _loss(piece: torch.Tensor, dtype: torch.dtype) -> str:
     wide = torch.float64 if piece.is_floating_point() else piece.dtype  # float8 cannot be compared
     before, after = piece.to(wide), cast.to(wide)
     different = (before != after) & ~(before.isnan() & after.isnan())
+    if wide != torch.float64:  # a cast between int64 and uint64 and back is the same again
+        different |= _negative(piece) != _negative(cast)
     if not bool(different.any()):
         return ""
     if piece.dtype.is_floating_point and dtype.is_floating_point:
@@ -400,6 +407,12 @@ def _loss(piece: torch.Tensor, dtype: torch.dtype) -> str:
         if not bool(different.any()):
             return "rounded"
     return str(piece[different].flatten()[0].item())
+
+
+def _negative(numbers: torch.Tensor) -> torch.Tensor:
+    if numbers.dtype == torch.uint64:
+        return torch.zeros(numbers.shape, dtype=torch.bool)
+    return numbers.to(torch.float64 if numbers.is_floating_point() else torch.int64) < 0
 
 
 def some(names: Sequence[str]) -> str:

@@ -254,7 +254,7 @@ class OptimizerLoad(contextlib.AbstractContextManager["OptimizerLoad"]):
             self._compare_in_one_tensor(names)
 
     def _map_groups(self, strict: bool) -> None:
-        saved: list[dict[str, Any]] = json.loads(self._reader.metadata.get("param_groups", "[]"))
+        saved: list[dict[str, Any]] = self._reader.json("param_groups", list)
         group_of = {self._rename(name): index for index, group in enumerate(saved) for name in group[_PARAMS]}
         here: dict[int, list[str]] = {}
         for name, each in self._optimized.items():

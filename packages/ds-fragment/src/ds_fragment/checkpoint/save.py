@@ -143,7 +143,16 @@ def save_full(
     """
     finish_earlier()
     plan = _Plan(
-        what, Path(path), optimizer, include, exclude, values, dtype, metadata or {}, max_shard_bytes, background
+        what,
+        files.path_of(path),
+        optimizer,
+        include,
+        exclude,
+        values,
+        dtype,
+        metadata or {},
+        max_shard_bytes,
+        background,
     )
     writer = plan.writer()
     save = BackgroundSave(writer, plan.leaders, plan.token, progress, background=background)
@@ -207,14 +216,19 @@ class _Plan:
             tensors = collect(what, include, exclude)
             _check_target(target, max_shard_bytes)
             files.require_metadata(metadata)
-            if dtype is not None and not dtype.is_floating_point:
-                raise InvalidValueError(f"dtype is {dtype}, expected a floating-point dtype, or None")
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise InvalidValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or None")
             if wanted and (isinstance(what, ShardValues) or values is not None):
                 raise InvalidValueError("optimizer is given, but its state does not belong to the values of a Shadow")
         except Exception as caught:
             error = caught
         names = ("max_shard_bytes", "background", "dtype", "optimizer")
-        sums = [max_shard_bytes, int(background), zlib.crc32(str(dtype).encode()), int(wanted)]
+        sums = [
+            zlib.crc32(str(max_shard_bytes).encode()),
+            int(background),
+            zlib.crc32(str(dtype).encode()),
+            int(wanted),
+        ]
         agree(error, everyone(), _HOST, sums, lambda i: names[i])
         self.shards = Shards(list(tensors.sharded.values()), "value", "save_full")
         self._buffers = list(tensors.buffers.values())
@@ -347,8 +361,8 @@ class _Plan:
 
 
 def _check_target(target: Path, max_shard_bytes: int) -> None:
-    if max_shard_bytes <= 0:
-        raise InvalidValueError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes <= 0:
+        raise InvalidValueError(f"max_shard_bytes is {max_shard_bytes!r}, expected a positive number of bytes")
     if target.is_dir():
         raise InvalidValueError(f"path is '{target}', which is a folder: name the file, as in 'model.safetensors'")
     if target.suffix != ".safetensors":

@@ -72,7 +72,7 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
     """
     if isinstance(what, ShardValues):
         what = what.source
-    included, excluded = _Patterns(include), _Patterns(exclude)
+    included, excluded = _Patterns("include", include), _Patterns("exclude", exclude)
     found, known = Tensors(), dict[object, str]()
     names: set[str] = set()
     for kind, name, tensor in _named(what):
@@ -180,10 +180,14 @@ def _identity(tensor: torch.Tensor) -> object:
 class _Patterns:
     """Names that are chosen by patterns of `fnmatch`, or by a function."""
 
-    def __init__(self, given: Selection | None) -> None:
+    def __init__(self, argument: str, given: Selection | None) -> None:
         self._function = given if callable(given) else None
+        if given is not None and not callable(given) and not isinstance(given, Iterable):
+            raise TypeError(f"{argument} is a {type(given).__name__}, expected patterns of names or a function")
         patterns: Iterable[Any] = () if given is None or callable(given) else given
         self._patterns: Sequence[str] = [given] if isinstance(given, str) else list(patterns)
+        if not self._patterns and given is not None and not callable(given):
+            raise InvalidValueError(f"{argument} is empty, expected patterns of names, or None")
         self._matched: set[str] = set()
 
     def match(self, name: str) -> bool:
