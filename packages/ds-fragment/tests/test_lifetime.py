@@ -6,10 +6,11 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from ds_fragment import FlatPartition, attach, iter_full, set_many
+from ds_fragment import FlatPartition, attach, iter_full, load_full, save_full, set_many
 from ds_fragment.collective.plan import Plan
 from ds_fragment.errors import UnlinkedParameterError
 from ds_fragment.tensor_fragment import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
@@ -82,18 +83,23 @@ def test_the_state_goes_with_the_optimizer() -> None:
     run_ranks(_optimizer_dies, 2)
 
 
-def _model_dies(rank: int) -> None:
+def _model_dies(rank: int, folder: str) -> None:
     with no_collector():
         model = ragged(torch.bfloat16)
         partition = used(model)
         attach(model)
+        path = Path(folder, "m.safetensors")
+        for background in (False, True):
+            saving = save_full(model, path, background=background)
+        saving.wait()
+        load_full(model, path)
         gone = [weakref.ref(param) for param in model.parameters()]
         del model, partition
         assert [ref() for ref in gone] == [None] * len(gone)
 
 
-def test_a_linked_and_read_model_is_in_no_cycle() -> None:
-    run_ranks(_model_dies, 2)
+def test_a_linked_and_read_model_is_in_no_cycle(tmp_path: Path) -> None:
+    run_ranks(_model_dies, 2, str(tmp_path))
 
 
 def test_a_linked_parameter_alone_keeps_neither_partition_nor_siblings() -> None:

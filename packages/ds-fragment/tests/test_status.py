@@ -15,6 +15,7 @@ TYPES = [
     errors.StateNotReadyError,
     errors.UnusedGradientError,
     errors.GradientUnavailableError,
+    errors.CheckpointError,
     errors.RankMismatchError,
     errors.EngineChangedError,
     errors.FragmentError,

@@ -85,28 +85,34 @@ def own_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tupl
     out, with whatever it has of its own, such as the count of an AveragedModel.
     """
     found: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Module] = set()
-    attributes: dict[type, str | None] = {}
-
-    def visit(module: nn.Module, name: str) -> None:
-        if remove_duplicate:
-            if module in seen:
-                return
-            seen.add(module)
-        found.append((name, module))
-        if not module._modules:
-            return
-        kind = type(module)
-        if kind not in attributes:
-            attributes[kind] = _attribute_of(kind)
-        attribute = attributes[kind]
-        dot = f"{name}." if name else ""
-        for part, child in module._modules.items():
-            if child is not None:
-                visit(child, name if part == attribute else f"{dot}{part}")
-
-    visit(unwrapped(model), "")
+    seen: set[nn.Module] | None = set() if remove_duplicate else None
+    _visit(unwrapped(model), "", found, seen, {})
     return found
+
+
+def _visit(
+    module: nn.Module,
+    name: str,
+    found: list[tuple[str, nn.Module]],
+    seen: set[nn.Module] | None,
+    attributes: dict[type, str | None],
+) -> None:
+    """Note a module under its name, and what is in it; ``attributes`` keeps what `_attribute_of` said."""
+    if seen is not None:
+        if module in seen:
+            return
+        seen.add(module)
+    found.append((name, module))
+    if not module._modules:
+        return
+    kind = type(module)
+    if kind not in attributes:
+        attributes[kind] = _attribute_of(kind)
+    attribute = attributes[kind]
+    dot = f"{name}." if name else ""
+    for part, child in module._modules.items():
+        if child is not None:
+            _visit(child, name if part == attribute else f"{dot}{part}", found, seen, attributes)
 
 
 def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Named]:
