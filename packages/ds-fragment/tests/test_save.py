@@ -280,14 +280,15 @@ def _background(rank: int, folder: str) -> None:
         raise OSError(28, "No space left on device")
 
     disk.create = refuses
-    save_full(model, path, background=True)
+    failed = save_full(model, path, background=True)
     disk.create = create
     later.set()
     told = raised(lambda: save_full(model, path))
     assert told is not None
     assert told[0] == "FragmentError"
     assert "an earlier save_full(background=True) failed: rank 0: OSError: [Errno 28] No space left" in told[1]
-    save_full(model, path)  # it was told once
+    assert raised(failed.wait) == ("FragmentError", "rank 0: OSError: [Errno 28] No space left on device")
+    save_full(model, path)  # which says it no more
     assert bool((load_file(path)["norm.running_mean"] == 7).all())
 
 

@@ -22,7 +22,7 @@ from ds_fragment.errors import FragmentError
 
 _QUEUE_BYTES = 1 << 28  # that a save which is waited for keeps on the host
 _POLL = 0.05  # seconds between two looks into the store
-_PATIENCE = 3600.0  # seconds that ranks which write wait for each other once they are done themselves
+_PATIENCE = 1800.0  # seconds that ranks which write wait for each other once they are done themselves
 
 _log = logging.getLogger("ds.fragment")
 
@@ -54,6 +54,7 @@ class BackgroundSave:
         self._queued = 0  # bytes
         self._ended = self._waited = False
         self._error: BaseException | None = None
+        self._told: FragmentError | None = None  # what `wait` raised
         self._thread: threading.Thread | None = None
         if writer is not None:
             self._thread = threading.Thread(target=self._run, name="ds-fragment save")
@@ -105,10 +106,17 @@ class BackgroundSave:
         if _earlier is self:
             _earlier = None
         self._join()
-        if not self._waited:
-            self._waited = True
-            error = self._error if self._error is None or isinstance(self._error, Exception) else None
+        if self._told is not None:
+            raise self._told
+        if self._waited:
+            return
+        self._waited = True
+        error = self._error if self._error is None or isinstance(self._error, Exception) else None
+        try:
             agree(error, everyone(), torch.device("cpu"))
+        except FragmentError as told:
+            self._told = told
+            raise
 
     def _join(self) -> None:
         if self._thread is not None:
