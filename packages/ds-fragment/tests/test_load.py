@@ -313,6 +313,16 @@ def test_each_rank_reads_its_own_shards(tmp_path: Path) -> None:
     assert run_ranks(_reads_its_own, 3, str(tmp_path)) == [16, 16, 16]
 
 
+def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, stored = Net(), contents()
+    del stored["model.norm.bias"]
+    save_file({**stored, "more": torch.ones(1)}, tmp_path / "m.safetensors")
+    with caplog.at_level("INFO", "ds.fragment"):
+        load_full(model, tmp_path / "m.safetensors", strict=False)
+    assert "is loaded in part: missing 1 (model.norm.bias), unexpected 1 (more)" in caplog.text
+    assert_holds(model, stored)
+
+
 def test_arguments_are_named(tmp_path: Path) -> None:
     path, model = tmp_path / "m.safetensors", Net()
     save_full(model, path)

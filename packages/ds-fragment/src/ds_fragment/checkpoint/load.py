@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import warnings
@@ -30,6 +31,7 @@ from ds_fragment.errors import InvalidValueError
 MapNames = Mapping[str, str] | Callable[[str], str | None]
 
 _HOST = torch.device("cpu")
+_log = logging.getLogger("ds.fragment")
 
 
 def load_full(
@@ -62,8 +64,8 @@ def load_full(
             `save_full` or ``save_pretrained`` leave it, or as Hugging Face caches a repository.
         optimizer: True to load the optimizer state and the parameter groups too, into the optimizers that were attached
             or that the engine has; or the optimizers themselves.
-        strict: whether names that only the file or only the model has are an error. Names that only the file has and
-            that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
+        strict: whether names that only the file or only the model has are an error; else they are logged as INFO. Names
+            that only the file has and that the model's ``_keys_to_ignore_on_load_unexpected`` matches never are.
         map_names: what a name in the file is called in the model: a mapping of those that differ, or a function,
             which returns None for a tensor that is to be left out. Given, nothing of transformers' table is applied.
         refresh_lp: bring the low-precision weights up to date at once.
@@ -192,6 +194,8 @@ class _Load:
             misfits.insert(0, f"they have no name in common, as the file has {some(unexpected)}; see map_names")
         if misfits:
             raise InvalidValueError(f"the file '{reader.path}' does not fit the model: {_joined(misfits)}")
+        if missing or unexpected:
+            _log.info("%s is loaded in part: missing %s, unexpected %s", reader.path, some(missing), some(unexpected))
         copies = self._apart()
         names = sorted({name for row in told for name in row[3]})
         if not dist.is_initialized() or dist.get_rank() == 0:
