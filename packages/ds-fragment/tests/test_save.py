@@ -73,6 +73,9 @@ def _kinds(rank: int, folder: str) -> None:
     found = stored()
     assert found.keys() == {*state, "more"}
     assert found["more"].dtype == torch.int64
+    save_full({**state, "more": torch.arange(3)}, path, dtype=torch.bfloat16)
+    for name, tensor in stored().items():
+        assert tensor.dtype == (torch.bfloat16 if found[name].is_floating_point() else torch.int64), name
     shadow = Shadow(model)
     with torch.no_grad():
         for param in model.parameters():
@@ -96,6 +99,7 @@ def _wrong(rank: int, folder: str) -> list[Any]:
         for call in (
             lambda: save_full(model, path, include="*lroa*"),
             lambda: save_full(model, path, exclude=["norm.*", "haed*"]),
+            lambda: save_full(model, path, include=lambda name: False),
             lambda: save_full(torch.ones(2), path),
             lambda: save_full([torch.ones(2)], path),
             lambda: save_full({"a": 1}, path),
@@ -118,6 +122,7 @@ def test_what_cannot_be_saved_is_the_same_error_on_every_rank(tmp_path: Path) ->
     expected = (
         "include or exclude has '*lroa*', which matches no name",
         "include or exclude has 'haed*', which matches no name",
+        "include or exclude has '<lambda>', which matches no name",
         "what is a Tensor, expected a module, a mapping, pairs or a Shadow",
         "what holds a Tensor, expected (name, tensor) pairs",
         "what has a int under the name 'a', expected a tensor",

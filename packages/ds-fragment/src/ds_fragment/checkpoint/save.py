@@ -117,8 +117,8 @@ def save_full(
             all unless told.
         exclude: what of it is not.
         values: a `Shadow` of the model, whose parameters are stored in the place of the model's own.
-        dtype: what floating-point parameters are stored as; their own dtype, that of the fp32 master where there is
-            one, unless told. Buffers keep theirs.
+        dtype: what floating-point tensors are stored as; their own dtype, that of the fp32 master where there is one,
+            unless told. Buffers of a module keep theirs.
         bucket_bytes: how much travels at once; see `iter_full`.
         max_shard_bytes: the largest file, in bytes of tensors.
         metadata: strings to store in the header.
@@ -374,7 +374,7 @@ def _check_target(target: Path, max_shard_bytes: int) -> None:
 def _entries(tensors: Tensors, shards: Shards, dtype: torch.dtype | None) -> list[Entry]:
     entries = []
     for item, (name, sharding) in enumerate(zip(tensors.sharded, shards.shardings, strict=True)):
-        cast = dtype is not None and sharding.dtype.is_floating_point and item < tensors.parameters
+        cast = dtype is not None and sharding.dtype.is_floating_point and item < tensors.cast
         entries.append(Entry(name, dtype if cast and dtype is not None else sharding.dtype, sharding.shape))
     return [*entries, *(Entry(name, buffer.dtype, buffer.shape) for name, buffer in tensors.buffers.items())]
 

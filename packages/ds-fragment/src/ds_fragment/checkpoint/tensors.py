@@ -50,14 +50,14 @@ class Tensors:
 
     Attributes:
         sharded: parameters, and whatever else an engine may hold in shards, by name.
-        parameters: how many of them are parameters of a module; they come first.
+        cast: how many of them are stored in another dtype where one is asked for; they come first. Buffers are not.
         buffers: of a module, that every rank holds whole, by name.
         tied: further names of the same tensors, each with the name that it is known by here.
-        unmatched: patterns that match no name here.
+        unmatched: patterns, and functions that include, which match no name here.
     """
 
     sharded: dict[str, torch.Tensor] = field(default_factory=dict)
-    parameters: int = 0
+    cast: int = 0
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
@@ -93,8 +93,10 @@ def collect(what: Any, include: Selection | None = None, exclude: Selection | No
             found.buffers[name] = tensor
         else:  # `distribute_module` makes DTensors of buffers; they travel as parameters do
             found.sharded[name] = tensor
-            found.parameters += kind == "parameter"
+            found.cast += kind != "buffer"
     found.unmatched = [*included.unmatched(), *excluded.unmatched()]
+    if callable(include) and not names:
+        found.unmatched.append(getattr(include, "__name__", repr(include)))
     return found
 
 
