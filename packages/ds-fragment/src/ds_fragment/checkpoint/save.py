@@ -242,15 +242,16 @@ class _Plan:
         self._positions = self._order.positions[at]
         self._pieces: Locate = self.shards.pieces
         stands_in = what if isinstance(what, ShardValues) else values
-        parts: dict[str, tuple[int, int]] = {}
+        parts, shared = dict[str, tuple[int, int]](), set[str]()
         try:
             if stands_in is not None:
                 self._pieces = stands_in.locate(self.shards)
-            parts = self._part_sums(self._check_names())
+            shared = self._check_names()
+            parts = self._part_sums(shared)
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
-        self._compare(parts)
+        self._compare(parts, bool(shared))
         self._state: OptimizerState | None = None
         if optimizer is not None and optimizer is not False:
             self._state = OptimizerState(tensors.sharded, optimizer, leaders=self.leaders, at=at)
@@ -293,10 +294,16 @@ class _Plan:
                 found[name] = (0, checksums([buffer])[0])
         return found
 
-    def _compare(self, sums: Mapping[str, tuple[int, int]]) -> None:
-        """Raise if ranks hold different tensors under one name; all ranks must call it."""
-        if not any(share(bool(sums))):
-            return
+    def _compare(self, sums: Mapping[str, tuple[int, int]], shared: bool) -> None:
+        """Raise if ranks hold different tensors under one name; all ranks must call it.
+
+        Args:
+            sums: see `_part_sums`.
+            shared: whether several stages have one name.
+        """
+        digests = share(zlib.crc32(repr(sorted(sums.items())).encode()))
+        if not shared and all(len({digests[rank] for rank in stage.ranks}) == 1 for stage in self._stages):
+            return  # each rank has the same, and all of it
         by_name: dict[str, dict[int, tuple[int, int]]] = {}
         for rank, row in enumerate(share([[name, *sums[name]] for name in sums])):
             for name, part, total in row:
