@@ -20,7 +20,7 @@ from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
 from ds_fragment.checkpoint.conversions import conversions
 from ds_fragment.checkpoint.optimizer import OptimizerLoad
-from ds_fragment.checkpoint.tensors import Tensors, apart, collect, first_difference, part_sums
+from ds_fragment.checkpoint.tensors import Tensors, apart, collect, experts, first_difference, part_sums, some
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
 from ds_fragment.engines.optimized import Optimizers
@@ -179,7 +179,7 @@ class _Load:
             for item, (adapter, param) in enumerate(zip(self.shards.adapters, self.shards.params, strict=True)):
                 adapter.require_writable(param)
                 self.shards.local(item)
-            problems += self._experts()
+            problems += experts(self.shards, self._items, dist.get_world_size() if dist.is_initialized() else 1)
         except Exception as caught:
             error = caught
         agree(error, everyone(), _HOST)
@@ -318,18 +318,6 @@ class _Load:
         if fragment is not None:
             yield item, [reader.fragment(source, sharding.layout.shape, fragment) for source in sources]
 
-    def _experts(self) -> list[str]:
-        """What is wrong with experts that have one name on ranks which hold different ones."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        triples = zip(self._items, self.shards.params, self.shards.shardings, strict=True)
-        names = [name for name, param, sharding in triples if _is_expert(param) and apart(sharding, world)]
-        if not names or world == 1:
-            return []
-        return [
-            f"expert-parallel ranks have different tensors under the names {some(names)}, and one file cannot hold "
-            "them: use the engine's own checkpoints, or give each its own name"
-        ]
-
     def _apart(self) -> list[str]:
         """Names of what several sets of ranks hold apart, with different bits; all ranks must call it."""
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -375,11 +363,6 @@ class _Load:
         agree(error, everyone(), _HOST)
 
 
-def _is_expert(param: torch.Tensor) -> bool:
-    """Whether DeepSpeed or Megatron have marked an expert that other ranks have others in the place of."""
-    return getattr(param, "allreduce", True) is False and getattr(param, "group_name", "") != "ep_size_1"
-
-
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether a dtype holds every value of another one exactly."""
     if dtype == other or other == torch.bool:
@@ -417,13 +400,6 @@ def _negative(numbers: torch.Tensor) -> torch.Tensor:
     if numbers.dtype == torch.uint64:
         return torch.zeros(numbers.shape, dtype=torch.bool)
     return numbers.to(torch.float64 if numbers.is_floating_point() else torch.int64) < 0
-
-
-def some(names: Sequence[str]) -> str:
-    """How many names, and what they are."""
-    shown = 20
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{len(names)} ({', '.join(names[:shown])}{more})" if names else "none"
 
 
 def _joined(problems: Sequence[str]) -> str:

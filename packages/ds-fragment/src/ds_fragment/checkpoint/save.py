@@ -26,6 +26,7 @@ from ds_fragment.checkpoint.tensors import (
     What,
     apart,
     collect,
+    experts,
     first_difference,
     part_sums,
 )
@@ -246,6 +247,8 @@ class _Plan:
         try:
             if stands_in is not None:
                 self._pieces = stands_in.locate(self.shards)
+            for problem in experts(self.shards, tensors.sharded, len(self._stage.ranks)):
+                raise InvalidValueError(problem)
             shared = self._check_names()
             parts = self._part_sums(shared)
         except Exception as caught:

@@ -169,6 +169,38 @@ def first_difference(rows: Mapping[int, tuple[int, int]]) -> tuple[int, int] | N
     return None
 
 
+def experts(shards: Shards, names: Iterable[str], ranks: int) -> list[str]:
+    """Why one file cannot hold experts that have the same names on ranks which hold different ones; empty if it can.
+
+    DeepSpeed and Megatron mark such parameters with ``allreduce = False``, DeepSpeed also where there are no others.
+
+    Args:
+        shards: the parameters.
+        names: of each.
+        ranks: how many have these names.
+    """
+    found = [
+        name
+        for name, param, sharding in zip(names, shards.params, shards.shardings, strict=True)
+        if getattr(param, "allreduce", True) is False
+        and getattr(param, "group_name", "") != "ep_size_1"
+        and apart(sharding, ranks)
+    ]
+    if not found or ranks == 1:
+        return []
+    return [
+        f"expert-parallel ranks have different tensors under the names {some(found)}, and one file cannot hold them: "
+        "use the engine's own checkpoints, or give each its own name"
+    ]
+
+
+def some(names: Sequence[str]) -> str:
+    """How many names, and what they are."""
+    shown = 20
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)} ({', '.join(names[:shown])}{more})" if names else "none"
+
+
 def _identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same one, as the entries of a state dict are that are tied.
 
