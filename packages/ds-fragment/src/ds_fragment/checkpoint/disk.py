@@ -81,7 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def hold(path: Path) -> int | None:
+def hold(path: Path) -> int:
     """Make a file that says, as long as this process lives, that its save is under way; the number for `release`."""
     number = os.open(path, os.O_RDWR | os.O_CREAT)
     with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from ds_fragment.checkpoint import files
 from ds_fragment.checkpoint.background import finish_earlier
 from ds_fragment.checkpoint.conversions import conversions
 from ds_fragment.checkpoint.optimizer import OptimizerLoad
-from ds_fragment.checkpoint.tensors import Tensors, apart, collect, experts, first_difference, part_sums, some
+from ds_fragment.checkpoint.tensors import Tensors, apart, collect, differences, experts, part_sums, some
 from ds_fragment.collective.agree import agree, everyone, share
 from ds_fragment.engines.model import is_model, unwrapped, unwrapped_names
 from ds_fragment.engines.optimized import Optimizers
@@ -327,11 +327,7 @@ class _Load:
             return []
         names = list(self._items)
         sums = part_sums(self.shards, items, self.shards.pieces)
-        by_name: dict[str, dict[int, tuple[int, int]]] = {}
-        for rank, row in enumerate(share([[names[at], *sums[at]] for at in items])):
-            for name, part, total in row:
-                by_name.setdefault(name, {})[rank] = (part, total)
-        return [name for name, found in by_name.items() if first_difference(found) is not None]
+        return list(differences(share([[names[at], *sums[at]] for at in items])))
 
     def write(self, reader: files.Reader, state: OptimizerLoad | None, progress: files.Progress) -> None:
         """Copy this rank's pieces into the model and the optimizer."""

@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 
 from ds_fragment.checkpoint.files import Reader
+from ds_fragment.checkpoint.tensors import part_sums
 from ds_fragment.checkpoint.writer import Entry, Order, Writer, optimizer_target
 from ds_fragment.collective.agree import agree, everyone, share
-from ds_fragment.collective.digest import checksums
 from ds_fragment.collective.exchange import Shards as Found
 from ds_fragment.engines import held_by
 from ds_fragment.engines.base import Adapter, is_number
@@ -111,12 +111,9 @@ class OptimizerState:
         _compare(stage, sums, lambda i: f"'{self.entries[i].name}', which every rank holds whole,")
         sets, self._groups = [self.entries], self.param_groups
         if len(leaders) > 1:
-            rows = [[entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)] for entry in self.entries]
-            told = share([rows, self.param_groups] if dist.get_rank() == leaders[at] else None)
-            sets = [
-                [Entry(name, getattr(torch, kind), torch.Size(shape)) for name, kind, shape in told[rank][0]]
-                for rank in leaders
-            ]
+            mine = [[entry.to_json() for entry in self.entries], self.param_groups]
+            told = share(mine if dist.get_rank() == leaders[at] else None)
+            sets = [list(map(Entry.from_json, told[rank][0])) for rank in leaders]
             self._groups = [group for rank in leaders for group in told[rank][1]]
         self._order = Order.of(sets)
         self._positions = self._order.positions[at]
@@ -617,12 +614,11 @@ def _unreadable(shards: Shards) -> Exception | None:
 
 def _sums_of_whole(shards: Shards) -> list[int]:
     """A sum of the bits of each tensor that this rank holds whole; 0 for the rest."""
-    sums = [0] * len(shards.params)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        alone = [item for item, sharding in enumerate(shards.shardings) if sharding.alone]
-        for item, total in zip(alone, checksums(shards.pieces(alone)), strict=True):
-            sums[item] = total
-    return sums
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [0] * len(shards.params)
+    alone = [item for item, sharding in enumerate(shards.shardings) if sharding.alone]
+    found = part_sums(shards, alone, shards.pieces)
+    return [found[item][1] if item in found else 0 for item in range(len(shards.params))]
 
 
 def _unwritable(shards: Shards) -> Exception | None:

@@ -26,8 +26,8 @@ from ds_fragment.checkpoint.tensors import (
     What,
     apart,
     collect,
+    differences,
     experts,
-    first_difference,
     part_sums,
 )
 from ds_fragment.checkpoint.writer import MAX_SHARD_BYTES, Entry, Order, Writer
@@ -212,7 +212,8 @@ class _Plan:
     ) -> None:
         self._target, self._metadata, self._max_shard_bytes = target, metadata, max_shard_bytes
         tensors, error = Tensors(), None
-        wanted = optimizer is not None and optimizer is not False
+        optimizer = None if optimizer is False else optimizer
+        wanted = optimizer is not None
         try:
             tensors = collect(what, include, exclude)
             _check_target(target, max_shard_bytes)
@@ -256,7 +257,7 @@ class _Plan:
         agree(error, everyone(), _HOST)
         self._compare(parts, bool(shared))
         self._state: OptimizerState | None = None
-        if optimizer is not None and optimizer is not False:
+        if optimizer is not None:
             self._state = OptimizerState(tensors.sharded, optimizer, leaders=self.leaders, at=at)
 
     def _check_names(self) -> set[str]:
@@ -307,18 +308,12 @@ class _Plan:
         digests = share(zlib.crc32(repr(sorted(sums.items())).encode()))
         if not shared and all(len({digests[rank] for rank in stage.ranks}) == 1 for stage in self._stages):
             return  # each rank has the same, and all of it
-        by_name: dict[str, dict[int, tuple[int, int]]] = {}
-        for rank, row in enumerate(share([[name, *sums[name]] for name in sums])):
-            for name, part, total in row:
-                by_name.setdefault(name, {})[rank] = (part, total)
-        for name, found in by_name.items():
-            differ = first_difference(found)
-            if differ is not None:
-                raise InvalidValueError(
-                    f"'{name}' differs on ranks {differ[0]} and {differ[1]}, which hold the same part of it, and one "
-                    "file cannot hold both: give each its own name if they are different tensors, as in expert "
-                    "parallelism; else the ranks have trained apart"
-                )
+        for name, (one, other) in differences(share([[name, *sums[name]] for name in sums])).items():
+            raise InvalidValueError(
+                f"'{name}' differs on ranks {one} and {other}, which hold the same part of it, and one file cannot "
+                "hold both: give each its own name if they are different tensors, as in expert parallelism; else the "
+                "ranks have trained apart"
+            )
 
     def writer(self) -> Writer | None:
         """What this rank writes with; None if it does not."""
@@ -391,8 +386,7 @@ def _entries(tensors: Tensors, shards: Shards, dtype: torch.dtype | None) -> lis
 
 def _stages(entries: Sequence[Entry], tensors: Tensors) -> tuple[list[_Stage], str]:
     """The ranks by what they have, in rank order, and a token for the save; all ranks must call it."""
-    rows = [[entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)] for entry in entries]
-    mine = {"rows": rows, "tied": tensors.tied}
+    mine = {"entries": [entry.to_json() for entry in entries], "tied": tensors.tied}
     digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
     heads = share([digest, secrets.token_hex(4), tensors.unmatched])
     unmatched = set[str].intersection(*(set(patterns) for _, _, patterns in heads))
@@ -411,8 +405,7 @@ def _stages(entries: Sequence[Entry], tensors: Tensors) -> tuple[list[_Stage], s
     stages = []
     for members in ranks.values():
         has = told[members[0]]
-        found = [Entry(name, getattr(torch, kind), torch.Size(shape)) for name, kind, shape in has["rows"]]
-        stages.append(_Stage(members, found, has["tied"]))
+        stages.append(_Stage(members, list(map(Entry.from_json, has["entries"])), has["tied"]))
     return stages, heads[0][1]
 
 

@@ -159,14 +159,20 @@ def part_sums(shards: Shards, items: Sequence[int], pieces: Locate) -> dict[int,
     return found
 
 
-def first_difference(rows: Mapping[int, tuple[int, int]]) -> tuple[int, int] | None:
-    """Two ranks that hold one part of a tensor with different bits, of what `part_sums` has of it by rank."""
-    first: dict[int, int] = {}
-    for rank, (part, total) in rows.items():
-        other = first.setdefault(part, rank)
-        if rows[other][1] != total:
-            return other, rank
-    return None
+def differences(rows: Iterable[Iterable[tuple[str, int, int]]]) -> dict[str, tuple[int, int]]:
+    """By name, two ranks that hold one part of a tensor with different bits.
+
+    Args:
+        rows: by rank, names with what `part_sums` has of them.
+    """
+    first: dict[tuple[str, int], tuple[int, int]] = {}  # by name and part, the first rank and its sum
+    found: dict[str, tuple[int, int]] = {}
+    for rank, row in enumerate(rows):
+        for name, part, total in row:
+            other, expected = first.setdefault((name, part), (rank, total))
+            if total != expected:
+                found.setdefault(name, (other, rank))
+    return found
 
 
 def experts(shards: Shards, names: Iterable[str], ranks: int) -> list[str]:

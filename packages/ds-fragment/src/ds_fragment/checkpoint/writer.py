@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -43,6 +43,16 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return self.shape.numel() * self.dtype.itemsize
+
+    def to_json(self) -> list[Any]:
+        """What ranks tell each other of it."""
+        return [self.name, str(self.dtype).removeprefix("torch."), list(self.shape)]
+
+    @classmethod
+    def from_json(cls, told: Sequence[Any]) -> Entry:
+        """What `to_json` made."""
+        name, dtype, shape = told
+        return cls(name, getattr(torch, dtype), torch.Size(shape))
 
 
 class Writer:
