@@ -697,3 +697,10 @@ def test_errors_travel(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_pt(tmp_path / "nothing.pt")
     assert str(pickle.loads(pickle.dumps(caught.value))) == f"'{tmp_path / 'nothing.pt'}' is missing"
+
+
+def test_metadata_that_a_file_cannot_have(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="metadata has 'tied', which a save sets itself"):
+        consolidate(tmp_path, tmp_path / "m.safetensors", metadata={"tied": "x"})
+    with pytest.raises(InvalidValueError, match="metadata has 'step': 3, expected strings"):
+        consolidate(tmp_path, tmp_path / "m.safetensors", metadata={"step": 3})  # type: ignore[dict-item]

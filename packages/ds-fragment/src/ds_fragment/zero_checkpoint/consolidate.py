@@ -87,6 +87,7 @@ def consolidate(
             is named. Nothing is left in ``output``.
         InvalidValueError: an argument cannot be used.
     """
+    files.require_metadata(metadata or {})
     target = _target(Path(output), max_shard_bytes, processes)
     contents = read_contents(
         scan(find_folder(Path(checkpoint_dir), tag)), optimizer=optimizer, exclude_frozen=exclude_frozen_parameters
