@@ -1,72 +1,35 @@
-"""Begin an epoch behind batches that were handed out before."""
+"""Take items of an iterator away."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
-
-from torch.utils.data import DataLoader, IterableDataset
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 from ds_loader.errors import LoaderStateError
 
-_T = TypeVar("_T")
 
-
-def iter_from(loader: Iterable[_T], batch: int) -> Iterator[_T]:
-    """Iterate over ``loader`` from its batch number ``batch`` on.
-
-    Of a plain map-style ``DataLoader`` only the indices of the earlier batches are drawn; every other source loads
-    its earlier batches, which are dropped.
+def drop(iterator: Iterator[Any], count: int) -> None:
+    """Take items away.
 
     Raises:
-        LoaderStateError: the source has fewer batches than that.
+        LoaderStateError: there are fewer.
     """
-    if batch == 0:
-        return iter(loader)
-    if isinstance(loader, DataLoader) and _is_plain(loader):
-        return iter(_without_first(loader, batch))
-    iterator = iter(loader)
-    _drop(iterator, batch)
-    return iterator
+    taken = taken_from(iterator, count)
+    if taken < count:
+        raise too_few(count, taken)
 
 
-def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether it draws indices first and loads by them, the way PyTorch's own does."""
-    untouched = all(
-        getattr(type(loader), name) is getattr(DataLoader, name)
-        for name in ("__iter__", "_get_iterator", "_index_sampler")
+def taken_from(iterator: Iterator[Any], count: int) -> int:
+    """Take at most ``count`` items away; how many there were."""
+    last = deque(enumerate(islice(iterator, count), 1), maxlen=1)
+    return last[0][0] if last else 0
+
+
+def too_few(count: int, found: int) -> LoaderStateError:
+    """The error of a source with fewer batches than a state says were handed out."""
+    return LoaderStateError(
+        f"the state says that {count} batches of this epoch were handed out, but the source has {found}: "
+        "is it the same data, batch size and number of ranks?"
     )
-    return untouched and not isinstance(loader.dataset, IterableDataset)
-
-
-def _without_first(loader: DataLoader[_T], batch: int) -> DataLoader[_T]:
-    """A copy of the loader, with workers of its own, whose indices begin later."""
-    later = copy.copy(loader)
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    # Through __dict__: a DataLoader refuses to have these set.
-    vars(later).update({name: _Later(getattr(loader, name), batch), "_iterator": None})
-    return later
-
-
-class _Later:
-    """A sampler without its first items."""
-
-    def __init__(self, sampler: Iterable[Any], first: int) -> None:
-        self._sampler = sampler
-        self._first = first
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._sampler)
-        _drop(iterator, self._first)
-        yield from iterator
-
-
-def _drop(iterator: Iterator[Any], count: int) -> None:
-    dropped = sum(1 for _ in itertools.islice(iterator, count))
-    if dropped < count:
-        raise LoaderStateError(
-            f"the state says that {count} batches of this epoch were handed out, but the source has {dropped}: "
-            "is it the same data, batch size and number of ranks?"
-        )
