@@ -282,8 +282,8 @@ class RepeatingLoader(Generic[_T]):
             raise LoaderStateError("the state does not fit: " + "; ".join(differences))
         if ledger.loader is not None and not self._adapter.keeps_state:
             raise LoaderStateError(
-                f"the state was saved with another kind of loader: it holds a state of that loader's own, but {self._name} "
-                "keeps none"
+                "the state was saved with another kind of loader: it holds a state of that loader's own, but "
+                f"{self._name} keeps none"
             )
         before = self._parts.states()
         self._parts.restore(ledger.generators or ())
@@ -318,7 +318,7 @@ class RepeatingLoader(Generic[_T]):
             LoaderStateError: samples are lost; or the ranks differ.
             TypeError: the order of this loader is not known.
         """
-        plan, indices = self._adapter.plan, getattr(self._adapter, "indices", None)
+        plan, indices = self._adapter.plan, self._adapter.indices
         if plan is None or indices is None:
             raise TypeError(f"the order of {self._name} over all ranks is not known, so nothing can be proved about it")
         ledger = self._ledger()
@@ -357,8 +357,8 @@ class RepeatingLoader(Generic[_T]):
         if self._copier is not None:
             iterator = started.ahead = OneAhead(iterator, self._copier, self._adapter.state)
         if self._seamless:
-            # Weakly: in a cycle, workers would live until the garbage collector comes by, or the next workers would find
-            # the iterator in their copy of the memory and end it.
+            # Weakly: in a cycle, workers would live until the garbage collector comes by; and it may come by in the
+            # next workers, which have a copy of this process' memory and would end the iterator.
             iterator = _Watched(iterator, started.run, weakref.WeakMethod(self._start_next))
         most = self._most_batches()
         if most is not None:
@@ -470,7 +470,7 @@ class RepeatingLoader(Generic[_T]):
             _LOG.error("more than max_errors=%d errors in epoch %d", self._max_errors, here[0])
             self._try_again()
             raise error
-        answer = "skip" if self._on_error == "skip" else self._on_error(error, *here)  # type: ignore[operator]
+        answer = self._on_error(error, *here) if callable(self._on_error) else self._on_error
         if answer not in ("skip", "retry"):
             raise ValueError(f"on_error must return 'skip' or 'retry', not {answer!r}") from error
         if answer == "retry":
@@ -580,7 +580,7 @@ class RepeatingLoader(Generic[_T]):
 
     def _order(self, ledger: Ledger) -> list[Any]:
         """The order of the epoch at hand; generators and samplers are left as they were."""
-        indices = self._adapter.indices  # type: ignore[attr-defined]
+        indices = self._adapter.indices
         before = self._parts.states()
         given = [generator.get_state() for generator in self._parts.given]
         self._tell(ledger.epoch)

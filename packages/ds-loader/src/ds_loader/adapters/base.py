@@ -70,6 +70,7 @@ class Adapter(Generic[_T]):
     Attributes:
         by_index: whether `start` passes over batches without loading them.
         plan: how its order is cut among ranks; None where that is not known.
+        indices: the `EpochSampler` that draws its indices; None where it has none.
         limits: sentences that say what cannot be done, for a warning.
         keeps_state: whether the loader has a state of its own by which it resumes exactly.
         survives: whether its iterators go on after an exception.
@@ -78,6 +79,7 @@ class Adapter(Generic[_T]):
 
     by_index = False
     plan: Plan | None = None
+    indices: Any = None
     survives = True
     workers = False
 
@@ -166,8 +168,8 @@ class Adapter(Generic[_T]):
         knows = any(True for _ in self.parts.epoch_setters()) or self.parts.own or self.parts.given
         if not knows and not self.keeps_state:
             self.limits.append(
-                "the order cannot be changed from here: neither it nor a part of it has set_epoch or a generator (what "
-                "it draws from the global generators of torch, random and numpy does change with every epoch)"
+                f"the order of {self._ordered_by} cannot be changed from here: it has no set_epoch and no generator "
+                "(what it draws from the global generators of torch, random and numpy does change with every epoch)"
             )
 
 

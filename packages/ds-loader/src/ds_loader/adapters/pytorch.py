@@ -32,7 +32,6 @@ class DataLoaderAdapter(Adapter[_T]):
         if "_initial_iter_for_state_dict" in vars(self._view):  # torchdata's: it was asked for a state before
             vars(self._view)["_initial_iter_for_state_dict"] = False
         self._map_style = not isinstance(loader.dataset, IterableDataset)
-        self.indices: EpochSampler | None = None
         if self._map_style:
             self._take_indices()
         self._hub_stream = not self._map_style and loader.num_workers == 0 and keeps_its_place(loader.dataset)
