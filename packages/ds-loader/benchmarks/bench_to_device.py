@@ -104,7 +104,8 @@ def memory(epochs: int) -> dict[str, float]:
         if epoch in (9, epochs - 1):
             torch.cuda.synchronize()
             gc.collect()
-            resident = next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]
+            status = pathlib.Path("/proc/self/status").read_text().splitlines()
+            resident = next(line for line in status if line.startswith("VmRSS")).split()[1]
             found[f"device, epoch {epoch + 1}"] = torch.cuda.memory_reserved() / 2**20
             found[f"host, epoch {epoch + 1}"] = int(resident) / 2**10
     return found
@@ -115,12 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    rows = {"MiB over 1,000 epochs": memory(1000)}
     data = Ready(8)
-    rows: dict[str, dict[str, float]] = {}
     for size in (4096, 8192):
         rows[f"ms a step, four products of {size} x {size} in bf16"] = measure(data, size, 40, 7)
     rows["values right behind a slow consumer"] = {"yes": float(right(data))}
-    rows["MiB over 1,000 epochs"] = memory(1000)
     for title, row in rows.items():
         print(title)
         for name, value in row.items():

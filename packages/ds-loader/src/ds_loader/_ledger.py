@@ -24,6 +24,7 @@ class Ledger:
         world_size: among how many ranks an epoch is divided.
         batch_size: samples of one rank in one batch; None where it is not known.
         length: samples in an epoch, or batches where the loader does not know its order; None where neither is known.
+        workers: worker processes that a stream is divided among; None where they do not matter to the order.
         left_out: batches of this epoch that were left out after an error.
         segments: (world size, batch size, samples handed out before) of each piece of this epoch that one number of
             ranks went through. There is one, from 0, unless a state was loaded on another number.
@@ -41,6 +42,7 @@ class Ledger:
     world_size: int = 1
     batch_size: int | None = None
     length: int | None = None
+    workers: int | None = None
     left_out: int = 0
     segments: tuple[tuple[int, int | None, int], ...] = ()
     first: tuple[int, int] | None = None
@@ -72,7 +74,7 @@ class Ledger:
         for name in ("seed", "epoch", "batch", "step", "left_out"):
             _count(name, state[name])
         _count("world_size", state["world_size"], least=1)
-        for name, least in (("samples", 0), ("batch_size", 1), ("length", 0)):
+        for name, least in (("samples", 0), ("batch_size", 1), ("length", 0), ("workers", 0)):
             if state[name] is not None:
                 _count(name, state[name], least=least)
         segments, first, generators = state["segments"], state["first"], state["generators"]
@@ -92,13 +94,13 @@ class Ledger:
         values["generators"] = tuple(generators)
         return cls(**values)
 
-    def differences(self, here: Ledger) -> list[str]:
+    def differences(self, here: Ledger) -> dict[str, str]:
         """What of the shape of this ledger is not as it is ``here``: ``world_size: 4 in the state, 2 here``."""
-        told = []
-        for name in ("world_size", "batch_size", "length"):
+        told = {}
+        for name in ("world_size", "batch_size", "length", "workers"):
             old, new = getattr(self, name), getattr(here, name)
             if old != new:
-                told.append(f"{name}: {old} in the state, {new} here")
+                told[name] = f"{name}: {old} in the state, {new} here"
         return told
 
     def plain(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import BatchSampler, DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 
 @dataclass(frozen=True)
@@ -129,24 +129,6 @@ def _cuts_plainly(batch_sampler: object) -> bool:
     """Whether it is PyTorch's own batch sampler, or torchdata's."""
     kind = type(batch_sampler)
     return kind is BatchSampler or (kind.__name__ == "BatchSampler" and kind.__module__.startswith("torchdata."))
-
-
-def divides_like_torch(plan: Plan, order: Sequence[Any], share: Iterable[Any]) -> bool:
-    """Whether this rank's share of an epoch is what PyTorch's ``DistributedSampler`` would take of the order."""
-    return list(share) == list(plan.share(order, plan.world_size, plan.rank))
-
-
-class Rest(Sampler[Any]):
-    """A sampler over given batches of indices, with a length."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = list(batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
 
 @dataclass(frozen=True)

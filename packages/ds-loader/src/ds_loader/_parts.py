@@ -23,7 +23,7 @@ from ds_loader._random import is_generator, mixed, set_state, state_of
 from ds_loader.errors import LoaderStateError
 
 # They draw from torch's global generator if they have none of their own.
-_TORCH_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # Attributes that hold a map-style dataset: its generators make samples, they do not order them.
 _DATASETS = frozenset({"dataset", "datasets", "data_source"})
 # Objects of these packages are data, models or text processors, not parts of a loader (unless they are samplers or
@@ -41,13 +41,13 @@ class Parts:
     Attributes:
         found: the loader and what it is made of, outer ones first, each once.
         own: generators that the user made. Their states when an epoch begins decide its order.
-        given: generators given here to PyTorch's random samplers that had none. They are seeded for every epoch.
+        random: whether a random sampler of PyTorch has no generator of its own: it shuffles by the global one.
         live: iterators that were begun before the loader came here.
     """
 
     found: list[Any]
     own: list[Any] = field(default_factory=list)
-    given: list[torch.Generator] = field(default_factory=list)
+    random: bool = False
     live: list[Any] = field(default_factory=list)
 
     def epoch_setters(self) -> Iterator[Callable[[int], object]]:
@@ -57,9 +57,9 @@ class Parts:
             if callable(set_epoch):
                 yield set_epoch
 
-    def seed(self, seed: int, epoch: int, *, own: bool) -> None:
-        """Seed the given generators, and the user's too if ``own``, by (seed, epoch)."""
-        for index, generator in enumerate([*self.given, *(self.own if own else [])]):
+    def seed(self, seed: int, epoch: int) -> None:
+        """Seed the user's generators by (seed, epoch)."""
+        for index, generator in enumerate(self.own):
             value = mixed(seed, epoch, index)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(value)
@@ -97,10 +97,7 @@ class Parts:
 
 
 def parts_of(loader: object) -> Parts:
-    """Find the parts of a loader.
-
-    A random sampler of PyTorch without a generator would draw from the global one; it is given one of its own.
-    """
+    """Find the parts of a loader; nothing of it is changed."""
     parts = Parts([])
     seen: set[int] = set()
     queue: list[tuple[Any, bool]] = [(loader, False)]
@@ -113,9 +110,8 @@ def parts_of(loader: object) -> Parts:
         parts.found.append(part)
         in_dataset = in_dataset and not isinstance(part, IterableDataset)
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
-        if isinstance(part, _TORCH_SAMPLERS) and part.generator is None:
-            part.generator = torch.Generator()
-            parts.given.append(part.generator)
+        if isinstance(part, _RANDOM_SAMPLERS) and part.generator is None:
+            parts.random = True
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
                 parts.live.append(value)
@@ -124,8 +120,7 @@ def parts_of(loader: object) -> Parts:
                     generators[id(value)] = value
             elif _is_part(value):
                 queue.append((value, in_dataset or name in _DATASETS))
-    given = {id(generator) for generator in parts.given}
-    parts.own = [generator for key, generator in generators.items() if key not in given]
+    parts.own = list(generators.values())
     return parts
 
 

@@ -7,6 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from types import GeneratorType, TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -37,10 +38,10 @@ OnError = Callable[[Exception, int, int], Literal["skip", "retry"]]
 class RepeatingLoader(Generic[_T]):
     """An endless iterator over a loader, one epoch after the other.
 
-    Before each epoch ``set_epoch`` is called on every part of the loader that has it, at any depth, once. A random
-    sampler of PyTorch without a generator is given one, and code that draws from the global generators of torch, random
-    and numpy while it orders samples draws from private ones instead: all are seeded by (seed, epoch). Nothing is drawn
-    from the global generators. Ranks start their epochs alone, unless ``on_uneven`` asks for more.
+    Before each epoch ``set_epoch`` is called on every part of the loader that has it, at any depth, once. Code that
+    draws from the global generators of torch, random and numpy while it orders samples, as PyTorch's random samplers
+    do, draws from private ones instead, which are seeded by (seed, epoch). The global ones are left as they are. Ranks
+    start their epochs alone, unless ``on_uneven`` asks for more.
 
     What a loader cannot do is told once, at construction, by a ``LoaderWarning``.
 
@@ -236,7 +237,7 @@ class RepeatingLoader(Generic[_T]):
 
     def close(self) -> None:
         """End the loader's worker processes. The place is kept: the next batch starts them anew."""
-        ledger = self._ledger()
+        ledger = self._ledger_or((self._epoch, self._batch))
         for started in (self._started, self._ahead):
             if started is not None:
                 shut_down(started.raw)
@@ -269,17 +270,18 @@ class RepeatingLoader(Generic[_T]):
         ledger = Ledger.from_dict(state_dict)
         here = self._shape()
         differences = ledger.differences(here)
-        segments = ledger.segments or ((ledger.world_size, ledger.batch_size, 0),)
         if self._seeded and ledger.seed != self.seed:
-            differences.append(f"seed: {ledger.seed} in the state, {self.seed} here")
-        if differences and (ledger.samples is None or here.samples is None):
-            whose = "the loader that was saved" if ledger.samples is None else self._name
-            raise LoaderStateError(
-                "the state does not fit: " + "; ".join(differences) + f". The order of {whose} over all ranks is not "
-                "known, so what is left of the epoch cannot be divided anew"
-            )
-        if differences and (ledger.length != here.length or (self._seeded and ledger.seed != self.seed)):
-            raise LoaderStateError("the state does not fit: " + "; ".join(differences))
+            differences["seed"] = f"seed: {ledger.seed} in the state, {self.seed} here"
+        if differences:
+            told = "the state does not fit: " + "; ".join(differences.values())
+            if not differences.keys() <= {"world_size", "batch_size"}:
+                raise LoaderStateError(told)
+            if ledger.samples is None or here.samples is None:
+                whose = "the loader that was saved" if ledger.samples is None else self._name
+                raise LoaderStateError(
+                    f"{told}. The order of {whose} over all ranks is not known, so what is left of the epoch cannot be "
+                    "divided anew"
+                )
         if ledger.loader is not None and not self._adapter.keeps_state:
             raise LoaderStateError(
                 "the state was saved with another kind of loader: it holds a state of that loader's own, but "
@@ -294,14 +296,14 @@ class RepeatingLoader(Generic[_T]):
                 f"the loader's own state says that {counted} batches of this epoch were handed out, the ledger "
                 f"says {ledger.batch - ledger.left_out}"
             )
+        segments = ledger.segments or ((ledger.world_size, ledger.batch_size, 0),)
         if differences:
-            assert ledger.samples is not None
-            _LOG.info("going on with %d of %s samples handed out; %s", ledger.samples, ledger.length, differences)
-            segments = (*segments, (here.world_size, here.batch_size, ledger.samples))
-            step = ledger.step
-            ledger = Ledger(
-                seed=ledger.seed, epoch=ledger.epoch, step=step, generators=ledger.generators, samples=ledger.samples
+            _LOG.info(
+                "going on behind %s of %s samples; %s", ledger.samples, ledger.length, "; ".join(differences.values())
             )
+            behind = (here.world_size, here.batch_size, ledger.samples or 0)
+            segments = (*segments, behind) if ledger.samples else (behind,)
+            ledger = replace(ledger, batch=0, left_out=0, first=None)
         self.seed = ledger.seed
         self._go_to(copy.deepcopy(ledger), segments)
 
@@ -394,7 +396,8 @@ class RepeatingLoader(Generic[_T]):
         elif self._set_epoch == "auto":
             for set_epoch in self._parts.epoch_setters():
                 set_epoch(epoch)
-        self._parts.seed(self.seed, epoch, own=self._seeded)
+        if self._seeded:
+            self._parts.seed(self.seed, epoch)
 
     def _most_batches(self) -> int | None:
         """How many more batches of this epoch to hand out at most."""
@@ -499,20 +502,19 @@ class RepeatingLoader(Generic[_T]):
         ledger = self._ledger()
         self._batch += 1
         self._left_out += 1
-        values = {**vars(ledger), "batch": self._batch, "left_out": self._left_out}
-        self._go_to(Ledger(**values), self._segments)
+        self._go_to(replace(ledger, batch=self._batch, left_out=self._left_out), self._segments)
 
     # The ledger
 
     def _shape(self) -> Ledger:
         """A ledger with what depends on the loader alone."""
         adapter = self._adapter
-        known = adapter.plan is not None
         return Ledger(
             world_size=adapter.world_size,
             batch_size=adapter.batch_size,
-            length=adapter.plan.length if adapter.plan is not None else adapter.length(),
-            samples=0 if known else None,
+            length=adapter.size(),
+            workers=adapter.stream_workers,
+            samples=adapter.samples(0, 0),
         )
 
     def _ledger(self) -> Ledger:
@@ -536,10 +538,11 @@ class RepeatingLoader(Generic[_T]):
             epoch=self._epoch,
             batch=self._batch,
             step=self.step,
-            samples=self._samples(),
+            samples=self._adapter.samples(self._batch, self._segments[-1][2] if self._segments else 0),
             world_size=shape.world_size,
             batch_size=shape.batch_size,
             length=shape.length,
+            workers=shape.workers,
             left_out=self._left_out,
             segments=segments,
             first=first,
@@ -562,13 +565,6 @@ class RepeatingLoader(Generic[_T]):
             return self._resumed.generators
         return self._parts.states()
 
-    def _samples(self) -> int | None:
-        plan = self._adapter.plan
-        if plan is None:
-            return None
-        start = self._segments[-1][2] if self._segments else 0
-        return start + plan.handed_out(self._batch, plan.length - start)
-
     def _go_to(self, ledger: Ledger, segments: tuple[tuple[int, int | None, int], ...]) -> None:
         """Begin anew at that place with the next call."""
         self._resumed = ledger
@@ -582,7 +578,6 @@ class RepeatingLoader(Generic[_T]):
         """The order of the epoch at hand; generators and samplers are left as they were."""
         indices = self._adapter.indices
         before = self._parts.states()
-        given = [generator.get_state() for generator in self._parts.given]
         self._tell(ledger.epoch)
         if ledger.generators is not None:
             self._parts.restore(tuple(ledger.generators))
@@ -590,8 +585,6 @@ class RepeatingLoader(Generic[_T]):
             return indices.order(Place(self.seed, ledger.epoch))  # type: ignore[no-any-return]
         finally:
             self._parts.restore(before)
-            for generator, state in zip(self._parts.given, given, strict=True):
-                generator.set_state(state)
 
     def _draw_all(self, epoch: int, states: tuple[Any, ...] | None) -> None:
         """Draw the indices of a whole epoch, for the generators that the next epoch goes on with."""
@@ -599,9 +592,10 @@ class RepeatingLoader(Generic[_T]):
         if states is not None:
             self._parts.restore(tuple(states))
         indices = self._adapter.indices
-        indices.place = Place(self.seed, epoch)
-        for _ in indices:
-            pass
+        if indices is not None:
+            indices.place = Place(self.seed, epoch)
+            for _ in indices:
+                pass
 
 
 class _Epoch:

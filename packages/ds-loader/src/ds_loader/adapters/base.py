@@ -114,6 +114,24 @@ class Adapter(Generic[_T]):
         size = getattr(self.loader, "batch_size", None)
         return size if isinstance(size, int) else None
 
+    @property
+    def stream_workers(self) -> int | None:
+        """Among how many worker processes a stream is divided; None where workers do not matter to the order."""
+        return None
+
+    def samples(self, batch: int, seen: int) -> int | None:
+        """How many samples of an epoch all ranks together have, after so many batches each behind ``seen`` samples.
+
+        None where another number of ranks could not go on behind them.
+        """
+        if self.plan is None or self.keeps_state:
+            return None
+        return seen + self.plan.handed_out(batch, self.plan.length - seen)
+
+    def size(self) -> int | None:
+        """Samples in one epoch; batches where the order is not known; None where that is not known either."""
+        return self.length() if self.plan is None else self.plan.length
+
     def length(self) -> int | None:
         """Batches in one epoch, or None."""
         if not isinstance(self.loader, Sized):
@@ -165,7 +183,7 @@ class Adapter(Generic[_T]):
                 "cannot resume exactly, because it holds an iterator that was begun before it came here, whose order "
                 "depends on nothing that is known here"
             )
-        knows = any(True for _ in self.parts.epoch_setters()) or self.parts.own or self.parts.given
+        knows = any(True for _ in self.parts.epoch_setters()) or self.parts.own or self.parts.random
         if not knows and not self.keeps_state:
             self.limits.append(
                 f"the order of {self._ordered_by} cannot be changed from here: it has no set_epoch and no generator "

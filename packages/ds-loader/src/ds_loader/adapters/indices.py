@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 from torch.utils.data import BatchSampler, Sampler
 
-from ds_loader._order import divides_like_torch, plan_of
+from ds_loader._order import plan_of
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom
 from ds_loader._skip import taken_from, too_few
 from ds_loader.adapters.base import Place, checksum
 from ds_loader.errors import LoaderStateError
 
-# Samplers of these packages draw from generators of their own, or from none: they need no private streams.
+# Samplers of these packages draw from generators of their own, or from a global one before their first index.
 _TRUSTED = frozenset({"torch", "torchdata", "accelerate", "builtins"})
 
 
@@ -60,33 +59,27 @@ class EpochSampler(Sampler[Any]):
         return getattr(self._inner, name)
 
     def order(self, place: Place) -> list[Any]:
-        """The order of an epoch over all ranks. Generators are left as they were.
+        """The order of an epoch over all ranks. Generators are drawn from as often as by one epoch.
 
         Raises:
             LoaderStateError: it cannot be told.
         """
         plan = self.plan
         assert plan is not None
-        states, given = self.parts.states(), [generator.get_state() for generator in self.parts.given]
-
-        def rewind() -> None:
+        states = self.parts.states()
+        with place.streams():
+            order = plan.order()
+        if plan.distributed:
             self.parts.restore(states)
-            for generator, state in zip(self.parts.given, given, strict=True):
-                generator.set_state(state)
-
-        try:
             with place.streams():
-                order = plan.order()
-            rewind()
-            with place.streams():
-                if not plan.distributed or divides_like_torch(plan, order, plan.sampler):
-                    return order
-        finally:
-            rewind()
-        raise LoaderStateError(
-            f"{type(plan.sampler).__name__} divides its samples among ranks in another way than DistributedSampler: "
-            "what is left of an epoch cannot be divided anew. Go on with the same number of ranks and batch size"
-        )
+                share = list(plan.sampler)
+            if share != list(plan.share(order, plan.world_size, plan.rank)):
+                raise LoaderStateError(
+                    f"{type(plan.sampler).__name__} divides its samples among ranks in another way than "
+                    "DistributedSampler: what is left of an epoch cannot be divided anew. Go on with the same number "
+                    "of ranks and batch size"
+                )
+        return order
 
     def _run(self, place: Place) -> Iterator[Any]:
         plan, source = self.plan, self._inner
@@ -101,8 +94,7 @@ class EpochSampler(Sampler[Any]):
         elif self._batched and plan is not None and plan.simple and place.batch:
             source, as_samples = plan.sampler, True  # passing over samples is faster than making batches of them
         size = plan.batch_size or 1 if as_samples and plan is not None else 1
-        private = not self._is_trusted()
-        streams = place.streams() if private else nullcontext()
+        streams = place.streams()
         with streams:
             iterator = iter(source)
             head = list(islice(iterator, size))
@@ -117,7 +109,7 @@ class EpochSampler(Sampler[Any]):
                 iterator = chain(head, iterator)
             if as_samples and self._batched and plan is not None and plan.batch_size is not None:
                 iterator = iter(BatchSampler(iterator, plan.batch_size, plan.drop_last))
-        yield from PrivatelyRandom(iterator, streams) if private else iterator  # type: ignore[arg-type]
+        yield from iterator if self._draws_at_the_start() else PrivatelyRandom(iterator, streams)
         place.run.exhausted = True
 
     def _first(self, head: Any, place: Place) -> tuple[int, int] | None:
@@ -133,8 +125,8 @@ class EpochSampler(Sampler[Any]):
             )
         return found
 
-    def _is_trusted(self) -> bool:
-        """Whether the order is made by code that draws from no global generator."""
+    def _draws_at_the_start(self) -> bool:
+        """Whether the order is made by code that draws from a global generator for the first index at most."""
         parts: Iterable[Any] = (self._inner, getattr(self._inner, "sampler", None), getattr(self.plan, "sampler", None))
         inner = getattr(getattr(self._inner, "batch_sampler", None), "sampler", None)
         kinds = [type(part) for part in (*parts, inner) if part is not None]

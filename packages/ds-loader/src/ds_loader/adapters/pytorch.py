@@ -54,6 +54,11 @@ class DataLoaderAdapter(Adapter[_T]):
         """Any that draws indices first and loads by them, the way PyTorch's own does."""
         return isinstance(loader, DataLoader) and is_plain(loader)
 
+    @property
+    def stream_workers(self) -> int | None:
+        """See `Adapter.stream_workers`."""
+        return None if self._map_style else self._view.num_workers
+
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
         # Seeds of workers are drawn whenever they start, which they do at other times in a run that was resumed.

@@ -105,6 +105,15 @@ class MosaicAdapter(Adapter[_T]):
         dataset.load_state_dict({**template, "epoch": place.epoch, "sample_in_epoch": seen})
         return PrivatelyRandom(self.loader, place.streams())
 
+    def samples(self, batch: int, seen: int) -> int | None:
+        """See `Adapter.samples`."""
+        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
+        return min(seen + batch * (self.batch_size or 1) * self.world_size, int(dataset.epoch_size))
+
+    def size(self) -> int | None:
+        """See `Adapter.size`."""
+        return int(self.loader.dataset.epoch_size)  # type: ignore[attr-defined]
+
     def state(self) -> Any:
         """See `Adapter.state`: what decides the order; where to begin is computed."""
         return self._state()

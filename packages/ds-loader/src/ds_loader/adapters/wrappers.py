@@ -63,7 +63,12 @@ class WrapperAdapter(Adapter[_T]):
     @property
     def batch_size(self) -> int | None:
         """See `Adapter.batch_size`."""
-        return self._inner.batch_size
+        return self._inner.batch_size if self.plan is None else self.plan.batch_size
+
+    @property
+    def stream_workers(self) -> int | None:
+        """See `Adapter.stream_workers`."""
+        return self._inner.stream_workers
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
