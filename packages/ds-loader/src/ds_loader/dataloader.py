@@ -298,9 +298,7 @@ class RepeatingLoader(Generic[_T]):
             )
         segments = ledger.segments or ((ledger.world_size, ledger.batch_size, 0),)
         if differences:
-            _LOG.info(
-                "going on behind %s of %s samples; %s", ledger.samples, ledger.length, "; ".join(differences.values())
-            )
+            _LOG.info("going on behind %s of %s samples; %s", ledger.samples, ledger.length, list(differences.values()))
             behind = (here.world_size, here.batch_size, ledger.samples or 0)
             segments = (*segments, behind) if ledger.samples else (behind,)
             ledger = replace(ledger, batch=0, left_out=0, first=None)

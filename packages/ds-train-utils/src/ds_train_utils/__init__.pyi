@@ -68,9 +68,12 @@ from ds_groups.parallel_state import (
     set_tensor_model_parallel_world_size as set_tensor_model_parallel_world_size,
 )
 from ds_loader import (
+    Coverage as Coverage,
     EmptyLoaderError as EmptyLoaderError,
     LoaderStateError as LoaderStateError,
+    LoaderWarning as LoaderWarning,
     OneShotLoaderError as OneShotLoaderError,
+    UnevenRanksError as UnevenRanksError,
 )
 from ds_loader.dataloader import RepeatingLoader as RepeatingLoader
 from ds_logging import (

@@ -138,7 +138,14 @@ _NAMES = {
         "use_kernels",
     ),
     "ds_z3leaf": ("LeafError", "find_leaf_candidates", "fully_shard_leaves", "mark_leaves"),
-    "ds_loader": ("EmptyLoaderError", "LoaderStateError", "OneShotLoaderError"),
+    "ds_loader": (
+        "Coverage",
+        "EmptyLoaderError",
+        "LoaderStateError",
+        "LoaderWarning",
+        "OneShotLoaderError",
+        "UnevenRanksError",
+    ),
     "ds_numa": ("NumaError", "bind", "plan_binding"),
 }
 
