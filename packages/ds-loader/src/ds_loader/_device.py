@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class DeviceCopier:
@@ -30,9 +33,9 @@ class DeviceCopier:
     def begin(self, batch: Any) -> tuple[Any, Any]:
         """Start copying a batch; give both results to `finish`."""
         if self._stream is None:
-            return tree_map(self._move, batch), None
+            return apply(self._move, batch), None
         with self._module.stream(self._stream):
-            moved = tree_map(self._move, batch)
+            moved = apply(self._move, batch)
             done = self._module.Event()
             done.record(self._stream)
         return moved, done
@@ -43,7 +46,7 @@ class DeviceCopier:
             return moved
         current = self._module.current_stream(self.device)
         current.wait_event(done)
-        tree_map(lambda value: self._record(value, current), moved)
+        apply(lambda value: self._record(value, current), moved)
         return moved
 
     def _move(self, value: Any) -> Any:
@@ -52,7 +55,12 @@ class DeviceCopier:
                 value = value.pin_memory()
             return value.to(self.device, non_blocking=True)
         move = getattr(value, "to", None)  # such as transformers' BatchEncoding
-        return move(self.device) if callable(move) else value
+        if not callable(move):
+            return value
+        try:
+            return move(self.device, non_blocking=True)
+        except TypeError:
+            return move(self.device)
 
     def _record(self, value: Any, stream: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.device == self.device:
@@ -61,6 +69,23 @@ class DeviceCopier:
             for tensor in _tensors_of(value):
                 tensor.record_stream(stream)
         return value
+
+
+def apply(function: Callable[[Any], Any], batch: Any) -> Any:
+    """Call a function on the tensors, and on objects with ``.to``, in containers of any depth."""
+    if isinstance(batch, torch.Tensor) or callable(getattr(batch, "to", None)):
+        return function(batch)
+    if isinstance(batch, Mapping) and type(batch) not in (dict, OrderedDict, defaultdict):
+        return type(batch)({key: apply(function, value) for key, value in batch.items()})  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changed: Any = copy.copy(batch)
+        for entry in dataclasses.fields(batch):
+            object.__setattr__(changed, entry.name, apply(function, getattr(batch, entry.name)))
+        return changed
+    leaves, spec = tree_flatten(batch)
+    if len(leaves) == 1 and leaves[0] is batch:
+        return batch
+    return tree_unflatten([apply(function, leaf) for leaf in leaves], spec)
 
 
 class OneAhead(Iterator[Any]):

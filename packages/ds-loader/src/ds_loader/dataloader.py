@@ -46,8 +46,8 @@ class RepeatingLoader(Generic[_T]):
     What a loader cannot do is told once, at construction, by a ``LoaderWarning``.
 
     Args:
-        loader: anything that can be iterated more than once; or, with ``max_steps``, a generator. The README lists
-            libraries.
+        loader: anything that can be iterated more than once; or, with ``max_steps`` or ``max_epochs=1``, a generator.
+            The README lists libraries.
         set_epoch: ``"auto"``; ``"off"`` to call nothing; or a function that is called with the epoch instead.
         seed: of all orders. By default it follows from the state of torch's global generator, and generators that the
             samplers already have are left alone. If given, it seeds those, too. It has to be the same on all ranks.
@@ -108,10 +108,10 @@ class RepeatingLoader(Generic[_T]):
         _check_number("max_errors", max_errors)
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"loader must be iterable, such as a DataLoader or a list, not {type(loader).__name__}")
-        if max_steps is None and (isinstance(loader, GeneratorType) or _is_builtin_iterator(loader)):
+        if max_steps is None and max_epochs != 1 and _is_once_only(loader):
             raise OneShotLoaderError(
                 f"loader is a {type(loader).__name__}, which can be iterated only once: pass the DataLoader or list "
-                "behind it, or an object whose __iter__ starts anew at every call; or pass max_steps, if it has as many"
+                "behind it, or an object whose __iter__ starts anew at every call; or pass max_steps or max_epochs=1"
             )
         self.loader = loader
         self.seed = seed_from_torch() if seed is None else seed
@@ -426,7 +426,7 @@ class RepeatingLoader(Generic[_T]):
                     "share of it, empty, or smaller than one batch with drop_last=True?"
                 )
             )
-        if (self._batch == 0 and not cut) or _is_once_only(self.loader):
+        if (self._batch == 0 and not cut) or (_is_once_only(self.loader) and self._max_epochs != 1):
             raise self._at_end_of(
                 OneShotLoaderError(
                     f"the loader ({self._name}) gave batches before, but none in epoch "
@@ -634,12 +634,10 @@ class _Watched(Iterator[_T]):
         return batch
 
 
-def _is_builtin_iterator(loader: object) -> bool:
-    return isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools")
-
-
 def _is_once_only(loader: object) -> bool:
-    return isinstance(loader, GeneratorType) or _is_builtin_iterator(loader)
+    """Whether a loader is a generator, or an iterator of Python's own."""
+    builtin = type(loader).__module__ in ("builtins", "itertools")
+    return isinstance(loader, GeneratorType) or (isinstance(loader, Iterator) and builtin)
 
 
 def _ended_by_error(raw: Any) -> bool:

@@ -40,9 +40,11 @@ class EpochSampler(Sampler[Any]):
     ) -> None:
         self._inner = inner
         self.parts = parts
-        self._batched = batched
+        self._batched = batched or isinstance(
+            inner, BatchSampler
+        )  # DataLoader(sampler=a batch sampler, batch_size=None)
         self.place: Place | None = None
-        self.plan = plan_of(inner, batched=batched)
+        self.plan = plan_of(inner, batched=self._batched)
         if self.plan is not None and batch_size is not None:
             self.plan = replace(self.plan, batch_size=batch_size, drop_last=drop_last)
 
