@@ -72,7 +72,7 @@ ONE_ORDER = pytest.mark.filterwarnings("ignore:.*cannot be changed from here:ds_
 
 def test_the_module_holds_the_one_name():
     assert dataloader.__all__ == ["RepeatingLoader"]
-    assert list(inspect.signature(RepeatingLoader).parameters)[0] == "loader"
+    assert next(iter(inspect.signature(RepeatingLoader).parameters)) == "loader"
     loader = RepeatingLoader([1])
     assert iter(loader) is loader
     assert loader.loader == [1]

@@ -139,5 +139,5 @@ def test_a_state_of_a_loader_that_keeps_one_is_refused_by_a_plain_one():
     stateful = RepeatingLoader(SOURCES["stream"]())
     take(stateful, 2)
     plain = RepeatingLoader(DataLoader(Stream(), batch_size=2))
-    with pytest.raises(LoaderStateError, match="another kind of loader: .* but DataLoader keeps none"):
+    with pytest.raises(LoaderStateError, match=r"another kind of loader: .* but DataLoader keeps none"):
         plain.load_state_dict(stateful.state_dict())

@@ -297,10 +297,15 @@ class RepeatingLoader(Generic[_T]):
         if differences:
             assert ledger.samples is not None
             _LOG.info("going on with %d of %s samples handed out; %s", ledger.samples, ledger.length, differences)
-            segments = (*segments, (here.world_size, here.batch_size, ledger.samples))
-            step = ledger.step
+            went = tuple(segment for segment in segments if segment[2] < ledger.samples)
+            segments = (*went, (here.world_size, here.batch_size, ledger.samples))
             ledger = Ledger(
-                seed=ledger.seed, epoch=ledger.epoch, step=step, generators=ledger.generators, samples=ledger.samples
+                seed=ledger.seed,
+                epoch=ledger.epoch,
+                step=ledger.step,
+                samples=ledger.samples,
+                first=ledger.first if went else None,
+                generators=ledger.generators,
             )
         self.seed = ledger.seed
         self._go_to(copy.deepcopy(ledger), segments)
@@ -315,7 +320,7 @@ class RepeatingLoader(Generic[_T]):
             The counts. ``lost`` is ``dropped``, and ``twice`` is 0 unless samples were repeated to even out ranks.
 
         Raises:
-            LoaderStateError: samples are lost; or the ranks differ.
+            LoaderStateError: samples are lost, or more come twice than even out the ranks; or the ranks differ.
             TypeError: the order of this loader is not known.
         """
         plan, indices = self._adapter.plan, self._adapter.indices
@@ -329,6 +334,9 @@ class RepeatingLoader(Generic[_T]):
         found = coverage(ledger.epoch, order, segments, ledger.samples or 0, plan)
         if found.lost > found.dropped:
             raise LoaderStateError(f"{found.lost - found.dropped} samples of epoch {found.epoch} are lost: {found}")
+        evened = max(ranks * ((size or 1) if plan.shard is not None else 1) for ranks, size, _ in segments)
+        if found.twice >= evened:
+            raise LoaderStateError(f"{found.twice} samples of epoch {found.epoch} come twice: {found}")
         return found
 
     # How an epoch is begun and ended
@@ -376,8 +384,10 @@ class RepeatingLoader(Generic[_T]):
         place = Place(self.seed, epoch, run=run)
         states = self._parts.states()
         if at is not None:
-            seen = self._segments[-1][2] if self._segments else 0
-            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, run)
+            run.first = at.first
+            segments = self._segments or ((1, None, 0),)
+            seen, cut = segments[-1][2], segments[0][:2]
+            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, cut, run)
         try:
             return _Epoch(epoch, self._adapter.start(place), states, run)
         except StopIteration as error:
