@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from ds_loader import EmptyLoaderError, OneShotLoaderError, RepeatingLoader, dataloader
+from ds_loader import EmptyLoaderError, LoaderWarning, OneShotLoaderError, RepeatingLoader, dataloader
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 
@@ -67,14 +67,18 @@ class FreshEveryTime:
         yield from "abc"
 
 
+ONE_ORDER = pytest.mark.filterwarnings("ignore:.*cannot be changed from here:ds_loader.LoaderWarning")
+
+
 def test_the_module_holds_the_one_name():
     assert dataloader.__all__ == ["RepeatingLoader"]
-    assert list(inspect.signature(RepeatingLoader).parameters)[0] == "loader"
+    assert next(iter(inspect.signature(RepeatingLoader).parameters)) == "loader"
     loader = RepeatingLoader([1])
     assert iter(loader) is loader
     assert loader.loader == [1]
 
 
+@ONE_ORDER
 @pytest.mark.parametrize(
     ("source", "epoch"),
     [
@@ -108,6 +112,7 @@ def test_epoch_and_batch():
     assert seen == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
 
 
+@ONE_ORDER
 def test_len_is_that_of_one_epoch():
     assert len(RepeatingLoader(DataLoader(range(5), batch_size=2))) == 3
     with pytest.raises(TypeError, match=r"FreshEveryTime.* has no length"):
@@ -186,6 +191,7 @@ def test_a_rank_goes_past_the_epoch_without_the_others():
 # Sources that are no good
 
 
+@ONE_ORDER
 @pytest.mark.parametrize(
     "source",
     [[], DataLoader(range(3), batch_size=4, drop_last=True), DataLoader(Stream(0)), ""],
@@ -208,6 +214,7 @@ def test_one_shot_sources_are_refused_at_once(source):
         RepeatingLoader(source)
 
 
+@ONE_ORDER
 def test_an_own_one_shot_source_is_found_out_in_the_second_epoch():
     class OneShot:
         def __init__(self):
@@ -228,6 +235,7 @@ def test_an_own_one_shot_source_is_found_out_in_the_second_epoch():
             next(loader)
 
 
+@ONE_ORDER
 def test_an_iterator_that_starts_anew_is_fine():
     class Restarting:
         def __iter__(self):
@@ -254,6 +262,7 @@ def test_no_error_is_a_stop_iteration(error):
     assert issubclass(error, (ValueError, TypeError))
 
 
+@ONE_ORDER
 def test_after_an_exception_the_same_batch_is_tried_again():
     class Flaky(Numbers):
         fails = 1
@@ -289,6 +298,7 @@ def test_after_an_exception_the_same_batch_is_tried_again():
         assert 0 < seen_at_error < len(batches)
 
 
+@ONE_ORDER
 def test_nothing_is_loaded_before_the_first_batch_is_asked_for():
     class Source:
         begun = 0
@@ -302,3 +312,42 @@ def test_nothing_is_loaded_before_the_first_batch_is_asked_for():
     assert source.begun == 0
     take(loader, 2)
     assert source.begun == 1
+
+
+# What it tells at construction
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (FreshEveryTime(), "^FreshEveryTime: the order of FreshEveryTime cannot be changed from here"),
+        (DataLoader(Stream(3)), "^DataLoader: the order of Stream cannot be changed from here"),
+    ],
+)
+def test_an_order_that_cannot_be_changed_is_told_once(source, message):
+    with pytest.warns(LoaderWarning, match=message) as told:
+        loader = RepeatingLoader(source)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    take(loader, 5)  # warnings are errors
+
+
+@pytest.mark.parametrize(
+    "source", [[1], (1,), range(3), "ab", Sampler(), DataLoader(Numbers()), DataLoader(range(3), shuffle=True)]
+)
+def test_an_order_that_can_be_changed_or_is_what_it_is_warns_of_nothing(source):
+    take(RepeatingLoader(source), 7)
+
+
+def test_batches_that_come_as_workers_finish_them_are_told():
+    source = DataLoader(range(3), num_workers=2, in_order=False)
+    with pytest.warns(LoaderWarning, match="cannot resume exactly, because in_order=False"):
+        RepeatingLoader(source)
+
+
+def test_set_epoch_may_be_off_or_a_function():
+    dataset, told = Numbers(), []
+    take(RepeatingLoader(DataLoader(dataset), set_epoch="off"), 9)
+    assert dataset.epochs == []
+    take(RepeatingLoader(DataLoader(dataset), set_epoch=told.append), 9)
+    assert (dataset.epochs, told) == ([], [0, 1, 2])

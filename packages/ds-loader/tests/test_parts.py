@@ -1,65 +1,159 @@
+import random
+
 import torch
-from ds_loader._parts import epoch_setters, own_generators, parts_of
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from ds_loader._parts import parts_of
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, Subset
 
 
-def test_parts_are_found_once():
-    sampler = RandomSampler(range(3))
+class Epochs:
+    def __init__(self):
+        self.told = []
+
+    def set_epoch(self, epoch):
+        self.told.append(epoch)
+
+
+class Data(Epochs, Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return index
+
+
+class Order(Epochs, Sampler):
+    def __iter__(self):
+        return iter(range(3))
+
+    def __len__(self):
+        return 3
+
+
+class Wrapper:
+    """A loader of nobody's library, around another."""
+
+    def __init__(self, inner):
+        self.whatever_it_is_called = inner
+
+    def __iter__(self):
+        return iter(self.whatever_it_is_called)
+
+
+def told(loader, epoch=4):
+    for set_epoch in parts_of(loader).epoch_setters():
+        set_epoch(epoch)
+
+
+def test_parts_are_found_once_outer_ones_first():
+    sampler = Order()
     batch_sampler = BatchSampler(sampler, 2, False)
-    loader = DataLoader(range(3), batch_sampler=batch_sampler)
-    parts = parts_of(loader)
-    assert parts[:3] == [loader, batch_sampler, sampler]
-    assert isinstance(parts[3], SequentialSampler)
-    assert parts[4] == range(3)
-    plain = DataLoader(range(3), batch_size=2)
-    assert [type(part).__name__ for part in parts_of(plain)] == [
-        "DataLoader",
-        "BatchSampler",
-        "SequentialSampler",
-        "range",
-    ]
-    numbers = [1]
-    assert parts_of(numbers) == [numbers]
+    dataset = Data()
+    loader = DataLoader(dataset, batch_sampler=batch_sampler)
+    found = parts_of(loader).found
+    for part in (loader, batch_sampler, sampler, dataset):
+        assert sum(other is part for other in found) == 1
+    assert found[0] is loader
+    assert [part for part in found if part in (batch_sampler, sampler)] == [batch_sampler, sampler]
+    told(loader)
+    assert sampler.told == dataset.told == [4]
 
 
-def test_epoch_setters_ignores_what_cannot_be_called():
-    class Odd:
+def test_parts_are_found_at_any_depth():
+    sampler, dataset = Order(), Data()
+    loader = DataLoader(Subset(Subset(dataset, [0, 1, 2]), [2, 1, 0]), sampler=sampler)
+    told(Wrapper(Wrapper(Wrapper(loader))))
+    assert sampler.told == dataset.told == [4]
+
+
+def test_parts_are_found_in_lists_dicts_and_slots():
+    class Slotted:
+        __slots__ = ("order", "unset")
+
+        def __init__(self, order):
+            self.order = order
+
+        def __iter__(self):
+            return iter(self.order)
+
+    in_list, in_dict, in_slot = Order(), Order(), Order()
+    told(Wrapper(Wrapper({"a": in_dict})))
+    told(Wrapper([in_list, 3]))
+    told(Wrapper(Slotted(in_slot)))
+    assert in_list.told == in_dict.told == in_slot.told == [4]
+
+
+def test_a_cycle_of_parts_ends():
+    inner = Order()
+    outer = Wrapper(inner)
+    inner.back = outer
+    told(outer)
+    assert inner.told == [4]
+
+
+def test_what_cannot_be_called_and_classes_are_no_epoch_setters():
+    class Odd(Order):
         set_epoch = 3
 
-    class Good:
-        def set_epoch(self, epoch):
-            return epoch + 1
-
-    assert [setter(4) for setter in epoch_setters([Odd(), Good(), 7])] == [5]
+    assert list(parts_of(Wrapper(Odd())).epoch_setters()) == []
+    assert list(parts_of(Wrapper(Order)).epoch_setters()) == []
 
 
-def test_a_generator_used_twice_is_saved_once():
+def test_a_sequence_has_no_parts():
+    numbers = [1]
+    assert parts_of(numbers).found == [numbers]
+
+
+def test_a_generator_used_twice_is_held_once():
     generator = torch.Generator()
-    loader = DataLoader(range(3), shuffle=True, generator=generator)
-    assert own_generators(parts_of(loader)) == [generator]
+    parts = parts_of(DataLoader(range(3), shuffle=True, generator=generator))
+    assert (parts.own, parts.random) == ([generator], False)
 
 
-def test_only_random_samplers_without_a_generator_get_one():
-    torch.manual_seed(0)
+def test_random_samplers_without_a_generator_are_left_without():
     shuffled = DataLoader(range(3), shuffle=True)
-    (given,) = own_generators(parts_of(shuffled))
-    assert shuffled.sampler.generator is given
-    assert own_generators(parts_of(shuffled)) == [given]
-    assert own_generators(parts_of(DataLoader(range(3)))) == []
-    state = torch.get_rng_state()
-    own_generators(parts_of(DataLoader(range(3))))
-    assert torch.equal(torch.get_rng_state(), state)
+    parts = parts_of(shuffled)
+    assert shuffled.sampler.generator is None
+    assert (parts.own, parts.random) == ([], True)
+    plain = parts_of(DataLoader(range(3)))
+    assert (plain.own, plain.random) == ([], False)
+    own = RandomSampler(range(3), generator=torch.Generator())
+    assert parts_of(DataLoader(range(3), sampler=own)).own == [own.generator]
+
+
+def test_generators_are_found_under_any_name():
+    class Shuffler(Order):
+        def __init__(self):
+            super().__init__()
+            self.dice = random.Random(3)
+            self.more = {"g": torch.Generator()}
+
+    sampler = Shuffler()
+    assert parts_of(Wrapper(DataLoader(range(3), sampler=sampler))).own == [sampler.dice, sampler.more["g"]]
 
 
 def test_generators_of_datasets_count_for_streams_only():
-    class Map(torch.utils.data.Dataset):
-        generator = torch.Generator()
+    class Map(Data):
+        generator = None
+
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator()
 
     class Stream(IterableDataset):
-        generator = torch.Generator()
+        def __init__(self):
+            self.generator = torch.Generator()
 
         def __iter__(self):
             return iter([])
 
-    assert own_generators([Map()]) == []
-    assert own_generators([Stream()]) == [Stream.generator]
+    stream = Stream()
+    assert parts_of(DataLoader(Map())).own == []
+    assert parts_of(DataLoader(Subset(Map(), [0]))).own == []
+    assert parts_of(DataLoader(stream)).own == [stream.generator]
+
+
+def test_an_iterator_that_was_begun_is_found():
+    loader = DataLoader(range(3), num_workers=1, persistent_workers=True)
+    assert parts_of(loader).live == []
+    loader._iterator = begun = iter(DataLoader(range(3)))
+    assert parts_of(loader).live == [begun]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from ds_loader import LoaderStateError, RepeatingLoader
-from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 StatefulRandomSampler = pytest.importorskip("torchdata.stateful_dataloader.sampler").RandomSampler
@@ -131,5 +131,13 @@ def test_with_workers(stop):
 
 def test_a_state_of_a_plain_loader_is_refused():
     plain = RepeatingLoader([1, 2])
-    with pytest.raises(LoaderStateError, match="another kind of loader: this has state_dict of its own"):
+    with pytest.raises(LoaderStateError, match="the state does not fit: world_size: 1 in the state, 2 here"):
         RepeatingLoader(SOURCES["distributed"]()).load_state_dict(plain.state_dict())
+
+
+def test_a_state_of_a_loader_that_keeps_one_is_refused_by_a_plain_one():
+    stateful = RepeatingLoader(SOURCES["stream"]())
+    take(stateful, 2)
+    plain = RepeatingLoader(DataLoader(Stream(), batch_size=2))
+    with pytest.raises(LoaderStateError, match=r"another kind of loader: .* but DataLoader keeps none"):
+        plain.load_state_dict(stateful.state_dict())

@@ -82,6 +82,10 @@ class Ledger:
             raise LoaderStateError(
                 f"state_dict['segments'] must be a list of [ranks, batch size, samples], not {segments!r}"
             )
+        starts = [item[2] for item in segments]
+        goes_on = starts == sorted(starts) and starts[:1] == [0] and starts[-1] <= (state["samples"] or 0)
+        if segments and not (goes_on and list(segments[-1][:2]) == [state["world_size"], state["batch_size"]]):
+            raise LoaderStateError(f"state_dict['segments'], {segments!r}, contradicts the rest of the state: {state}")
         if first is not None and not (isinstance(first, (list, tuple)) and len(first) == 2):
             raise LoaderStateError(f"state_dict['first'] must be [rank, checksum] or None, not {first!r}")
         if not isinstance(generators, (list, tuple)):

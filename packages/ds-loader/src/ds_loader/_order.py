@@ -139,7 +139,7 @@ class Coverage:
         epoch: from 0.
         length: samples in the epoch.
         seen: how many of them were handed out.
-        left: how many will be.
+        left: how many others will be.
         twice: how many are handed out more than once. Where ranks divide unevenly, samplers repeat a few to even out.
         lost: how many are not handed out at all: those that ``drop_last`` leaves out, and no others.
         dropped: how many of those ``drop_last`` leaves out.
@@ -188,7 +188,7 @@ def coverage(
         epoch=epoch,
         length=len(order),
         seen=sum((handed & all_of_them).values()),
-        left=sum(((out - handed) & all_of_them).values()),
+        left=sum((out & all_of_them).values()) - sum((handed & all_of_them).values()),
         twice=sum((out - all_of_them).values()),
         lost=lost,
         dropped=min(lost, most),

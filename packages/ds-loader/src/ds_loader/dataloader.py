@@ -274,14 +274,15 @@ class RepeatingLoader(Generic[_T]):
             differences["seed"] = f"seed: {ledger.seed} in the state, {self.seed} here"
         if differences:
             told = "the state does not fit: " + "; ".join(differences.values())
-            if not differences.keys() <= {"world_size", "batch_size"}:
-                raise LoaderStateError(told)
-            if ledger.samples is None or here.samples is None:
+            divided = {"world_size", "batch_size"}
+            if divided & differences.keys() and (ledger.samples is None or here.samples is None):
                 whose = "the loader that was saved" if ledger.samples is None else self._name
                 raise LoaderStateError(
                     f"{told}. The order of {whose} over all ranks is not known, so what is left of the epoch cannot be "
                     "divided anew"
                 )
+            if not differences.keys() <= divided:
+                raise LoaderStateError(told)
         if ledger.loader is not None and not self._adapter.keeps_state:
             raise LoaderStateError(
                 "the state was saved with another kind of loader: it holds a state of that loader's own, but "
@@ -299,9 +300,10 @@ class RepeatingLoader(Generic[_T]):
         segments = ledger.segments or ((ledger.world_size, ledger.batch_size, 0),)
         if differences:
             _LOG.info("going on behind %s of %s samples; %s", ledger.samples, ledger.length, list(differences.values()))
-            behind = (here.world_size, here.batch_size, ledger.samples or 0)
-            segments = (*segments, behind) if ledger.samples else (behind,)
-            ledger = replace(ledger, batch=0, left_out=0, first=None)
+            behind = ledger.samples or 0
+            went = tuple(segment for segment in segments if segment[2] < behind)
+            segments = (*went, (here.world_size, here.batch_size, behind))
+            ledger = replace(ledger, batch=0, left_out=0, first=ledger.first if went else None)
         self.seed = ledger.seed
         self._go_to(copy.deepcopy(ledger), segments)
 
@@ -315,7 +317,7 @@ class RepeatingLoader(Generic[_T]):
             The counts. ``lost`` is ``dropped``, and ``twice`` is 0 unless samples were repeated to even out ranks.
 
         Raises:
-            LoaderStateError: samples are lost; or the ranks differ.
+            LoaderStateError: samples are lost, or more come twice than even out the ranks; or the ranks differ.
             TypeError: the order of this loader is not known.
         """
         plan, indices = self._adapter.plan, self._adapter.indices
@@ -329,6 +331,9 @@ class RepeatingLoader(Generic[_T]):
         found = coverage(ledger.epoch, order, segments, ledger.samples or 0, plan)
         if found.lost > found.dropped:
             raise LoaderStateError(f"{found.lost - found.dropped} samples of epoch {found.epoch} are lost: {found}")
+        evened = max(ranks * ((size or 1) if plan.shard is not None else 1) for ranks, size, _ in segments)
+        if found.twice >= evened:
+            raise LoaderStateError(f"{found.twice} samples of epoch {found.epoch} come twice: {found}")
         return found
 
     # How an epoch is begun and ended
@@ -376,8 +381,10 @@ class RepeatingLoader(Generic[_T]):
         place = Place(self.seed, epoch, run=run)
         states = self._parts.states()
         if at is not None:
-            seen = self._segments[-1][2] if self._segments else 0
-            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, run)
+            run.first = at.first
+            segments = self._segments or ((1, None, 0),)
+            seen, cut = segments[-1][2], segments[0][:2]
+            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, cut, run)
         try:
             return _Epoch(epoch, self._adapter.start(place), states, run)
         except StopIteration as error:

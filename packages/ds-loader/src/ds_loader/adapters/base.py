@@ -44,6 +44,7 @@ class Place:
         seen: how many samples come before those, on all ranks: handed out on another number of ranks.
         own: the loader's own state at that batch, or None.
         first: what `Run.first` has to become, or None.
+        cut: the number of ranks and the batch size that cut that first batch.
         run: where to note what becomes known.
     """
 
@@ -53,6 +54,7 @@ class Place:
     seen: int = 0
     own: Any = None
     first: tuple[int, int] | None = None
+    cut: tuple[int, int | None] = (1, None)
     run: Run = field(default_factory=Run)
 
     def streams(self) -> PrivateStreams:

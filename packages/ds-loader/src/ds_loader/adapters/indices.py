@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -88,7 +88,9 @@ class EpochSampler(Sampler[Any]):
         as_samples = not self._batched
         if place.seen:
             assert plan is not None
-            rest = self.order(place)[place.seen :]
+            order = self.order(place)
+            self._check_first(order, place)
+            rest = order[place.seen :]
             if self._batched:
                 source = plan.batches(rest, plan.world_size, plan.rank, plan.batch_size)
             else:
@@ -100,7 +102,8 @@ class EpochSampler(Sampler[Any]):
         with streams:
             iterator = iter(source)
             head = list(islice(iterator, size))
-            place.run.first = self._first(head if as_samples else head[:1], place)
+            if not place.seen:
+                place.run.first = self._first(head if as_samples else head[:1], place)
             if place.batch:
                 taken = len(head) + taken_from(iterator, place.batch * size - len(head))
                 whole = plan is not None and plan.drop_last and as_samples
@@ -121,11 +124,18 @@ class EpochSampler(Sampler[Any]):
         rank = self.plan.rank if self.plan is not None else 0
         found = (rank, checksum(head if not self._batched or not isinstance(head[0], list) else head[0]))
         if place.first is not None and place.first[0] == rank and place.first != found:
-            raise LoaderStateError(
-                f"the first batch of epoch {place.epoch} has other samples than when the state was saved: is it the "
-                "same dataset, the same seed of the sampler, the same shuffling?"
-            )
+            raise _other_samples(place)
         return found
+
+    def _check_first(self, order: Sequence[Any], place: Place) -> None:
+        """The same of an epoch that was begun on another number of ranks or batch size: cut it as it was then."""
+        if place.first is None:
+            return
+        assert self.plan is not None
+        (world_size, batch_size), (rank, expected) = place.cut, place.first
+        head = next(self.plan.batches(order, world_size, rank, batch_size), None)
+        if checksum([head] if batch_size is None else head) != expected:
+            raise _other_samples(place)
 
     def _draws_at_the_start(self) -> bool:
         """Whether the order is made by code that draws from a global generator for the first index at most."""
@@ -133,3 +143,10 @@ class EpochSampler(Sampler[Any]):
         inner = getattr(getattr(self._inner, "batch_sampler", None), "sampler", None)
         kinds = [type(part) for part in (*parts, inner) if part is not None]
         return self.plan is not None and all(kind.__module__.partition(".")[0] in _TRUSTED for kind in kinds)
+
+
+def _other_samples(place: Place) -> LoaderStateError:
+    return LoaderStateError(
+        f"the first batch of epoch {place.epoch} has other samples than when the state was saved: is it the same "
+        "dataset, the same seed of the sampler, the same shuffling?"
+    )
