@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -160,7 +161,7 @@ class Adapter(Generic[_T]):
         return type(getattr(self.loader, "dataset", self.loader)).__name__
 
     def _note_limits(self) -> None:
-        if isinstance(self.loader, _SEQUENCES):
+        if isinstance(self.loader, _SEQUENCES) or is_once_only(self.loader):
             return
         if self.parts.live and isinstance(self.loader, torch.utils.data.DataLoader):
             self.limits.append(
@@ -202,6 +203,13 @@ def shut_down(owner: object) -> None:
             stop()
     if isinstance(getattr(owner, "__dict__", None), dict) and "_iterator" in vars(owner):
         vars(owner)["_iterator"] = None
+
+
+def is_once_only(loader: object) -> bool:
+    """Whether it is a generator or an iterator of Python's own, which have one epoch."""
+    return isinstance(loader, GeneratorType) or (
+        isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools")
+    )
 
 
 def is_from(loader: object, module: str, name: str) -> bool:
