@@ -393,10 +393,19 @@ class RepeatingLoader(Generic[_T]):
         run = Run()
         place = Place(self.seed, epoch, run=run)
         if at is not None:
-            run.first = at.first
             segments = self._segments or ((1, None, 0),)
-            seen, cut = segments[-1][2], segments[0][:2]
-            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, cut, run)
+            run.first = at.first
+            place = Place(
+                self.seed,
+                epoch,
+                batch=at.batch,
+                seen=segments[-1][2],
+                own=copy.deepcopy(at.loader),
+                first=at.first,
+                cut=segments[0][:2],
+                left_out=at.left_out,
+                run=run,
+            )
         try:
             self._tell(epoch, at.generators if at is not None else None)
             states = self._parts.states()
@@ -693,7 +702,9 @@ def _ended_by_error(raw: Any) -> bool:
     """Whether an iterator gives nothing after an exception: it is a generator, stands around one, or a worker died."""
     if any(not worker.is_alive() for worker in getattr(raw, "_workers", ())):
         return True
-    return isinstance(raw, GeneratorType) or isinstance(getattr(raw, "iterator", None), GeneratorType)
+    inner = getattr(raw, "iterator", raw)
+    stream = getattr(getattr(inner, "_dataset_fetcher", None), "dataset_iter", None)  # of a DataLoader without workers
+    return any(isinstance(iterator, GeneratorType) for iterator in (raw, inner, stream))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, or_function: bool = False) -> None:

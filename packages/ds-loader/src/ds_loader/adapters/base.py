@@ -45,6 +45,7 @@ class Place:
         seen: how many samples come before those, on all ranks: handed out on another number of ranks.
         own: the loader's own state at that batch, or None.
         first: what `Run.first` has to become, or None.
+        left_out: how many of the batches before it were left out after errors.
         cut: the number of ranks and the batch size that cut that first batch.
         run: where to note what becomes known.
     """
@@ -56,6 +57,7 @@ class Place:
     own: Any = None
     first: tuple[int, int] | None = None
     cut: tuple[int, int | None] = (1, None)
+    left_out: int = 0
     run: Run = field(default_factory=Run)
 
     def streams(self) -> PrivateStreams:
@@ -140,7 +142,7 @@ class Adapter(Generic[_T]):
             drop(rest, place.batch)
             return rest
         iterator = PrivatelyRandom(self.loader, place.streams())
-        iterator.drop(place.batch)
+        iterator.drop(place.batch, place.left_out)
         return iterator
 
     def state(self) -> Any:
