@@ -130,7 +130,7 @@ class PrivatelyRandom(Iterator[_T], Generic[_T]):
         with self._streams:
             return next(self.iterator)
 
-    def drop(self, count: int) -> None:
-        """Take items away; a LoaderStateError if there are fewer."""
+    def drop(self, count: int, may_fail: int = 0) -> None:
+        """See `ds_loader._skip.drop`."""
         with self._streams:
-            drop(self.iterator, count)
+            drop(self.iterator, count, may_fail)

@@ -10,13 +10,22 @@ from typing import Any
 from ds_loader.errors import LoaderStateError
 
 
-def drop(iterator: Iterator[Any], count: int) -> None:
-    """Take items away.
+def drop(iterator: Iterator[Any], count: int, may_fail: int = 0) -> None:
+    """Take items away, of which so many may raise instead: they were left out before, too.
 
     Raises:
         LoaderStateError: there are fewer.
     """
-    taken = taken_from(iterator, count)
+    taken = 0
+    while taken < count and may_fail:
+        try:
+            next(iterator)
+        except StopIteration:
+            break
+        except Exception:
+            may_fail -= 1
+        taken += 1
+    taken += taken_from(iterator, count - taken)
     if taken < count:
         raise too_few(count, taken)
 

@@ -21,7 +21,7 @@ from ds_loader._order import Coverage, coverage
 from ds_loader._parts import parts_of
 from ds_loader._random import seed_from_torch
 from ds_loader.adapters import Place, Run, adapter_of
-from ds_loader.adapters.base import checksum, shut_down
+from ds_loader.adapters.base import checksum, is_once_only, shut_down
 from ds_loader.errors import EmptyLoaderError, LoaderStateError, LoaderWarning, OneShotLoaderError
 
 __all__ = ["RepeatingLoader"]
@@ -105,10 +105,10 @@ class RepeatingLoader(Generic[_T]):
         _check_number("seed", seed)
         _check_number("max_epochs", max_epochs)
         _check_number("max_steps", max_steps)
-        _check_number("max_errors", max_errors)
+        _check_number("max_errors", max_errors, optional=False)
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"loader must be iterable, such as a DataLoader or a list, not {type(loader).__name__}")
-        if max_steps is None and max_epochs != 1 and _is_once_only(loader):
+        if max_steps is None and max_epochs != 1 and is_once_only(loader):
             raise OneShotLoaderError(
                 f"loader is a {type(loader).__name__}, which can be iterated only once: pass the DataLoader or list "
                 "behind it, or an object whose __iter__ starts anew at every call; or pass max_steps or max_epochs=1"
@@ -142,7 +142,6 @@ class RepeatingLoader(Generic[_T]):
         self._segments: tuple[tuple[int, int | None, int], ...] = ()
         self._errors = 0  # skipped or retried in this epoch
         self._failed_at: tuple[int, int] | None = None
-        self._after_error = False
         self._any = False  # whether the loader ever gave a batch
 
     @property
@@ -206,12 +205,13 @@ class RepeatingLoader(Generic[_T]):
                     self._batch += 1
                     return batch
             except Exception as error:
-                self._failed(error)
+                if self._failed(error):
+                    raise
                 continue
             self._advance()
 
     def skip(self, count: int) -> None:
-        """Go on ``count`` batches later, over the ends of epochs too.
+        """Go on ``count`` batches later, over the ends of epochs too, but not over ``max_epochs`` and ``max_steps``.
 
         They are passed over by their indices where the loader has indices, else they are loaded and dropped.
 
@@ -219,30 +219,32 @@ class RepeatingLoader(Generic[_T]):
             ValueError: ``count`` is negative.
             TypeError: it is no integer.
         """
-        _check_number("count", count)
+        _check_number("count", count, optional=False)
         length = self._adapter.length()
         if not self._adapter.by_index or not length or len(self._segments) > 1 or self._on_uneven != "cycle":
-            for _ in range(count):
-                next(self)
+            for _ in islice(self, count):
+                pass
             return
+        if self._max_steps is not None:
+            count = min(count, max(self._max_steps - self.step, 0))
+        if self._max_epochs is not None:
+            count = min(count, max((self._max_epochs - self._epoch) * length - self._batch, 0))
         epoch, batch = self._epoch, self._batch + count
-        states = self._begin_states()
+        ledger = replace(self._ledger(), batch=batch, step=self.step + count)
+        states = ledger.generators
         while batch > length:
             if self._parts.own and not self._seeded:  # the next order follows from this one
                 self._draw_all(epoch, states)
                 states = None
             epoch, batch = epoch + 1, batch - length
-        ledger = Ledger(seed=self.seed, epoch=epoch, batch=batch, step=self.step + count, generators=states)
+            ledger = Ledger(seed=self.seed, epoch=epoch, batch=batch, step=ledger.step)
         self._go_to(ledger, self._segments)
 
     def close(self) -> None:
         """End the loader's worker processes. The place is kept: the next batch starts them anew."""
         ledger = self._ledger_or((self._epoch, self._batch))
-        for started in (self._started, self._ahead):
-            if started is not None:
-                shut_down(started.raw)
+        self._end_workers()
         self._go_to(ledger, self._segments)
-        self._adapter.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: enough to go on with exactly the next batch, in this process or another.
@@ -305,6 +307,7 @@ class RepeatingLoader(Generic[_T]):
             segments = (*went, (here.world_size, here.batch_size, behind))
             ledger = replace(ledger, batch=0, left_out=0, first=ledger.first if went else None)
         self.seed = ledger.seed
+        self._failed_at = None
         self._go_to(copy.deepcopy(ledger), segments)
 
     def verify(self, group: Any = None) -> Coverage:
@@ -346,7 +349,11 @@ class RepeatingLoader(Generic[_T]):
         """
         if self._max_steps is not None and self.step >= self._max_steps:
             raise StopIteration
-        if self._started is not None:
+        if self._started is not None and self._ended_early(self._started):
+            message = f"the dataset of the loader ({self._name}) raised StopIteration"
+            if self._failed(RuntimeError(message)):
+                raise RuntimeError(message)
+        elif self._started is not None:
             self._end_epoch()
         elif self._max_epochs is not None and self._epoch >= self._max_epochs:
             raise StopIteration
@@ -365,27 +372,39 @@ class RepeatingLoader(Generic[_T]):
             # Weakly: in a cycle, workers would live until the garbage collector comes by; and it may come by in the
             # next workers, which have a copy of this process' memory and would end the iterator.
             iterator = _Watched(iterator, started.run, weakref.WeakMethod(self._start_next))
-        most = self._most_batches()
-        if most is not None:
-            iterator = islice(iterator, most)
+        started.batches, started.begun_at, started.until = iterator, self._batch, self._shortest()
         self._started = started
+        self._iterate(started)
+
+    def _iterate(self, started: _Epoch) -> None:
+        """Hand out the rest of an epoch, as far as the limits allow."""
+        left = [] if started.until is None else [started.until - self._batch]
+        if self._max_steps is not None:
+            left.append(self._max_steps - self.step)
+        iterator = islice(started.batches, max(min(left), 0)) if left else started.batches
         self._iterator = iterator if type(iterator).__module__ in _SAFE else _Only(iterator)
 
     def _start(self, epoch: int, at: Ledger | None) -> _Epoch:
         """Tell the parts which epoch it is, and iterate the loader."""
-        self._tell(epoch)
-        states = at.generators if at is not None else None
-        if states is not None:
-            self._parts.restore(tuple(states))
         run = Run()
         place = Place(self.seed, epoch, run=run)
-        states = self._parts.states()
         if at is not None:
-            run.first = at.first
             segments = self._segments or ((1, None, 0),)
-            seen, cut = segments[-1][2], segments[0][:2]
-            place = Place(self.seed, epoch, at.batch, seen, copy.deepcopy(at.loader), at.first, cut, run)
+            run.first = at.first
+            place = Place(
+                self.seed,
+                epoch,
+                batch=at.batch,
+                seen=segments[-1][2],
+                own=copy.deepcopy(at.loader),
+                first=at.first,
+                cut=segments[0][:2],
+                left_out=at.left_out,
+                run=run,
+            )
         try:
+            self._tell(epoch, at.generators if at is not None else None)
+            states = self._parts.states()
             return _Epoch(epoch, self._adapter.start(place), states, run)
         except StopIteration as error:
             raise RuntimeError(f"the loader ({self._name}) raised StopIteration when it was begun") from error
@@ -394,8 +413,8 @@ class RepeatingLoader(Generic[_T]):
         if self._ahead is None and not (self._max_epochs is not None and self._epoch + 1 >= self._max_epochs):
             self._ahead = self._start(self._epoch + 1, None)
 
-    def _tell(self, epoch: int) -> None:
-        """Set the epoch, and seed the generators."""
+    def _tell(self, epoch: int, states: tuple[Any, ...] | None = None) -> None:
+        """Set the epoch, and seed the generators; those that are not seeded here get their states, if there are any."""
         if callable(self._set_epoch):
             self._set_epoch(epoch)
         elif self._set_epoch == "auto":
@@ -403,18 +422,26 @@ class RepeatingLoader(Generic[_T]):
                 set_epoch(epoch)
         if self._seeded:
             self._parts.seed(self.seed, epoch)
+        elif states is not None:
+            self._parts.restore(states)
 
-    def _most_batches(self) -> int | None:
-        """How many more batches of this epoch to hand out at most."""
-        most = None if self._max_steps is None else self._max_steps - self.step
-        if self._on_uneven != "cycle":
-            length = self._epoch_length()
-            shortest = _ranks.shortest_epoch(
-                self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
-            )
-            left = max(shortest - self._batch, 0)
-            most = left if most is None else min(most, left)
-        return most
+    def _shortest(self) -> int | None:
+        """The batch at which this epoch ends for the shortest rank, if it ends there for all."""
+        if self._on_uneven == "cycle":
+            return None
+        length = self._epoch_length()
+        return _ranks.shortest_epoch(
+            self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
+        )
+
+    def _ended_early(self, started: _Epoch) -> bool:
+        """Whether an iterator of PyTorch ended before its indices did: the dataset raised StopIteration."""
+        if self._adapter.indices is None or type(started.raw).__module__ != "torch.utils.data.dataloader":
+            return False
+        if started.until is not None and self._batch >= started.until:
+            return False
+        asked: int = getattr(started.raw, "_send_idx", 0)  # of its workers
+        return not started.run.exhausted or asked > self._batch - started.begun_at
 
     def _epoch_length(self) -> int:
         """Batches of this epoch on this rank, of the piece of it that this number of ranks goes through."""
@@ -433,7 +460,7 @@ class RepeatingLoader(Generic[_T]):
                     "share of it, empty, or smaller than one batch with drop_last=True?"
                 )
             )
-        if (self._batch == 0 and not cut) or (_is_once_only(self.loader) and self._max_epochs != 1):
+        if (self._batch == 0 and not cut) or (is_once_only(self.loader) and self._max_epochs != 1):
             raise self._at_end_of(
                 OneShotLoaderError(
                     f"the loader ({self._name}) gave batches before, but none in epoch "
@@ -459,55 +486,75 @@ class RepeatingLoader(Generic[_T]):
 
     # Errors of the loader
 
-    def _failed(self, error: Exception) -> None:
-        """Raise the error, or see to it that the next batch can be fetched."""
+    def _failed(self, error: Exception) -> bool:
+        """See to it that the next batch can be fetched.
+
+        Returns:
+            Whether the caller has to raise the error. It is not raised here: its traceback would hold this frame, and
+            this frame the error, in a cycle that keeps worker processes alive.
+        """
         here = (self._epoch, self._batch)
         if isinstance(error, (LoaderStateError, EmptyLoaderError, OneShotLoaderError)):
             self._go_to(self._ledger_or(here), self._segments)
-            raise error
+            return True
         if self._on_error == "raise":
             again, self._failed_at = self._failed_at == here, here
-            if again:
-                _LOG.warning("batch %d of epoch %d failed twice; it is left out by the next call", here[1], here[0])
-                self._leave_out(error)
-            else:
+            if not again:
                 self._try_again()
-            raise error
+            elif self._leave_out():
+                _LOG.warning("batch %d of epoch %d failed twice; it is left out by the next call", here[1], here[0])
+            return True
         self._errors += 1
         if self._errors > self._max_errors:
             _LOG.error("more than max_errors=%d errors in epoch %d", self._max_errors, here[0])
             self._try_again()
-            raise error
-        answer = self._on_error(error, *here) if callable(self._on_error) else self._on_error
-        if answer not in ("skip", "retry"):
-            raise ValueError(f"on_error must return 'skip' or 'retry', not {answer!r}") from error
+            return True
+        try:
+            answer = self._on_error(error, *here) if callable(self._on_error) else self._on_error
+            if answer not in ("skip", "retry"):
+                raise ValueError(f"on_error must return 'skip' or 'retry', not {answer!r}") from error
+        except Exception as raised:
+            self._try_again()
+            if isinstance(raised, StopIteration):
+                raise RuntimeError("on_error raised StopIteration") from raised
+            raise
         if answer == "retry":
             self._try_again()
-        else:
-            _LOG.warning("batch %d of epoch %d is left out: %s: %s", here[1], here[0], type(error).__name__, error)
-            self._leave_out(error)
+            return False
+        _LOG.warning("batch %d of epoch %d is left out: %s: %s", here[1], here[0], type(error).__name__, error)
+        return not self._leave_out()
 
     def _try_again(self) -> None:
         """Begin a new iterator at this batch, where that is possible; the old one may be broken."""
         ledger = self._ledger()
-        if ledger.loader is None and not _is_once_only(self.loader):
+        if ledger.loader is None and not is_once_only(self.loader):
+            self._end_workers()
             self._go_to(ledger, self._segments)
 
-    def _leave_out(self, error: Exception) -> None:
-        """Go on behind this batch."""
+    def _leave_out(self) -> bool:
+        """Go on behind this batch; False if that cannot be done."""
         adapter = self._adapter
         if self._started is not None and adapter.survives and not _ended_by_error(self._started.raw):
             self._batch += 1
             self._left_out += 1
-            return
+            self._iterate(self._started)  # a limit around the iterator ended with the error
+            return True
         if not adapter.by_index:
             self._try_again()
             _LOG.error("%s ended with the error, and cannot be begun behind it", self._name)
-            raise error
+            return False
         ledger = self._ledger()
         self._batch += 1
         self._left_out += 1
+        self._end_workers()
         self._go_to(replace(ledger, batch=self._batch, left_out=self._left_out), self._segments)
+        return True
+
+    def _end_workers(self) -> None:
+        for started in (self._started, self._ahead):
+            if started is not None:
+                shut_down(started.raw)
+        self._adapter.close()
 
     # The ledger
 
@@ -583,9 +630,7 @@ class RepeatingLoader(Generic[_T]):
         """The order of the epoch at hand; generators and samplers are left as they were."""
         indices = self._adapter.indices
         before = self._parts.states()
-        self._tell(ledger.epoch)
-        if ledger.generators is not None:
-            self._parts.restore(tuple(ledger.generators))
+        self._tell(ledger.epoch, ledger.generators)
         try:
             return indices.order(Place(self.seed, ledger.epoch))  # type: ignore[no-any-return]
         finally:
@@ -593,9 +638,7 @@ class RepeatingLoader(Generic[_T]):
 
     def _draw_all(self, epoch: int, states: tuple[Any, ...] | None) -> None:
         """Draw the indices of a whole epoch, for the generators that the next epoch goes on with."""
-        self._tell(epoch)
-        if states is not None:
-            self._parts.restore(tuple(states))
+        self._tell(epoch, states)
         indices = self._adapter.indices
         if indices is not None:
             indices.place = Place(self.seed, epoch)
@@ -612,6 +655,9 @@ class _Epoch:
         self.states = states  # of the user's generators when it began
         self.run = run
         self.ahead: OneAhead | None = None
+        self.batches: Iterator[Any] = raw  # as they are handed out
+        self.begun_at = 0  # batches before it
+        self.until: int | None = None  # where it ends for all ranks
 
 
 class _Only(Iterator[_T]):
@@ -641,15 +687,13 @@ class _Watched(Iterator[_T]):
         return batch
 
 
-def _is_once_only(loader: object) -> bool:
-    """Whether a loader is a generator, or an iterator of Python's own."""
-    builtin = type(loader).__module__ in ("builtins", "itertools")
-    return isinstance(loader, GeneratorType) or (isinstance(loader, Iterator) and builtin)
-
-
 def _ended_by_error(raw: Any) -> bool:
-    """Whether an iterator is a generator, or stands around one: it gives nothing after an exception."""
-    return isinstance(raw, GeneratorType) or isinstance(getattr(raw, "iterator", None), GeneratorType)
+    """Whether an iterator gives nothing after an exception: it is a generator, stands around one, or a worker died."""
+    if any(not worker.is_alive() for worker in getattr(raw, "_workers", ())):
+        return True
+    inner = getattr(raw, "iterator", raw)
+    stream = getattr(getattr(inner, "_dataset_fetcher", None), "dataset_iter", None)  # of a DataLoader without workers
+    return any(isinstance(iterator, GeneratorType) for iterator in (raw, inner, stream))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, or_function: bool = False) -> None:
@@ -660,8 +704,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, or_functio
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{more}, not {value!r}")
 
 
-def _check_number(name: str, value: int | None) -> None:
-    if value is None:
+def _check_number(name: str, value: int | None, *, optional: bool = True) -> None:
+    if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")

@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class Place:
         seen: how many samples come before those, on all ranks: handed out on another number of ranks.
         own: the loader's own state at that batch, or None.
         first: what `Run.first` has to become, or None.
+        left_out: how many of the batches before it were left out after errors.
         cut: the number of ranks and the batch size that cut that first batch.
         run: where to note what becomes known.
     """
@@ -55,6 +57,7 @@ class Place:
     own: Any = None
     first: tuple[int, int] | None = None
     cut: tuple[int, int | None] = (1, None)
+    left_out: int = 0
     run: Run = field(default_factory=Run)
 
     def streams(self) -> PrivateStreams:
@@ -157,7 +160,7 @@ class Adapter(Generic[_T]):
             drop(rest, place.batch)
             return rest
         iterator = PrivatelyRandom(self.loader, place.streams())
-        iterator.drop(place.batch)
+        iterator.drop(place.batch, place.left_out)
         return iterator
 
     def state(self) -> Any:
@@ -178,7 +181,7 @@ class Adapter(Generic[_T]):
         return type(getattr(self.loader, "dataset", self.loader)).__name__
 
     def _note_limits(self) -> None:
-        if isinstance(self.loader, _SEQUENCES):
+        if isinstance(self.loader, _SEQUENCES) or is_once_only(self.loader):
             return
         if self.parts.live and isinstance(self.loader, torch.utils.data.DataLoader):
             self.limits.append(
@@ -220,6 +223,13 @@ def shut_down(owner: object) -> None:
             stop()
     if isinstance(getattr(owner, "__dict__", None), dict) and "_iterator" in vars(owner):
         vars(owner)["_iterator"] = None
+
+
+def is_once_only(loader: object) -> bool:
+    """Whether it is a generator or an iterator of Python's own, which have one epoch."""
+    return isinstance(loader, GeneratorType) or (
+        isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools")
+    )
 
 
 def is_from(loader: object, module: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from inspect import isgeneratorfunction
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,8 @@ class DataLoaderAdapter(Adapter[_T]):
         self._map_style = not isinstance(loader.dataset, IterableDataset)
         if self._map_style:
             self._take_indices()
+        else:
+            self.survives = not isgeneratorfunction(getattr(type(loader.dataset), "__iter__", None))
         self._hub_stream = not self._map_style and loader.num_workers == 0 and keeps_its_place(loader.dataset)
         self.keeps_state = self._hub_stream
         hears = [part for part in parts_of_dataset(loader, parts) if callable(getattr(part, "set_epoch", None))]
@@ -74,7 +77,7 @@ class DataLoaderAdapter(Adapter[_T]):
                 iterator = PrivatelyRandom(self._view, place.streams())
         else:
             iterator = PrivatelyRandom(self._view, place.streams())
-        iterator.drop(place.batch)
+        iterator.drop(place.batch, place.left_out)
         return iterator.iterator if self._view.num_workers > 0 else iterator
 
     def state(self) -> Any:

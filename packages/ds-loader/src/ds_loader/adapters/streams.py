@@ -42,7 +42,7 @@ class NodesAdapter(Adapter[_T]):
             self._view.load_state_dict(place.own)  # type: ignore[attr-defined]
             return PrivatelyRandom(self._view, place.streams())
         iterator = PrivatelyRandom(self._view, place.streams())
-        iterator.drop(place.batch)
+        iterator.drop(place.batch, place.left_out)
         return iterator
 
     def state(self) -> Any:
