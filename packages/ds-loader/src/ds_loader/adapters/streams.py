@@ -76,9 +76,8 @@ class HubDatasetAdapter(Adapter[_T]):
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
-        if self._is_table and place.batch <= len(self.loader):  # type: ignore[arg-type]
-            rest = self.loader.skip(place.batch) if place.batch else self.loader  # type: ignore[attr-defined]
-            return iter(rest)
+        if self._is_table and place.batch < len(self.loader):  # type: ignore[arg-type]
+            return iter(self.loader.skip(place.batch))  # type: ignore[attr-defined]
         return super().start(place)
 
 
