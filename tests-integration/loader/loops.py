@@ -69,7 +69,9 @@ def disturb(seed: int) -> None:
     random.seed(seed)
 
 
-def check_resume(make: Make, epochs: list[list[Any]], stops: Iterable[int] | None = None, between: int = 2) -> None:
+def check_resume(
+    make: Make, epochs: list[list[Any]], stops: Iterable[int] | None = None, between: int = 2, **options: Any
+) -> None:
     """Stop after any number of batches, go on, stop again after ``between`` more, go on to the end of all epochs.
 
     Args:
@@ -77,24 +79,25 @@ def check_resume(make: Make, epochs: list[list[Any]], stops: Iterable[int] | Non
         epochs: what it has to give.
         stops: after how many batches; by default each number that leaves batches to go on with.
         between: batches from the first stop to the second.
+        options: of `RepeatingLoader`.
     """
     stream = [batch for epoch in epochs for batch in epoch]
     for stop in range(len(stream) - between) if stops is None else stops:
         disturb(stop)
-        first = repeated(make())
+        first = repeated(make(), **options)
         assert take(first, stop) == stream[:stop]
         state = pickle.loads(pickle.dumps(first.state_dict()))
         assert take(first, 1) == stream[stop : stop + 1], f"a state after {stop} batches changed what comes next"
         first.close()
         disturb(1000 + stop)
-        second = repeated(make())
+        second = repeated(make(), **options)
         second.load_state_dict(state)
         assert (second.epoch, second.batch, second.step) == (state["epoch"], state["batch"], stop)
         assert take(second, between) == stream[stop : stop + between], f"after {stop} batches"
         state = pickle.loads(pickle.dumps(second.state_dict()))
         second.close()
         disturb(2000 + stop)
-        third = repeated(make())
+        third = repeated(make(), **options)
         third.load_state_dict(state)
         rest = stream[stop + between :]
         assert take(third, len(rest)) == rest, f"after {stop} batches and {between} more"

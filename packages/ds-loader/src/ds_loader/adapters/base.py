@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import zlib
 from collections import deque
@@ -148,6 +149,9 @@ class Adapter(Generic[_T]):
         """How many batches of this epoch were handed out by the loader's own state, where that says so."""
         return None
 
+    def interrupt(self) -> None:
+        """Stop what reads ahead in this process for an iterator that is given up: it would draw from generators."""
+
     def close(self) -> None:
         """End worker processes that outlive an iterator."""
         shut_down(self.loader)
@@ -171,6 +175,32 @@ class Adapter(Generic[_T]):
                 f"the order of {self._ordered_by} cannot be changed from here: it has no set_epoch and no generator "
                 "(what it draws from the global generators of torch, random and numpy does change with every epoch)"
             )
+
+
+class Cursors:
+    """The places of parts that keep one of their own, such as a sampler with ``state_dict`` and ``load_state_dict``.
+
+    Args:
+        parts: of the loader, which is not one of them.
+    """
+
+    def __init__(self, loader: object, parts: Parts) -> None:
+        self._owners = [
+            part
+            for part in parts.found
+            if part is not loader
+            and not isinstance(part, torch.utils.data.DataLoader)
+            and all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
+        ]
+        self._places: list[Any] | None = None
+
+    def rewind(self) -> None:
+        """Put them where they were at the first call: an epoch that was left in the middle leaves them there."""
+        if self._places is None:
+            self._places = [copy.deepcopy(owner.state_dict()) for owner in self._owners]
+            return
+        for owner, place in zip(self._owners, self._places, strict=True):
+            owner.load_state_dict(copy.deepcopy(place))
 
 
 def checksum(batch: Any) -> int:
