@@ -137,3 +137,19 @@ def go_on(makes: dict[str, Make], states: dict[str, bytes], count: int) -> dict[
         found[name] = take(loader, count)
         loader.close()
     return found
+
+
+def check_back_and_forth(make: Make, epochs: list[list[Any]]) -> None:
+    """One object goes to places of several epochs, and always from the middle of another one."""
+    stream = [batch for epoch in epochs for batch in epoch]
+    loader = repeated(make())
+    states = []
+    for _ in stream[:-3]:
+        states.append(loader.state_dict())
+        next(loader)
+    for stop in (1, len(states) - 1, 0, len(states) // 2, 0, len(epochs[0]), 1):
+        loader.load_state_dict(states[stop])
+        assert take(loader, 2) == stream[stop : stop + 2], f"back to {stop}"
+        loader.skip(1)
+        assert take(loader, 1) == stream[stop + 3 : stop + 4], f"back to {stop}, and one skipped"
+    loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -11,15 +12,28 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-datasets = pytest.importorskip("datasets")
-StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+if importlib.util.find_spec("datasets") is None or importlib.util.find_spec("torchdata") is None:
+    pytest.skip("needs datasets and torchdata", allow_module_level=True)
 
+import datasets
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from datasets.distributed import split_dataset_by_node
 from ds_loader import LoaderStateError, RepeatingLoader
-from loops import by_hand, check_epochs, check_resume, go_on, repeated, seeded, states_at, take
+from loops import (
+    by_hand,
+    check_back_and_forth,
+    check_epochs,
+    check_resume,
+    go_on,
+    plain,
+    repeated,
+    seeded,
+    states_at,
+    take,
+)
 from ranks import run_ranks
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata calls it
@@ -137,19 +151,19 @@ def test_a_generator_shared_by_loader_and_sampler() -> None:
 def test_streams(name: str) -> None:
     epochs = by_hand(STREAMS[name], 2)
     check_epochs(STREAMS[name], epochs)
-    check_resume(STREAMS[name], epochs, range(0, sum(map(len, epochs)) - 2, 3))
+    check_resume(STREAMS[name], epochs, range(0, sum(map(len, epochs)) - 2, 5))
 
 
 @pytest.mark.parametrize("name", IN_LOADERS)
 def test_streams_in_a_dataloader(name: str) -> None:
     epochs = by_hand(IN_LOADERS[name], 2)
-    check_resume(IN_LOADERS[name], epochs, range(0, sum(map(len, epochs)) - 2, 2))
+    check_resume(IN_LOADERS[name], epochs, range(0, sum(map(len, epochs)) - 2, 3))
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_streams_in_a_stateful_dataloader(name: str) -> None:
     epochs = by_hand(IN_LOADERS[name], 2)  # which draws the same, and whose end of an epoch is its end
-    check_resume(IN_STATEFUL[name], epochs, range(0, sum(map(len, epochs)) - 2, 2))
+    check_resume(IN_STATEFUL[name], epochs, range(0, sum(map(len, epochs)) - 2, 3))
 
 
 @pytest.mark.parametrize("name", ["shuffle", "shuffle, by node", "concatenate shuffled"])
@@ -169,6 +183,19 @@ def test_workers_hear_the_epoch(name: str, kind: Any, persistent: bool) -> None:
     make = in_loader(name, kind, num_workers=2, persistent_workers=persistent)
     check_epochs(make, epochs)
     check_resume(make, epochs, [1, len(epochs[0])])
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("makes", [STREAMS, IN_LOADERS, IN_STATEFUL], ids=["itself", "DataLoader", "stateful"])
+def test_going_back_and_forth(makes: Any, name: str) -> None:
+    check_back_and_forth(makes[name], by_hand(makes[name], 3))
+
+
+@pytest.mark.parametrize("makes", [STREAMS, IN_LOADERS, IN_STATEFUL], ids=["itself", "DataLoader", "stateful"])
+def test_epochs_of_a_stream_that_is_not_told_them(makes: Any) -> None:
+    make = makes["map"]
+    epoch = list(map(plain, make()))
+    check_resume(make, [epoch] * 3, range(2 * len(epoch)), set_epoch="off")
 
 
 def test_in_another_process() -> None:

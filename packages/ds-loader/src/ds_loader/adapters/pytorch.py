@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom, mixed
-from ds_loader.adapters.base import Adapter, Place, is_from, shut_down
+from ds_loader.adapters.base import Adapter, Place, has_state, is_from, shut_down
 from ds_loader.adapters.indices import EpochSampler
 
 _T = TypeVar("_T")
@@ -56,6 +56,7 @@ class DataLoaderAdapter(Adapter[_T]):
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
+        self._cursors.enter(place)
         # Seeds of workers are drawn whenever they start, which they do at other times in a run that was resumed.
         self._view.generator = torch.Generator(device=_default_device()).manual_seed(mixed(place.seed, place.epoch, -4))
         if self.indices is not None:
@@ -97,7 +98,7 @@ class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
 
     def __init__(self, loader: DataLoader[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
-        self.keeps_state = not self._map_style or _has_state(loader.dataset)
+        self.keeps_state = not self._map_style or has_state(loader.dataset)
         self._hub_stream = False
         if self.keeps_state and keeps_buffer(loader.dataset):
             self.keeps_state = False  # its state lacks what is in the buffer
@@ -124,7 +125,7 @@ class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
         if not self.keeps_state:
             return None
         own = self._view.state_dict()  # type: ignore[attr-defined]
-        return own if _has_state(self._view.dataset) or _mentions_iterator(own) else None
+        return own if has_state(self._view.dataset) or _mentions_iterator(own) else None
 
     def counted(self, own: Any) -> int | None:
         """See `Adapter.counted`."""
@@ -169,10 +170,6 @@ def keeps_buffer(dataset: object) -> bool:
         if stage is not None:
             pending += [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", [])]
     return False
-
-
-def _has_state(dataset: object) -> bool:
-    return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def _mentions_iterator(own: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom
-from ds_loader.adapters.base import Adapter, Cursors, Place, is_from
+from ds_loader.adapters.base import Adapter, Place, is_from
 from ds_loader.adapters.pytorch import keeps_buffer
 
 _T = TypeVar("_T")
@@ -34,8 +34,6 @@ class NodesAdapter(Adapter[_T]):
         self._mixers = self._nodes("torchdata.nodes.samplers.multi_node_weighted_sampler", "MultiNodeWeightedSampler")
         draws_again = self._mixers and (parts.own or parts.given)
         self._drops = bool(draws_again) or any(keeps_buffer(part) for part in parts.found)
-        self._cursors = Cursors(loader, parts)
-        self._begun: int | None = None  # the epoch
         self._at_begin: Any = None
         for node in self._samplers:
             if node.epoch != 0 or getattr(node.epoch_updater, "__name__", "") != "_default_epoch_updater":
@@ -52,9 +50,7 @@ class NodesAdapter(Adapter[_T]):
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
         loader: Any = self.loader
-        follows, self._begun = self._begun == place.epoch - 1, place.epoch
-        if not follows:
-            self._cursors.rewind()
+        follows = self._cursors.enter(place)
         if place.own is not None:
             loader.load_state_dict(place.own)
         elif not (follows and self._mixers):
@@ -80,6 +76,7 @@ class NodesAdapter(Adapter[_T]):
 
     def interrupt(self) -> None:
         """See `Adapter.interrupt`."""
+        super().interrupt()
         for part in self.parts.found:
             stop = getattr(getattr(part, "_it", None), "_shutdown", None)
             if callable(stop):
@@ -126,6 +123,9 @@ class HubDatasetAdapter(Adapter[_T]):
         if self._is_table and place.batch < len(self.loader):  # type: ignore[arg-type]
             return iter(self.loader.skip(place.batch))  # type: ignore[attr-defined]
         return super().start(place)
+
+    def _is_loader(self, part: object) -> bool:
+        return False  # a stream keeps its place after its state was loaded
 
 
 class MosaicAdapter(Adapter[_T]):
