@@ -209,7 +209,7 @@ LOADERS: dict[str, Any] = {
     "map style, by rank": lambda: OfRanks(range(SIZE), batch_size=2, sampler=distributed()),
 }
 WORKERS: dict[str, Any] = {
-    **{name: kind for name, kind in STREAMS.items()},
+    **STREAMS,
     "distributed": lambda: range(SIZE),
 }
 
@@ -258,6 +258,14 @@ def test_resuming_with_workers(name: str) -> None:
 def told_by_copies(name: str) -> Any:
     """A plain DataLoader: its workers are started anew for each epoch, with a dataset that heard of it."""
     return DataLoader(WORKERS[name](), batch_size=2, num_workers=2)
+
+
+def test_resuming_with_workers_by_rank() -> None:
+    def make() -> Any:
+        return OfRanks(Keeping(), batch_size=2, num_workers=2)
+
+    epochs = by_hand(lambda: told_by_copies("stateful"))
+    check_resume(make, epochs, [1, len(epochs[0]) - 1, len(epochs[0])])
 
 
 @pytest.mark.parametrize("persistent", [False, True])

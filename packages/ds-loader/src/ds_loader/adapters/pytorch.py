@@ -93,7 +93,8 @@ class DataLoaderAdapter(Adapter[_T]):
 class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
     """A ``StatefulDataLoader``: by its own state where its dataset keeps one, else like a ``DataLoader``.
 
-    Its own way without a state of the dataset is to load all earlier batches.
+    Its own way without a state of the dataset is to load all earlier batches. So it is done here where one worker has
+    come to its end before the others.
     """
 
     def __init__(self, loader: DataLoader[_T], parts: Parts) -> None:
@@ -124,8 +125,11 @@ class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
         """See `Adapter.state`."""
         if not self.keeps_state:
             return None
-        own = self._view.state_dict()  # type: ignore[attr-defined]
-        return own if has_state(self._view.dataset) or _mentions_iterator(own) else None
+        view: Any = self._view
+        library = next(kind for kind in type(view).__mro__ if kind.__module__.startswith("torchdata."))
+        own: Any = library.state_dict(view)  # type: ignore[attr-defined]  # a subclass may have packed it
+        exact = (has_state(view.dataset) or _mentions_iterator(own)) and not _has_ended_worker(own)
+        return view.state_dict() if exact else None
 
     def counted(self, own: Any) -> int | None:
         """See `Adapter.counted`."""
@@ -177,6 +181,13 @@ def _mentions_iterator(own: Any) -> bool:
     if isinstance(own, dict):
         return own.get("dataset_iter_state") is not None or any(_mentions_iterator(value) for value in own.values())
     return False
+
+
+def _has_ended_worker(own: Any) -> bool:
+    """Whether a worker has come to the end of its share, which it would begin again: its state does not tell."""
+    snapshot = own.get("_snapshot") if isinstance(own, dict) else None
+    workers = snapshot.get("_worker_snapshots") or {} if isinstance(snapshot, dict) else {}
+    return any((worker.get("fetcher_state") or {}).get("fetcher_ended") for worker in workers.values())
 
 
 def _default_device() -> torch.device:
