@@ -619,6 +619,7 @@ class RepeatingLoader(Generic[_T]):
 
     def _go_to(self, ledger: Ledger, segments: tuple[tuple[int, int | None, int], ...]) -> None:
         """Begin anew at that place with the next call."""
+        self._adapter.interrupt()
         self._resumed = ledger
         self._ahead = None
         self._epoch, self._batch, self._left_out = ledger.epoch, ledger.batch, ledger.left_out

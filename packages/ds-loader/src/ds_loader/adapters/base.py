@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import zlib
 from collections import deque
@@ -92,7 +93,9 @@ class Adapter(Generic[_T]):
         self.loader = loader
         self.parts = parts
         self.limits: list[str] = []
-        self.keeps_state = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+        self.keeps_state = has_state(loader)
+        # A loader's own place is a part of its state.
+        self._cursors = Cursors(part for part in parts.found if not self._is_loader(part))
         if type(self) is Adapter:
             self._note_limits()
 
@@ -152,6 +155,7 @@ class Adapter(Generic[_T]):
         Raises:
             LoaderStateError: the loader has fewer batches than come before; or, at the first batch, other indices.
         """
+        self._cursors.enter(place)
         if place.own is not None:
             self.loader.load_state_dict(place.own)  # type: ignore[attr-defined]
             return PrivatelyRandom(self.loader, place.streams())
@@ -171,9 +175,17 @@ class Adapter(Generic[_T]):
         """How many batches of this epoch were handed out by the loader's own state, where that says so."""
         return None
 
+    def interrupt(self) -> None:
+        """The iterator is given up: stop what reads ahead for it in this process, and would draw from generators."""
+        self._cursors.interrupt()
+
     def close(self) -> None:
         """End worker processes that outlive an iterator."""
         shut_down(self.loader)
+
+    def _is_loader(self, part: object) -> bool:
+        """Whether a part is a loader whose own place `start` sets."""
+        return isinstance(part, torch.utils.data.DataLoader) or (part is self.loader and type(self) is not Adapter)
 
     @property
     def _ordered_by(self) -> str:
@@ -194,6 +206,56 @@ class Adapter(Generic[_T]):
                 f"the order of {self._ordered_by} cannot be changed from here: it has no set_epoch and no generator "
                 "(what it draws from the global generators of torch, random and numpy does change with every epoch)"
             )
+
+
+class Cursors:
+    """The places of objects that keep one of their own, such as a sampler with ``state_dict`` and ``load_state_dict``.
+
+    Args:
+        owners: the objects; those without both are passed over.
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        owners = [owner for owner in owners if has_state(owner)]
+        self._streams = [owner for owner in owners if is_from(owner, "datasets.iterable_dataset", "IterableDataset")]
+        self._owners = [owner for owner in owners if owner not in self._streams]
+        self._places: list[Any] | None = None
+        self._epoch: int | None = None  # the one begun last, unless it was left in the middle
+
+    def enter(self, place: Place) -> bool:
+        """Make an epoch begin at its beginning.
+
+        Returns:
+            Whether it follows the one before. If not, that one may have left its place in the middle, and all are put
+            where they were at the first call.
+        """
+        follows, self._epoch = self._epoch is not None and self._epoch == place.epoch - 1, place.epoch
+        if place.own is None:
+            for stream in self._streams:  # it goes on at a state that it was given in every iteration of that epoch
+                stream.load_state_dict(None)
+        if self._places is None:
+            self._places = [_place_of(owner) for owner in self._owners]
+        elif not follows:
+            for owner, at in zip(self._owners, self._places, strict=True):
+                if at is not None:
+                    owner.load_state_dict(copy.deepcopy(at))
+        return follows
+
+    def interrupt(self) -> None:
+        """The epoch was left in the middle."""
+        self._epoch = None
+
+
+def _place_of(owner: Any) -> Any:
+    try:
+        return copy.deepcopy(owner.state_dict())
+    except TypeError:  # it wants arguments
+        return None
+
+
+def has_state(part: object) -> bool:
+    """Whether it has the methods of an object that keeps its place."""
+    return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def checksum(batch: Any) -> int:

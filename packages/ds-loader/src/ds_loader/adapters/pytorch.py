@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom, mixed
-from ds_loader.adapters.base import Adapter, Place, is_from, shut_down
+from ds_loader.adapters.base import Adapter, Place, has_state, is_from, shut_down
 from ds_loader.adapters.indices import EpochSampler
 
 _T = TypeVar("_T")
@@ -64,6 +64,7 @@ class DataLoaderAdapter(Adapter[_T]):
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
+        self._cursors.enter(place)
         # Seeds of workers are drawn whenever they start, which they do at other times in a run that was resumed.
         self._view.generator = torch.Generator(device=_default_device()).manual_seed(mixed(place.seed, place.epoch, -4))
         if self.indices is not None:
@@ -100,12 +101,13 @@ class DataLoaderAdapter(Adapter[_T]):
 class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
     """A ``StatefulDataLoader``: by its own state where its dataset keeps one, else like a ``DataLoader``.
 
-    Its own way without a state of the dataset is to load all earlier batches.
+    Its own way without a state of the dataset is to load all earlier batches. So it is done here where one worker has
+    come to its end before the others.
     """
 
     def __init__(self, loader: DataLoader[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
-        self.keeps_state = not self._map_style or _has_state(loader.dataset)
+        self.keeps_state = not self._map_style or has_state(loader.dataset)
         self._hub_stream = False
         if self.keeps_state and keeps_buffer(loader.dataset):
             self.keeps_state = False  # its state lacks what is in the buffer
@@ -131,8 +133,11 @@ class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
         """See `Adapter.state`."""
         if not self.keeps_state:
             return None
-        own = self._view.state_dict()  # type: ignore[attr-defined]
-        return own if _has_state(self._view.dataset) or _mentions_iterator(own) else None
+        view: Any = self._view
+        library = next(kind for kind in type(view).__mro__ if kind.__module__.startswith("torchdata."))
+        own: Any = library.state_dict(view)  # type: ignore[attr-defined]  # a subclass may have packed it
+        exact = (has_state(view.dataset) or _mentions_iterator(own)) and not _has_ended_worker(own)
+        return view.state_dict() if exact else None
 
     def counted(self, own: Any) -> int | None:
         """See `Adapter.counted`."""
@@ -179,15 +184,18 @@ def keeps_buffer(dataset: object) -> bool:
     return False
 
 
-def _has_state(dataset: object) -> bool:
-    return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
-
-
 def _mentions_iterator(own: Any) -> bool:
     """Whether the state of a StatefulDataLoader holds one of the dataset's iterator."""
     if isinstance(own, dict):
         return own.get("dataset_iter_state") is not None or any(_mentions_iterator(value) for value in own.values())
     return False
+
+
+def _has_ended_worker(own: Any) -> bool:
+    """Whether a worker has come to the end of its share, which it would begin again: its state does not tell."""
+    snapshot = own.get("_snapshot") if isinstance(own, dict) else None
+    workers = snapshot.get("_worker_snapshots") or {} if isinstance(snapshot, dict) else {}
+    return any((worker.get("fetcher_state") or {}).get("fetcher_ended") for worker in workers.values())
 
 
 def _default_device() -> torch.device:

@@ -21,15 +21,26 @@ _T = TypeVar("_T")
 class NodesAdapter(Adapter[_T]):
     """A ``torchdata.nodes.Loader``.
 
-    At the end of an epoch its state means the end, and nothing else: asked to, it would begin the next epoch at once,
-    and all that counts epochs would be one behind.
+    Its nodes count epochs by themselves. They are told the epoch here, which they do not know after a state of another
+    run. Only the sources of a weighted sampler go on with their own counts, since it begins them anew within an epoch.
+
+    The state of a shuffle buffer, or of a random sampler that is begun anew within an epoch, does not tell the order.
+    There, the state is that of the epoch's beginning, and earlier items are loaded and dropped.
     """
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
-        self._view = copy.copy(loader)
-        self._view.restart_on_stop_iteration = False  # type: ignore[attr-defined]
-        self.keeps_state = True
+        self._samplers = self._nodes("torchdata.nodes.adapters", "SamplerWrapper")
+        self._mixers = self._nodes("torchdata.nodes.samplers.multi_node_weighted_sampler", "MultiNodeWeightedSampler")
+        draws_again = self._mixers and (parts.own or parts.random)
+        self._drops = bool(draws_again) or any(keeps_buffer(part) for part in parts.found)
+        self._at_begin: Any = None
+        for node in self._samplers:
+            if node.epoch != 0 or getattr(node.epoch_updater, "__name__", "") != "_default_epoch_updater":
+                self.limits.append(
+                    "initial_epoch and epoch_updater of SamplerWrapper have no effect: its epochs are those of this "
+                    "loader, from 0"
+                )
 
     @classmethod
     def fits(cls, loader: object) -> bool:
@@ -38,20 +49,53 @@ class NodesAdapter(Adapter[_T]):
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
+        loader: Any = self.loader
+        follows = self._cursors.enter(place)
         if place.own is not None:
-            self._view.load_state_dict(place.own)  # type: ignore[attr-defined]
-            return PrivatelyRandom(self._view, place.streams())
-        iterator = PrivatelyRandom(self._view, place.streams())
-        iterator.drop(place.batch, place.left_out)
+            loader.load_state_dict(place.own)
+        elif not (follows and self._mixers):
+            for node in self._samplers:
+                node.epoch, node._started = place.epoch, False
+            for node in self._mixers:
+                node._epoch, node._started = place.epoch, False
+        loader._iter_for_state_dict = False  # it was asked for a state before: the next iteration would ignore another
+        # At the end of an epoch its state means the end, and not the beginning of the next.
+        restarts, loader.restart_on_stop_iteration = loader.restart_on_stop_iteration, False
+        try:
+            iterator = PrivatelyRandom(self.loader, place.streams())
+        finally:
+            loader.restart_on_stop_iteration = restarts
+        if self._drops:
+            self._at_begin = loader.state_dict()
+        if self._drops or place.own is None:
+            iterator.drop(place.batch, place.left_out)
+        else:  # it forgets that an epoch was begun, which the next one has to know
+            for node in (*self._samplers, *self._mixers):
+                node._started = node._started or node._num_yielded > 0
         return iterator
+
+    def interrupt(self) -> None:
+        """See `Adapter.interrupt`."""
+        super().interrupt()
+        for part in self.parts.found:
+            stop = getattr(getattr(part, "_it", None), "_shutdown", None)
+            if callable(stop):
+                stop()
+
+    def close(self) -> None:
+        """See `Adapter.close`."""
+        self.interrupt()
 
     def state(self) -> Any:
         """See `Adapter.state`."""
-        return self._view.state_dict()  # type: ignore[attr-defined]
+        return self._at_begin if self._drops else super().state()
 
     def counted(self, own: Any) -> int | None:
         """See `Adapter.counted`."""
-        return own.get("num_yielded") if isinstance(own, dict) else None
+        return own.get("num_yielded") if isinstance(own, dict) and not self._drops else None
+
+    def _nodes(self, module: str, name: str) -> list[Any]:
+        return [part for part in self.parts.found if is_from(part, module, name)]
 
 
 class HubDatasetAdapter(Adapter[_T]):
@@ -76,10 +120,12 @@ class HubDatasetAdapter(Adapter[_T]):
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
-        if self._is_table and place.batch <= len(self.loader):  # type: ignore[arg-type]
-            rest = self.loader.skip(place.batch) if place.batch else self.loader  # type: ignore[attr-defined]
-            return iter(rest)
+        if self._is_table and place.batch < len(self.loader):  # type: ignore[arg-type]
+            return iter(self.loader.skip(place.batch))  # type: ignore[attr-defined]
         return super().start(place)
+
+    def _is_loader(self, part: object) -> bool:
+        return False  # a stream keeps its place after its state was loaded
 
 
 class MosaicAdapter(Adapter[_T]):

@@ -78,6 +78,10 @@ class WrapperAdapter(Adapter[_T]):
         """See `Adapter.state`."""
         return None
 
+    def interrupt(self) -> None:
+        """See `Adapter.interrupt`."""
+        self._inner.interrupt()
+
     def close(self) -> None:
         """See `Adapter.close`."""
         self._inner.close()
