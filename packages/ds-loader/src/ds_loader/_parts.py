@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ds_loader._random import is_generator, mixed, set_state, state_of
+from ds_loader._random import has_initial_seed, is_generator, mixed, set_state, state_of
 from ds_loader.errors import LoaderStateError
 
 # They draw from torch's global generator if they have none of their own.
@@ -40,7 +40,8 @@ class Parts:
 
     Attributes:
         found: the loader and what it is made of, outer ones first, each once.
-        own: generators that the user made. Their states when an epoch begins decide its order.
+        own: generators that the user made. Their states when an epoch begins decide its order. Samplers with an
+            ``initial_seed`` count as such.
         given: generators given here to PyTorch's random samplers that had none. They are seeded for every epoch.
         live: iterators that were begun before the loader came here.
     """
@@ -61,7 +62,9 @@ class Parts:
         """Seed the given generators, and the user's too if ``own``, by (seed, epoch)."""
         for index, generator in enumerate([*self.given, *(self.own if own else [])]):
             value = mixed(seed, epoch, index)
-            if isinstance(generator, torch.Generator):
+            if has_initial_seed(generator):
+                generator.initial_seed = mixed(seed, index)  # to which it adds the epoch
+            elif isinstance(generator, torch.Generator):
                 generator.manual_seed(value)
             elif isinstance(generator, random.Random) or hasattr(generator, "seed"):
                 generator.seed(value if isinstance(generator, random.Random) else value % 2**32)
@@ -111,11 +114,14 @@ def parts_of(loader: object) -> Parts:
             continue
         seen.add(id(part))
         parts.found.append(part)
-        in_dataset = in_dataset and not isinstance(part, IterableDataset)
+        # Lightning keeps a sampler in a dataset.
+        in_dataset = in_dataset and not isinstance(part, (IterableDataset, Sampler))
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
         if isinstance(part, _TORCH_SAMPLERS) and part.generator is None:
             part.generator = torch.Generator()
             parts.given.append(part.generator)
+        if has_initial_seed(part):
+            generators[id(part)] = part
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
                 parts.live.append(value)

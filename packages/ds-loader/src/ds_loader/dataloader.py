@@ -372,6 +372,7 @@ class RepeatingLoader(Generic[_T]):
         states = at.generators if at is not None else None
         if states is not None:
             self._parts.restore(tuple(states))
+        self._adapter.synchronize()
         run = Run()
         place = Place(self.seed, epoch, run=run)
         states = self._parts.states()
@@ -482,7 +483,7 @@ class RepeatingLoader(Generic[_T]):
     def _try_again(self) -> None:
         """Begin a new iterator at this batch, where that is possible; the old one may be broken."""
         ledger = self._ledger()
-        if ledger.loader is None and not _is_once_only(self.loader):
+        if (ledger.loader is None or not self._adapter.survives) and not _is_once_only(self.loader):
             self._go_to(ledger, self._segments)
 
     def _leave_out(self, error: Exception) -> None:

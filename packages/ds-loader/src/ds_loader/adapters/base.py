@@ -45,6 +45,7 @@ class Place:
         own: the loader's own state at that batch, or None.
         first: what `Run.first` has to become, or None.
         run: where to note what becomes known.
+        again: how many of the first batches come once more, before the others.
     """
 
     seed: int
@@ -54,6 +55,7 @@ class Place:
     own: Any = None
     first: tuple[int, int] | None = None
     run: Run = field(default_factory=Run)
+    again: int = 0
 
     def streams(self) -> PrivateStreams:
         """Streams as they are when the epoch begins."""
@@ -122,6 +124,9 @@ class Adapter(Generic[_T]):
             return len(self.loader)
         except (TypeError, NotImplementedError):  # a DataLoader over a stream has a length if the stream has one
             return None
+
+    def synchronize(self) -> None:
+        """Give the generators of all ranks one state, if the library does so before it iterates."""
 
     def start(self, place: Place) -> Iterator[_T]:
         """Iterate from that place on.
