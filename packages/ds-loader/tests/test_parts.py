@@ -106,16 +106,16 @@ def test_a_sequence_has_no_parts():
 def test_a_generator_used_twice_is_held_once():
     generator = torch.Generator()
     parts = parts_of(DataLoader(range(3), shuffle=True, generator=generator))
-    assert (parts.own, parts.random) == ([generator], False)
+    assert (parts.own, parts.unseeded) == ([generator], [])
 
 
 def test_random_samplers_without_a_generator_are_left_without():
     shuffled = DataLoader(range(3), shuffle=True)
     parts = parts_of(shuffled)
     assert shuffled.sampler.generator is None
-    assert (parts.own, parts.random) == ([], True)
+    assert (parts.own, parts.unseeded) == ([], [shuffled.sampler])
     plain = parts_of(DataLoader(range(3)))
-    assert (plain.own, plain.random) == ([], False)
+    assert (plain.own, plain.unseeded) == ([], [])
     own = RandomSampler(range(3), generator=torch.Generator())
     assert parts_of(DataLoader(range(3), sampler=own)).own == [own.generator]
 

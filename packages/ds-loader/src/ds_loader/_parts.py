@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ds_loader._random import is_generator, mixed, set_state, state_of
+from ds_loader._random import has_initial_seed, is_generator, mixed, set_state, state_of
 from ds_loader.errors import LoaderStateError
 
 # They draw from torch's global generator if they have none of their own.
@@ -40,14 +40,15 @@ class Parts:
 
     Attributes:
         found: the loader and what it is made of, outer ones first, each once.
-        own: generators that the user made. Their states when an epoch begins decide its order.
-        random: whether a random sampler of PyTorch has no generator of its own: it shuffles by the global one.
+        own: generators that the user made. Their states when an epoch begins decide its order. Samplers with an
+            ``initial_seed`` count as such.
+        unseeded: random samplers of PyTorch without a generator, which shuffle by the global one.
         live: iterators that were begun before the loader came here.
     """
 
     found: list[Any]
     own: list[Any] = field(default_factory=list)
-    random: bool = False
+    unseeded: list[Any] = field(default_factory=list)
     live: list[Any] = field(default_factory=list)
 
     def epoch_setters(self) -> Iterator[Callable[[int], object]]:
@@ -61,7 +62,9 @@ class Parts:
         """Seed the user's generators by (seed, epoch)."""
         for index, generator in enumerate(self.own):
             value = mixed(seed, epoch, index)
-            if isinstance(generator, torch.Generator):
+            if has_initial_seed(generator):
+                generator.initial_seed = mixed(seed, index)  # to which it adds the epoch
+            elif isinstance(generator, torch.Generator):
                 generator.manual_seed(value)
             elif isinstance(generator, random.Random) or hasattr(generator, "seed"):
                 generator.seed(value if isinstance(generator, random.Random) else value % 2**32)
@@ -108,10 +111,13 @@ def parts_of(loader: object) -> Parts:
             continue
         seen.add(id(part))
         parts.found.append(part)
-        in_dataset = in_dataset and not isinstance(part, IterableDataset)
+        # Lightning keeps a sampler in a dataset.
+        in_dataset = in_dataset and not isinstance(part, (IterableDataset, Sampler))
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
         if isinstance(part, _RANDOM_SAMPLERS) and part.generator is None:
-            parts.random = True
+            parts.unseeded.append(part)
+        if has_initial_seed(part):
+            generators[id(part)] = part
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
                 parts.live.append(value)

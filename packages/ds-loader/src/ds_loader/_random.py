@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import operator
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,8 +38,15 @@ def is_generator(value: object) -> bool:
     return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
 
 
+def has_initial_seed(value: object) -> bool:
+    """Whether it is a sampler that orders by ``initial_seed`` and the epoch, as Accelerate's SeedableRandomSampler."""
+    return isinstance(getattr(value, "initial_seed", None), int)
+
+
 def state_of(generator: Any) -> Any:
     """The state of a generator as JSON: a string for torch's, lists and numbers for the others."""
+    if has_initial_seed(generator):
+        return generator.initial_seed
     if isinstance(generator, torch.Generator):
         return base64.b64encode(bytes(generator.get_state().tolist())).decode()
     if isinstance(generator, random.Random):
@@ -54,7 +62,9 @@ def set_state(generator: Any, state: Any) -> None:
     Raises:
         TypeError, ValueError, RuntimeError, KeyError: it is no such state.
     """
-    if isinstance(generator, torch.Generator):
+    if has_initial_seed(generator):
+        generator.initial_seed = operator.index(state)
+    elif isinstance(generator, torch.Generator):
         raw = base64.b64decode(state, validate=True)
         generator.set_state(torch.tensor(list(raw), dtype=torch.uint8))
     elif isinstance(generator, random.Random):

@@ -404,6 +404,7 @@ class RepeatingLoader(Generic[_T]):
             )
         try:
             self._tell(epoch, at.generators if at is not None else None)
+            self._adapter.synchronize()
             states = self._parts.states()
             return _Epoch(epoch, self._adapter.start(place), states, run)
         except StopIteration as error:
@@ -527,7 +528,7 @@ class RepeatingLoader(Generic[_T]):
     def _try_again(self) -> None:
         """Begin a new iterator at this batch, where that is possible; the old one may be broken."""
         ledger = self._ledger()
-        if ledger.loader is None and not is_once_only(self.loader):
+        if (ledger.loader is None or not self._adapter.survives) and not is_once_only(self.loader):
             self._end_workers()
             self._go_to(ledger, self._segments)
 

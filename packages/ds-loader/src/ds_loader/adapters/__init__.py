@@ -10,7 +10,12 @@ from ds_loader.adapters.base import Adapter, Place, Run
 from ds_loader.adapters.deepspeed import DeepSpeedAdapter
 from ds_loader.adapters.pytorch import DataLoaderAdapter, StatefulDataLoaderAdapter
 from ds_loader.adapters.streams import CombinedLoaderAdapter, HubDatasetAdapter, MosaicAdapter, NodesAdapter
-from ds_loader.adapters.wrappers import AccelerateDispatcherAdapter, AccelerateShardAdapter, FabricAdapter
+from ds_loader.adapters.wrappers import (
+    AccelerateDispatcherAdapter,
+    AccelerateShardAdapter,
+    AccelerateSkipAdapter,
+    FabricAdapter,
+)
 
 __all__ = ["Adapter", "Place", "Run", "adapter_of"]
 
@@ -18,6 +23,7 @@ __all__ = ["Adapter", "Place", "Run", "adapter_of"]
 _ADAPTERS: tuple[type[Adapter[Any]], ...] = (
     AccelerateShardAdapter,
     AccelerateDispatcherAdapter,
+    AccelerateSkipAdapter,
     FabricAdapter,
     DeepSpeedAdapter,
     CombinedLoaderAdapter,

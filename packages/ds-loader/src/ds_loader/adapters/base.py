@@ -49,6 +49,7 @@ class Place:
         left_out: how many of the batches before it were left out after errors.
         cut: the number of ranks and the batch size that cut that first batch.
         run: where to note what becomes known.
+        again: how many of the first batches come once more, before the others.
     """
 
     seed: int
@@ -60,6 +61,7 @@ class Place:
     cut: tuple[int, int | None] = (1, None)
     left_out: int = 0
     run: Run = field(default_factory=Run)
+    again: int = 0
 
     def streams(self) -> PrivateStreams:
         """Streams as they are when the epoch begins."""
@@ -149,6 +151,9 @@ class Adapter(Generic[_T]):
         except (TypeError, NotImplementedError):  # a DataLoader over a stream has a length if the stream has one
             return None
 
+    def synchronize(self) -> None:
+        """Give the generators of all ranks one state, if the library does so before it iterates."""
+
     def start(self, place: Place) -> Iterator[_T]:
         """Iterate from that place on.
 
@@ -200,7 +205,7 @@ class Adapter(Generic[_T]):
                 "cannot resume exactly, because it holds an iterator that was begun before it came here, whose order "
                 "depends on nothing that is known here"
             )
-        knows = any(True for _ in self.parts.epoch_setters()) or self.parts.own or self.parts.random
+        knows = any(True for _ in self.parts.epoch_setters()) or self.parts.own or self.parts.unseeded
         if not knows and not self.keeps_state:
             self.limits.append(
                 f"the order of {self._ordered_by} cannot be changed from here: it has no set_epoch and no generator "

@@ -101,15 +101,16 @@ class EpochSampler(Sampler[Any]):
         streams = place.streams()
         with streams:
             iterator = iter(source)
-            head = list(islice(iterator, size))
+            head = list(islice(iterator, size * max(place.again, 1)))
             if not place.seen:
-                place.run.first = self._first(head if as_samples else head[:1], place)
+                place.run.first = self._first(head[:size], place)
             if place.batch:
                 taken = len(head) + taken_from(iterator, place.batch * size - len(head))
                 whole = plan is not None and plan.drop_last and as_samples
                 found = taken // size if whole else -(-taken // size)
                 if found < place.batch:
                     raise too_few(place.batch, found)
+                iterator = chain(head[: size * place.again], iterator)
             else:
                 iterator = chain(head, iterator)
             if as_samples and self._batched and plan is not None and plan.batch_size is not None:

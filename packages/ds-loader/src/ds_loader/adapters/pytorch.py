@@ -8,7 +8,7 @@ from inspect import isgeneratorfunction
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom, mixed
@@ -90,9 +90,10 @@ class DataLoaderAdapter(Adapter[_T]):
         shut_down(self._view)
 
     def _take_indices(self) -> None:
-        batched = self._view.batch_sampler is not None
-        name = "batch_sampler" if batched else "sampler"
-        self.indices = EpochSampler(getattr(self._view, name), self.parts, batched=batched)
+        name = "sampler" if self._view.batch_sampler is None else "batch_sampler"
+        inner: Any = getattr(self._view, name)
+        batched = name == "batch_sampler" or isinstance(inner, BatchSampler)
+        self.indices = EpochSampler(inner, self.parts, batched=batched)
         vars(self._view)[name] = self.indices  # through __dict__: a DataLoader refuses to have it set
         self.plan = self.indices.plan
         self.by_index = True
@@ -156,7 +157,7 @@ def is_plain(loader: object) -> bool:
     kinds = [
         kind for kind in type(loader).__mro__ if kind.__module__.startswith(("torch.utils.data", "torchdata.stateful"))
     ]
-    return all(
+    return bool(kinds) and all(  # there may be none: Accelerate's wrappers lie about their __class__
         getattr(type(loader), name) is getattr(kinds[0], name)
         for name in ("__iter__", "_get_iterator", "_index_sampler")
     )

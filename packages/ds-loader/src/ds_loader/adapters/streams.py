@@ -32,7 +32,7 @@ class NodesAdapter(Adapter[_T]):
         super().__init__(loader, parts)
         self._samplers = self._nodes("torchdata.nodes.adapters", "SamplerWrapper")
         self._mixers = self._nodes("torchdata.nodes.samplers.multi_node_weighted_sampler", "MultiNodeWeightedSampler")
-        draws_again = self._mixers and (parts.own or parts.random)
+        draws_again = self._mixers and (parts.own or parts.unseeded)
         self._drops = bool(draws_again) or any(keeps_buffer(part) for part in parts.found)
         self._at_begin: Any = None
         for node in self._samplers:
