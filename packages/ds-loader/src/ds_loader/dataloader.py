@@ -142,6 +142,7 @@ class RepeatingLoader(Generic[_T]):
         self._segments: tuple[tuple[int, int | None, int], ...] = ()
         self._errors = 0  # skipped or retried in this epoch
         self._failed_at: tuple[int, int] | None = None
+        self._agreed: int | None = None  # what `_shortest` found: a rank may begin an epoch again alone
         self._any = False  # whether the loader ever gave a batch
 
     @property
@@ -311,7 +312,7 @@ class RepeatingLoader(Generic[_T]):
                 generators=ledger.generators,
             )
         self.seed = ledger.seed
-        self._failed_at = None
+        self._failed_at = self._agreed = None
         self._go_to(copy.deepcopy(ledger), segments)
 
     def verify(self, group: Any = None) -> Coverage:
@@ -430,12 +431,12 @@ class RepeatingLoader(Generic[_T]):
 
     def _shortest(self) -> int | None:
         """The batch at which this epoch ends for the shortest rank, if it ends there for all."""
-        if self._on_uneven == "cycle":
-            return None
-        length = self._epoch_length()
-        return _ranks.shortest_epoch(
-            self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
-        )
+        if self._on_uneven != "cycle" and self._agreed is None:
+            length = self._epoch_length()
+            self._agreed = _ranks.shortest_epoch(
+                self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
+            )
+        return self._agreed
 
     def _ended_early(self, started: _Epoch) -> bool:
         """Whether an iterator of PyTorch ended before its indices did: the dataset raised StopIteration."""
@@ -476,6 +477,7 @@ class RepeatingLoader(Generic[_T]):
         self._epoch += 1
         self._batch = self._left_out = self._errors = 0
         self._segments = ()
+        self._agreed = None
         self._halt()
 
     def _at_end_of(self, error: Exception) -> Exception:
