@@ -415,7 +415,11 @@ class RepeatingLoader(Generic[_T]):
             raise RuntimeError(f"the loader ({self._name}) raised StopIteration when it was begun") from error
 
     def _start_next(self) -> None:
-        if self._ahead is None and not (self._max_epochs is not None and self._epoch + 1 >= self._max_epochs):
+        over = self._max_epochs is not None and self._epoch + 1 >= self._max_epochs
+        length = self._adapter.length()
+        if self._max_steps is not None and length is not None:
+            over = over or self._max_steps - self.step <= length - self._batch
+        if self._ahead is None and not over:
             self._ahead = self._start(self._epoch + 1, None)
 
     def _tell(self, epoch: int, states: tuple[Any, ...] | None = None) -> None:
