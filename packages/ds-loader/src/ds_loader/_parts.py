@@ -34,6 +34,10 @@ _FOREIGN = frozenset(
 _MOST_ITEMS = 256  # of a list or dict that is searched for parts; a longer one is data
 
 
+class GivenGenerator(torch.Generator):
+    """What a sampler without a generator is given. It is told by its class when the loader is wrapped again."""
+
+
 @dataclass
 class Parts:
     """The parts of one loader.
@@ -114,7 +118,8 @@ def parts_of(loader: object) -> Parts:
         in_dataset = in_dataset and not isinstance(part, IterableDataset)
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
         if isinstance(part, _TORCH_SAMPLERS) and part.generator is None:
-            part.generator = torch.Generator()
+            part.generator = GivenGenerator()
+        if isinstance(part, _TORCH_SAMPLERS) and isinstance(part.generator, GivenGenerator):
             parts.given.append(part.generator)
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
