@@ -142,6 +142,7 @@ class RepeatingLoader(Generic[_T]):
         self._segments: tuple[tuple[int, int | None, int], ...] = ()
         self._errors = 0  # skipped or retried in this epoch
         self._failed_at: tuple[int, int] | None = None
+        self._agreed: int | None = None  # what `_shortest` found: a rank may begin an epoch again alone
         self._any = False  # whether the loader ever gave a batch
 
     @property
@@ -307,7 +308,7 @@ class RepeatingLoader(Generic[_T]):
             segments = (*went, (here.world_size, here.batch_size, behind))
             ledger = replace(ledger, batch=0, left_out=0, first=ledger.first if went else None)
         self.seed = ledger.seed
-        self._failed_at = None
+        self._failed_at = self._agreed = None
         self._go_to(copy.deepcopy(ledger), segments)
 
     def verify(self, group: Any = None) -> Coverage:
@@ -411,7 +412,11 @@ class RepeatingLoader(Generic[_T]):
             raise RuntimeError(f"the loader ({self._name}) raised StopIteration when it was begun") from error
 
     def _start_next(self) -> None:
-        if self._ahead is None and not (self._max_epochs is not None and self._epoch + 1 >= self._max_epochs):
+        over = self._max_epochs is not None and self._epoch + 1 >= self._max_epochs
+        length = self._adapter.length()
+        if self._max_steps is not None and length is not None:
+            over = over or self._max_steps - self.step <= length - self._batch
+        if self._ahead is None and not over:
             self._ahead = self._start(self._epoch + 1, None)
 
     def _tell(self, epoch: int, states: tuple[Any, ...] | None = None) -> None:
@@ -428,12 +433,12 @@ class RepeatingLoader(Generic[_T]):
 
     def _shortest(self) -> int | None:
         """The batch at which this epoch ends for the shortest rank, if it ends there for all."""
-        if self._on_uneven == "cycle":
-            return None
-        length = self._epoch_length()
-        return _ranks.shortest_epoch(
-            self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
-        )
+        if self._on_uneven != "cycle" and self._agreed is None:
+            length = self._epoch_length()
+            self._agreed = _ranks.shortest_epoch(
+                self._epoch, self._batch, length, self._group, must_be_even=self._on_uneven == "raise"
+            )
+        return self._agreed
 
     def _ended_early(self, started: _Epoch) -> bool:
         """Whether an iterator of PyTorch ended before its indices did: the dataset raised StopIteration."""
@@ -474,6 +479,7 @@ class RepeatingLoader(Generic[_T]):
         self._epoch += 1
         self._batch = self._left_out = self._errors = 0
         self._segments = ()
+        self._agreed = None
         self._halt()
 
     def _at_end_of(self, error: Exception) -> Exception:
