@@ -298,9 +298,13 @@ class RepeatingLoader(Generic[_T]):
             assert ledger.samples is not None
             _LOG.info("going on with %d of %s samples handed out; %s", ledger.samples, ledger.length, differences)
             segments = (*segments, (here.world_size, here.batch_size, ledger.samples))
-            step = ledger.step
             ledger = Ledger(
-                seed=ledger.seed, epoch=ledger.epoch, step=step, generators=ledger.generators, samples=ledger.samples
+                seed=ledger.seed,
+                epoch=ledger.epoch,
+                step=ledger.step,
+                samples=ledger.samples,
+                generators=ledger.generators,
+                loader=ledger.loader if self._adapter.keeps_order else None,
             )
         self.seed = ledger.seed
         self._go_to(copy.deepcopy(ledger), segments)

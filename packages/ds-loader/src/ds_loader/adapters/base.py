@@ -74,6 +74,7 @@ class Adapter(Generic[_T]):
         indices: the `EpochSampler` that draws its indices; None where it has none.
         limits: sentences that say what cannot be done, for a warning.
         keeps_state: whether the loader has a state of its own by which it resumes exactly.
+        keeps_order: whether that state holds on another number of ranks: it tells the order, and no place in it.
         survives: whether its iterators go on after an exception.
         workers: whether the next epoch's workers may start while this epoch is not over.
     """
@@ -81,6 +82,7 @@ class Adapter(Generic[_T]):
     by_index = False
     plan: Plan | None = None
     indices: Any = None
+    keeps_order = False
     survives = True
     workers = False
 

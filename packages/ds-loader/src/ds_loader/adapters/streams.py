@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
+from ds_loader._order import Plan
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom
 from ds_loader.adapters.base import Adapter, Place, is_from
@@ -128,36 +130,62 @@ class HubDatasetAdapter(Adapter[_T]):
         return False  # a stream keeps its place after its state was loaded
 
 
-class MosaicAdapter(Adapter[_T]):
-    """A DataLoader over a ``StreamingDataset`` of MosaicML, which begins at any sample of any epoch, on any ranks."""
+@dataclass(frozen=True)
+class _MosaicPlan(Plan):
+    """How a ``StreamingDataset`` divides an epoch; only it knows the order."""
 
-    def __init__(self, loader: DataLoader[_T], parts: Parts) -> None:
+    @property
+    def length(self) -> int:
+        """See `Plan.length`."""
+        return int(self.sampler.epoch_size)
+
+
+class MosaicAdapter(Adapter[_T]):
+    """A ``StreamingDataset`` of MosaicML, or a DataLoader over one. It begins at any sample of any epoch, on any ranks.
+
+    Its state tells what decides the order: canonical nodes and the seed. Epoch and sample are set here. It is kept in
+    memory that the workers share, so that persistent ones hear of it.
+    """
+
+    keeps_order = True
+
+    def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
         self.keeps_state = True
         self.by_index = True
-        self._template: dict[str, Any] | None = None
+        self._dataset: Any = getattr(loader, "dataset", loader)
+        world = self._dataset._parallel_rank_world
+        size = getattr(loader, "batch_size", None)
+        drops = bool(getattr(loader, "drop_last", False))
+        self.plan = _MosaicPlan(self._dataset, world.num_ranks, world.rank, size, drops, distributed=True)
+        if self._dataset.batch_size != (size or 1):
+            self.limits.append(
+                f"cannot resume exactly, because batch_size is {self._dataset.batch_size} in the StreamingDataset and "
+                f"{size or 1} in the loader: give both the same"
+            )
 
     @classmethod
     def fits(cls, loader: object) -> bool:
         """See `Adapter.fits`."""
-        dataset = getattr(loader, "dataset", None)
-        return isinstance(loader, DataLoader) and is_from(dataset, "streaming.base.dataset", "StreamingDataset")
+        dataset = getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else loader
+        return is_from(dataset, "streaming.base.dataset", "StreamingDataset")
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
-        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
-        template = place.own if place.own is not None else self._state()
-        seen = place.seen + place.batch * (self.batch_size or 1) * self.world_size
-        dataset.load_state_dict({**template, "epoch": place.epoch, "sample_in_epoch": seen})
+        dataset, plan = self._dataset, self.plan
+        assert plan is not None
+        seen = place.seen + place.batch * (plan.batch_size or 1) * plan.world_size
+        if seen >= plan.length and seen:
+            return iter(())
+        # It would pass over a state of an epoch before the one that it comes to next.
+        dataset.next_epoch = place.epoch
+        order = place.own if place.own is not None else self.state()
+        dataset.load_state_dict({**order, "epoch": place.epoch, "sample_in_epoch": seen})
         return PrivatelyRandom(self.loader, place.streams())
 
     def state(self) -> Any:
         """See `Adapter.state`: what decides the order; where to begin is computed."""
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
-        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
-        return dict(dataset.state_dict(0, True))
+        return dict(self._dataset.state_dict(0, True))
 
 
 class CombinedLoaderAdapter(Adapter[_T]):
