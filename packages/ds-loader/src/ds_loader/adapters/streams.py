@@ -129,44 +129,58 @@ class HubDatasetAdapter(Adapter[_T]):
 
 
 class MosaicAdapter(Adapter[_T]):
-    """A DataLoader over a ``StreamingDataset`` of MosaicML, which begins at any sample of any epoch, on any ranks."""
+    """A ``StreamingDataset`` of MosaicML, or a DataLoader over one. It begins at any sample of any epoch, on any ranks.
 
-    def __init__(self, loader: DataLoader[_T], parts: Parts) -> None:
+    Its state tells what decides the order: canonical nodes and the seed. Epoch and sample are set here. It is kept in
+    memory that the workers share, so that persistent ones hear of it.
+    """
+
+    def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
         self.keeps_state = True
         self.by_index = True
-        self._template: dict[str, Any] | None = None
+        self._dataset: Any = getattr(loader, "dataset", loader)
+        size = getattr(loader, "batch_size", None)
+        if self._dataset.batch_size != (size or 1):
+            self.limits.append(
+                f"cannot resume exactly, because batch_size is {self._dataset.batch_size} in the StreamingDataset and "
+                f"{size or 1} in the loader: give both the same"
+            )
 
     @classmethod
     def fits(cls, loader: object) -> bool:
         """See `Adapter.fits`."""
-        dataset = getattr(loader, "dataset", None)
-        return isinstance(loader, DataLoader) and is_from(dataset, "streaming.base.dataset", "StreamingDataset")
+        dataset = getattr(loader, "dataset", None) if isinstance(loader, DataLoader) else loader
+        return is_from(dataset, "streaming.base.dataset", "StreamingDataset")
 
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
-        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
-        template = place.own if place.own is not None else self._state()
+        dataset = self._dataset
         seen = place.seen + place.batch * (self.batch_size or 1) * self.world_size
-        dataset.load_state_dict({**template, "epoch": place.epoch, "sample_in_epoch": seen})
+        if seen >= dataset.epoch_size and seen:
+            return iter(())
+        # It would pass over a state of an epoch before the one that it comes to next.
+        dataset.next_epoch = place.epoch
+        order = place.own if place.own is not None else self.state()
+        dataset.load_state_dict({**order, "epoch": place.epoch, "sample_in_epoch": seen})
         return PrivatelyRandom(self.loader, place.streams())
+
+    @property
+    def world_size(self) -> int:
+        """See `Adapter.world_size`."""
+        return int(self._dataset._parallel_rank_world.num_ranks)
 
     def samples(self, batch: int, seen: int) -> int | None:
         """See `Adapter.samples`."""
-        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
-        return min(seen + batch * (self.batch_size or 1) * self.world_size, int(dataset.epoch_size))
+        return min(seen + batch * (self.batch_size or 1) * self.world_size, int(self._dataset.epoch_size))
 
     def size(self) -> int | None:
         """See `Adapter.size`."""
-        return int(self.loader.dataset.epoch_size)  # type: ignore[attr-defined]
+        return int(self._dataset.epoch_size)
 
     def state(self) -> Any:
         """See `Adapter.state`: what decides the order; where to begin is computed."""
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
-        dataset: Any = self.loader.dataset  # type: ignore[attr-defined]
-        return dict(dataset.state_dict(0, True))
+        return dict(self._dataset.state_dict(0, True))
 
 
 class CombinedLoaderAdapter(Adapter[_T]):
