@@ -93,6 +93,7 @@ def workers():
 
 @pytest.fixture(autouse=True)
 def no_workers_before_and_after():
+    gc.collect()  # of other tests
     assert workers() == set()
     yield
     assert workers() == set()
@@ -294,6 +295,26 @@ def test_an_error_does_not_keep_workers():
                 next(loader)
         assert len(workers()) <= 2
         loader.close()
+        assert workers() == set()
+    finally:
+        gc.enable()
+
+
+def test_an_error_that_was_skipped_does_not_keep_workers():
+    class Broken(Dataset):
+        def __len__(self):
+            return SIZE
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("cannot be loaded")
+            return index
+
+    gc.disable()
+    try:
+        loader = RepeatingLoader(with_workers(Broken()), on_error="skip")
+        assert take(loader, 3) == [[0], [1], [3]]
+        del loader
         assert workers() == set()
     finally:
         gc.enable()

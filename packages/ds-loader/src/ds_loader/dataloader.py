@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -525,10 +526,12 @@ class RepeatingLoader(Generic[_T]):
             if isinstance(raised, StopIteration):
                 raise RuntimeError("on_error raised StopIteration") from raised
             raise
+        traceback.clear_frames(error.__traceback__)  # torch's hold the error, in a cycle that keeps workers alive
         if answer == "retry":
             self._try_again()
             return False
-        _LOG.warning("batch %d of epoch %d is left out: %s: %s", here[1], here[0], type(error).__name__, error)
+        name, text = type(error).__name__, str(error)  # a log record may be kept: not with the error and its frames
+        _LOG.warning("batch %d of epoch %d is left out: %s: %s", here[1], here[0], name, text)
         return not self._leave_out()
 
     def _try_again(self) -> None:
