@@ -461,3 +461,21 @@ def test_a_state_of_a_generator_is_json_and_round(make):
     state = json.loads(json.dumps(state_of(generator)))
     set_state(other, state)
     assert state_of(other) == state_of(generator)
+
+
+def test_a_seed_that_was_given_goes_with_the_state():
+    def make(**seed):
+        source = DataLoader(range(9), batch_size=2, sampler=RandomSampler(range(9), generator=seeded()))
+        return RepeatingLoader(source, **seed)
+
+    expected = take(make(seed=3), 20)
+    for stop in range(12):
+        first = make(seed=3)
+        take(first, stop)
+        second = make()  # whoever resumes need not know the seed
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert take(second, 20 - stop) == expected[stop:], f"stopped after {stop}"
+    other = make()
+    take(other, 1)
+    with pytest.raises(LoaderStateError, match="seed: None in the state, 3 here"):
+        make(seed=3).load_state_dict(other.state_dict())

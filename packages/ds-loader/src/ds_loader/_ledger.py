@@ -17,6 +17,7 @@ class Ledger:
 
     Attributes:
         seed: of the orders that are not the loader's own.
+        seeded: whether it was given, so that it seeds the user's generators, too.
         epoch: from 0.
         batch: batches of this epoch handed out on this rank, since the last change of ranks or batch size in it.
         step: batches handed out on this rank since the beginning.
@@ -35,6 +36,7 @@ class Ledger:
     """
 
     seed: int = 0
+    seeded: bool = False
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -74,6 +76,8 @@ class Ledger:
         for name in ("seed", "epoch", "batch", "step", "left_out"):
             _count(name, state[name])
         _count("world_size", state["world_size"], least=1)
+        if not isinstance(state["seeded"], bool):
+            raise LoaderStateError(f"state_dict['seeded'] must be True or False, not {state['seeded']!r}")
         for name, least in (("samples", 0), ("batch_size", 1), ("length", 0), ("workers", 0)):
             if state[name] is not None:
                 _count(name, state[name], least=least)

@@ -239,7 +239,7 @@ class RepeatingLoader(Generic[_T]):
                 self._draw_all(epoch, states)
                 states = None
             epoch, batch = epoch + 1, batch - length
-            ledger = Ledger(seed=self.seed, epoch=epoch, batch=batch, step=ledger.step)
+            ledger = Ledger(seed=self.seed, seeded=self._seeded, epoch=epoch, batch=batch, step=ledger.step)
         self._go_to(ledger, self._segments)
 
     def close(self) -> None:
@@ -274,8 +274,8 @@ class RepeatingLoader(Generic[_T]):
         ledger = Ledger.from_dict(state_dict)
         here = self._shape()
         differences = ledger.differences(here)
-        if self._seeded and ledger.seed != self.seed:
-            differences["seed"] = f"seed: {ledger.seed} in the state, {self.seed} here"
+        if self._seeded and (ledger.seed, ledger.seeded) != (self.seed, True):
+            differences["seed"] = f"seed: {ledger.seed if ledger.seeded else None} in the state, {self.seed} here"
         if differences:
             told = "the state does not fit: " + "; ".join(differences.values())
             divided = {"world_size", "batch_size"}
@@ -308,7 +308,7 @@ class RepeatingLoader(Generic[_T]):
             went = tuple(segment for segment in segments if segment[2] < behind)
             segments = (*went, (here.world_size, here.batch_size, behind))
             ledger = replace(ledger, batch=0, left_out=0, first=ledger.first if went else None)
-        self.seed = ledger.seed
+        self.seed, self._seeded = ledger.seed, ledger.seeded
         self._failed_at = self._agreed = None
         self._go_to(copy.deepcopy(ledger), segments)
 
@@ -597,6 +597,7 @@ class RepeatingLoader(Generic[_T]):
         first = started.run.first if started is not None else resumed.first if resumed is not None else None
         return Ledger(
             seed=self.seed,
+            seeded=self._seeded,
             epoch=self._epoch,
             batch=self._batch,
             step=self.step,
@@ -617,7 +618,7 @@ class RepeatingLoader(Generic[_T]):
         try:
             return self._ledger()
         except LoaderStateError:
-            return Ledger(seed=self.seed, epoch=here[0], batch=here[1], step=self.step)
+            return Ledger(seed=self.seed, seeded=self._seeded, epoch=here[0], batch=here[1], step=self.step)
 
     def _begin_states(self) -> tuple[Any, ...] | None:
         """The states of the user's generators when this epoch began, or will."""
