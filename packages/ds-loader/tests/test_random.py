@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from ds_loader import RepeatingLoader
+from ds_loader import LoaderStateError, RepeatingLoader
 from ds_loader._random import PrivateStreams, mixed, set_state, state_of
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler
 

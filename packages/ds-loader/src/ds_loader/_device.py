@@ -114,7 +114,12 @@ class OneAhead(Iterator[Any]):
             self._fetch()
         if self._error is not None:
             error, self._error, self._begun = self._error, None, False
-            raise error
+            try:
+                raise error
+            finally:
+                # Its traceback holds this frame, and frames with a batch and an event: in a cycle they would live until
+                # the garbage collector comes by; and in a worker process it may not destroy an event.
+                del error
         assert self._next is not None
         moved, done = self._next
         self._next = None
@@ -125,6 +130,8 @@ class OneAhead(Iterator[Any]):
         self.state = self._state()
         try:
             self._next = self._copier.begin(next(self._iterator))
+        except StopIteration as error:
+            self._error = error.with_traceback(None)  # it holds the frame of __next__, and with it the batch
         except Exception as error:
             self._error = error
 
