@@ -153,7 +153,7 @@ def test_a_generator_shared_by_loader_and_sampler() -> None:
 def test_streams(name: str) -> None:
     epochs = by_hand(STREAMS[name], 2)
     check_epochs(STREAMS[name], epochs)
-    check_resume(STREAMS[name], epochs, range(0, sum(map(len, epochs)) - 2, 5))
+    check_resume(STREAMS[name], epochs, range(0, sum(map(len, epochs)) - 2, 7))
 
 
 @pytest.mark.parametrize("name", MORE)

@@ -97,7 +97,7 @@ def test_resuming_at_every_stop(folder: str, kind: Any, shuffle: bool) -> None:
     epochs = by_hand(make)
     assert (epochs[0] == epochs[1]) is not shuffle
     check_epochs(make, epochs)
-    check_resume(make, epochs, range(0, 2 * len(epochs[0]) + 1, 2))
+    check_resume(make, epochs, range(0, 2 * len(epochs[0]) + 1, 3))
 
 
 @pytest.mark.parametrize(("kind", "persistent"), [(DataLoader, True), (streaming.StreamingDataLoader, False)])
