@@ -235,7 +235,7 @@ def test_a_live_iterator_is_told(workers: int) -> None:
     source = MultiEpochs(range(SIZE), batch_size=2, shuffle=True, num_workers=workers)
     with pytest.warns(LoaderWarning, match="MultiEpochs: cannot resume exactly, because it holds an iterator"):
         loader = RepeatingLoader(source)
-    assert sorted(sum(take(loader, 4), [])) == list(range(SIZE))
+    assert sorted(x for batch in take(loader, 4) for x in batch) == list(range(SIZE))
     loader.close()
 
 
@@ -243,6 +243,15 @@ def test_a_live_iterator_in_a_wrapper_is_told() -> None:
     wrapped = Prefetching(MultiEpochs(range(SIZE), batch_size=2, shuffle=True))
     with pytest.warns(LoaderWarning, match="Prefetching: cannot resume exactly, because it holds an iterator"):
         RepeatingLoader(wrapped)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # workers are forked beside threads
+def test_persistent_workers_in_a_wrapper_hear_the_epoch() -> None:
+    epochs = by_hand(lambda: Prefetching(DataLoader(Shards(), batch_size=2)), tell=tell_all)
+    loader = DataLoader(Shards(), batch_size=2, num_workers=1, persistent_workers=True)
+    next(iter(loader))  # which starts them before anybody knows an epoch
+    check_epochs(lambda: Prefetching(loader), epochs)
+    check_resume(lambda: Prefetching(loader), epochs, [1, len(epochs[0])])
 
 
 class ByChance:

@@ -120,7 +120,8 @@ def parts_of(loader: object) -> Parts:
             generators[id(part)] = part
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
-                parts.live.append(value)
+                if name != "_iterator":  # where a DataLoader keeps one with persistent workers, and begins it anew
+                    parts.live.append(value)
             elif is_generator(value):
                 if not makes_samples:
                     generators[id(value)] = value

@@ -161,6 +161,9 @@ class Adapter(Generic[_T]):
             LoaderStateError: the loader has fewer batches than come before; or, at the first batch, other indices.
         """
         self._cursors.enter(place)
+        for part in self.parts.found:
+            if isinstance(part, torch.utils.data.DataLoader) and outlives_epochs(part):
+                shut_down(part)
         if place.own is not None:
             self.loader.load_state_dict(place.own)  # type: ignore[attr-defined]
             return PrivatelyRandom(self.loader, place.streams())
@@ -200,7 +203,7 @@ class Adapter(Generic[_T]):
     def _note_limits(self) -> None:
         if isinstance(self.loader, _SEQUENCES) or is_once_only(self.loader):
             return
-        if self.parts.live and isinstance(self.loader, torch.utils.data.DataLoader):
+        if self.parts.live:
             self.limits.append(
                 "cannot resume exactly, because it holds an iterator that was begun before it came here, whose order "
                 "depends on nothing that is known here"
@@ -280,6 +283,13 @@ def world_size_of(parts: Parts) -> int:
             return size
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def outlives_epochs(loader: torch.utils.data.DataLoader[Any]) -> bool:
+    """Whether it has persistent workers, whose copies of a stream do not hear of the next epoch."""
+    hears = callable(getattr(loader.dataset, "set_epoch", None))
+    shared = is_from(loader.dataset, "datasets.iterable_dataset", "IterableDataset")
+    return loader.persistent_workers and hears and not shared and getattr(loader, "iterator", None) is None
 
 
 def shut_down(owner: object) -> None:
