@@ -117,11 +117,12 @@ def parts_of(loader: object) -> Parts:
         # Lightning keeps a sampler in a dataset.
         in_dataset = in_dataset and not isinstance(part, (IterableDataset, Sampler))
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
-        if isinstance(part, _TORCH_SAMPLERS) and part.generator is None:
-            part.generator = torch.Generator()
-            parts.given.append(part.generator)
         if has_initial_seed(part):
             generators[id(part)] = part
+            makes_samples = True  # it seeds its generator anew in every epoch
+        elif isinstance(part, _TORCH_SAMPLERS) and part.generator is None:
+            part.generator = torch.Generator()
+            parts.given.append(part.generator)
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
                 parts.live.append(value)

@@ -296,6 +296,7 @@ class RepeatingLoader(Generic[_T]):
             )
         if differences:
             assert ledger.samples is not None
+            self._require_same_order(ledger, segments[-1])
             _LOG.info("going on with %d of %s samples handed out; %s", ledger.samples, ledger.length, differences)
             segments = (*segments, (here.world_size, here.batch_size, ledger.samples))
             step = ledger.step
@@ -593,6 +594,27 @@ class RepeatingLoader(Generic[_T]):
             self._parts.restore(before)
             for generator, state in zip(self._parts.given, given, strict=True):
                 generator.set_state(state)
+
+    def _require_same_order(self, ledger: Ledger, segment: tuple[int, int | None, int]) -> None:
+        """Raise a LoaderStateError unless the first batch of a segment is what the ledger says that one rank had."""
+        plan = self._adapter.plan
+        world_size, batch_size, start = segment
+        samples = (ledger.samples or 0) - start
+        if plan is None or ledger.first is None or samples < world_size * (batch_size or 1):
+            return  # of less than a whole step, the ranks may have had samples twice
+        seed, self.seed = self.seed, ledger.seed
+        try:
+            order = self._order(ledger)
+        finally:
+            self.seed = seed
+        rank, expected = ledger.first
+        first = next(plan.batches(order[start:], world_size, rank, batch_size))
+        if checksum([first] if batch_size is None else first) != expected:
+            raise LoaderStateError(
+                f"epoch {ledger.epoch} has another order than when the state was saved, so what is left of it is not "
+                f"known here: it is ordered by {type(plan.sampler).__name__}; is it the same sampler, with the same "
+                "seed, on every number of ranks?"
+            )
 
     def _draw_all(self, epoch: int, states: tuple[Any, ...] | None) -> None:
         """Draw the indices of a whole epoch, for the generators that the next epoch goes on with."""
