@@ -114,10 +114,11 @@ def parts_of(loader: object) -> Parts:
         # Lightning keeps a sampler in a dataset.
         in_dataset = in_dataset and not isinstance(part, (IterableDataset, Sampler))
         makes_samples = in_dataset or (isinstance(part, Dataset) and not isinstance(part, IterableDataset))
-        if isinstance(part, _RANDOM_SAMPLERS) and part.generator is None:
-            parts.unseeded.append(part)
         if has_initial_seed(part):
             generators[id(part)] = part
+            makes_samples = True  # it seeds its generator anew in every epoch
+        elif isinstance(part, _RANDOM_SAMPLERS) and part.generator is None:
+            parts.unseeded.append(part)
         for name, value in _members(part):
             if isinstance(value, _BaseDataLoaderIter):
                 if name != "_iterator":  # where a DataLoader keeps one with persistent workers, and begins it anew

@@ -308,6 +308,7 @@ class RepeatingLoader(Generic[_T]):
             went = tuple(segment for segment in segments if segment[2] < behind)
             segments = (*went, (here.world_size, here.batch_size, behind))
             ledger = replace(ledger, batch=0, left_out=0, first=ledger.first if went else None)
+            self._require_same_order(ledger, segments[0])
         self.seed, self._seeded = ledger.seed, ledger.seeded
         self._failed_at = self._agreed = None
         self._go_to(copy.deepcopy(ledger), segments)
@@ -647,6 +648,17 @@ class RepeatingLoader(Generic[_T]):
             return indices.order(Place(self.seed, ledger.epoch))  # type: ignore[no-any-return]
         finally:
             self._parts.restore(before)
+
+    def _require_same_order(self, ledger: Ledger, segment: tuple[int, int | None, int]) -> None:
+        """Raise a LoaderStateError if a rank's first batch in an epoch would have had other samples here."""
+        if ledger.first is None or self._adapter.indices is None:
+            return
+        seed, self.seed = self.seed, ledger.seed
+        try:
+            place = Place(ledger.seed, ledger.epoch, first=ledger.first, cut=segment[:2])
+            self._adapter.indices.check_first(self._order(ledger), place)
+        finally:
+            self.seed = seed
 
     def _draw_all(self, epoch: int, states: tuple[Any, ...] | None) -> None:
         """Draw the indices of a whole epoch, for the generators that the next epoch goes on with."""

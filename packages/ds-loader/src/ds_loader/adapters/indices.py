@@ -89,7 +89,7 @@ class EpochSampler(Sampler[Any]):
         if place.seen:
             assert plan is not None
             order = self.order(place)
-            self._check_first(order, place)
+            self.check_first(order, place)
             rest = order[place.seen :]
             if self._batched:
                 source = plan.batches(rest, plan.world_size, plan.rank, plan.batch_size)
@@ -128,7 +128,7 @@ class EpochSampler(Sampler[Any]):
             raise _other_samples(place)
         return found
 
-    def _check_first(self, order: Sequence[Any], place: Place) -> None:
+    def check_first(self, order: Sequence[Any], place: Place) -> None:
         """The same of an epoch that was begun on another number of ranks or batch size: cut it as it was then."""
         if place.first is None:
             return

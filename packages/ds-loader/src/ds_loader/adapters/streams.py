@@ -196,8 +196,10 @@ class CombinedLoaderAdapter(Adapter[_T]):
         """See `Adapter.length`; the loader knows it only after it was begun."""
         loader: Any = copy.copy(self.loader)
         iterator = type(self)._modes(loader)[loader._mode]["iterator"](loader.flattened, loader._limits)
-        length = len(iterator)
-        return length if isinstance(length, int) else None
+        try:
+            return len(iterator)
+        except TypeError:  # of an endless part it is a float
+            return None
 
     @staticmethod
     def _modes(loader: Any) -> Any:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import BatchSampler
 
 from ds_loader._order import Plan
 from ds_loader._parts import Parts, parts_of
+from ds_loader._random import seed_from_torch
 from ds_loader._skip import taken_from, too_few
 from ds_loader.adapters.base import Adapter, Place, is_from
 from ds_loader.adapters.pytorch import DataLoaderAdapter, StatefulDataLoaderAdapter
@@ -167,6 +169,15 @@ class AccelerateShardAdapter(WrapperAdapter[_T]):
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
         self._ahead: _Ahead | None = None
+        # On one process Accelerate makes no generator for the sampler, and no shards. On any number, states are alike.
+        for sampler in parts.unseeded:
+            sampler.generator = torch.Generator().manual_seed(seed_from_torch())
+            parts.own.append(sampler.generator)
+        parts.unseeded.clear()
+        if self.plan is not None and self.plan.shard is None and isinstance(self.plan.batch_size, int):
+            shards = sys.modules["accelerate.data_loader"].BatchSamplerShard
+            whole = BatchSampler(self.plan.sampler, self.plan.batch_size, self.plan.drop_last)
+            self.plan = replace(self.plan, shard=shards(whole, even_batches=False))
 
     @classmethod
     def fits(cls, loader: object) -> bool:
@@ -211,6 +222,7 @@ class _Ahead(Iterator[Any]):
     def __init__(self, adapter: Adapter[Any]) -> None:
         self._adapter = adapter
         self._iterator: Iterator[Any] = iter(())
+        self._error: _Error | None = None
         self.state: Any = None
 
     def begin(self, place: Place) -> Iterator[Any]:
@@ -218,13 +230,15 @@ class _Ahead(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        self.state = self._adapter.state()
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise
-        except Exception as error:
-            return _Error(error)
+        if self._error is None:
+            self.state = self._adapter.state()
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                raise
+            except Exception as error:
+                self._error = _Error(error)
+        return self._error
 
 
 def _until_error(view: Iterable[Any]) -> Iterator[Any]:
@@ -250,8 +264,8 @@ class DispatchPlan(Plan):
 class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
     """What ``Accelerator.prepare`` returns where rank 0 loads for all. Every rank has to iterate.
 
-    It fills up a last step with samples of the first that it meets. So it is given the first step of the epoch again,
-    wherever it begins, and told to pass over it.
+    It fails if it meets no batch, and fills up a last step with samples of the first that it meets. So it is given the
+    first step of the epoch again, wherever it begins, and told to pass over it.
     """
 
     attribute = "base_dataloader"
@@ -264,7 +278,6 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
         self._world_size: int = wrapper.state.num_processes
         self._rank: int = wrapper.state.process_index
         self._per_step = 1 if wrapper.split_batches else self._world_size  # batches of the inner loader
-        self._again = 0 if wrapper._drop_last else self._per_step
         plan, self.plan = self.plan, None
         if plan is not None and plan.batch_size is not None and plan.drop_last == wrapper._drop_last:
             size = plan.batch_size * self._per_step // self._world_size
@@ -288,7 +301,7 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
         view = self._view(place, self._load if self._rank == 0 else self._load_nothing)
-        if place.batch and self._again:
+        if place.batch:
             vars(view)["skip_batches"] = 1
         return iter(view)
 
@@ -298,7 +311,7 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
 
     def _load(self, place: Place) -> Iterator[Any]:
         """The batches behind ``place.batch`` steps; before them those of the first step."""
-        batches, again = place.batch * self._per_step, self._again if place.batch else 0
+        batches, again = place.batch * self._per_step, self._per_step if place.batch else 0
         if self.indices is None:
             iterator = self._inner.start(replace(place, batch=0))
             first = list(islice(iterator, again))
