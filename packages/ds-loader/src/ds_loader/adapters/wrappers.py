@@ -155,6 +155,7 @@ class AccelerateShardAdapter(WrapperAdapter[_T]):
 
     attribute = "base_dataloader"
     epoch_count = "iteration"
+    tells_end = True
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
@@ -259,6 +260,7 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
 
     attribute = "base_dataloader"
     epoch_count = "iteration"
+    tells_end = True
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
