@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
@@ -17,10 +18,10 @@ import torch.distributed as dist
 from ds_loader import LoaderStateError, LoaderWarning, OneShotLoaderError, RepeatingLoader
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("needs DeepSpeed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from loops import (
     Batches,
     GlobalSampler,
@@ -51,6 +52,8 @@ class Timer:
 
 def loader(seed: int = 0, **options: Any) -> Any:
     """A fresh loader, after the global generators were seeded."""
+    from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+
     seed_all(seed)
     arguments: dict[str, Any] = {
         "dataset": list(range(SIZE)),

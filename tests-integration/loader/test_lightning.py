@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from collections import Counter
@@ -14,8 +15,8 @@ import torch
 from ds_loader import LoaderStateError, LoaderWarning, RepeatingLoader
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, SubsetRandomSampler
 
-pytest.importorskip("lightning")
-pytest.importorskip("torchdata")
+if importlib.util.find_spec("lightning") is None or importlib.util.find_spec("torchdata") is None:
+    pytest.skip("needs Lightning and torchdata", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 from loops import (
