@@ -337,8 +337,9 @@ def flags(accelerator: Accelerator, batches: Any, prepared: Any, count: int) -> 
     return out
 
 
+@pytest.mark.parametrize("to_device", [None, "cpu"])
 @pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 9])
-def test_accelerate_accumulates_and_gathers_as_in_a_loop_by_hand(stop: int) -> None:
+def test_accelerate_accumulates_and_gathers_as_in_a_loop_by_hand(stop: int, to_device: str | None) -> None:
     def made() -> tuple[Accelerator, Any]:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
         seed_all(0)
@@ -348,12 +349,12 @@ def test_accelerate_accumulates_and_gathers_as_in_a_loop_by_hand(stop: int) -> N
     want = flags(accelerator, prepared, prepared, 100) + flags(accelerator, prepared, prepared, 100)
     assert [end for end, *_ in want] == 2 * (7 * [False] + [True])
     accelerator, prepared = made()
-    batches = RepeatingLoader(prepared)
+    batches = RepeatingLoader(prepared, to_device=to_device)
     got = flags(accelerator, batches, prepared, stop) if stop else []
     state, steps = batches.state_dict(), accelerator.step
     accelerator, prepared = made()
     accelerator.step = steps
-    batches = RepeatingLoader(prepared)
+    batches = RepeatingLoader(prepared, to_device=to_device)
     batches.load_state_dict(state)
     got += flags(accelerator, batches, prepared, 16 - stop)
     assert got == want

@@ -155,5 +155,7 @@ def test_generators_of_datasets_count_for_streams_only():
 def test_an_iterator_that_was_begun_is_found():
     loader = DataLoader(range(3), num_workers=1, persistent_workers=True)
     assert parts_of(loader).live == []
-    loader._iterator = begun = iter(DataLoader(range(3)))
+    loader._iterator = iter(DataLoader(range(3)))  # which a loader with persistent workers begins anew
+    assert parts_of(loader).live == []
+    loader.iterator = begun = iter(DataLoader(range(3)))
     assert parts_of(loader).live == [begun]

@@ -30,6 +30,10 @@ class DeviceCopier:
         self._module: Any = module if hasattr(module, "Stream") and hasattr(module, "stream") else None
         self._stream: Any = None if self._module is None else self._module.Stream(device)
 
+    def copy(self, batch: Any) -> Any:
+        """Copy a batch at once."""
+        return self.finish(*self.begin(batch))
+
     def begin(self, batch: Any) -> tuple[Any, Any]:
         """Start copying a batch; give both results to `finish`."""
         if self._stream is None:

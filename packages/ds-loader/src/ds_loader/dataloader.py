@@ -65,7 +65,8 @@ class RepeatingLoader(Generic[_T]):
         seamless: the workers of the next epoch start while the last batches of this one are used. It needs a
             map-style ``DataLoader`` with workers that are not persistent, and a dataset without ``set_epoch``.
         to_device: where batches are copied to, one ahead, on a stream of their own through pinned memory. Tensors in
-            lists, tuples, dicts, and objects with ``.to`` are moved.
+            lists, tuples, dicts, and objects with ``.to`` are moved. Batches of Accelerate's loaders, which say which
+            is the last, are not copied ahead.
 
     Attributes:
         loader: as given.
@@ -369,7 +370,9 @@ class RepeatingLoader(Generic[_T]):
             started = self._start(self._epoch, self._resumed)
         self._resumed = None
         iterator: Iterator[_T] = started.raw
-        if self._copier is not None:
+        if self._copier is not None and self._adapter.tells_end:
+            iterator = map(self._copier.copy, iterator)
+        elif self._copier is not None:
             iterator = started.ahead = OneAhead(iterator, self._copier, self._adapter.state)
         if self._seamless:
             # Weakly: in a cycle, workers would live until the garbage collector comes by; and it may come by in the

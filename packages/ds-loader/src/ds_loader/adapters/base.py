@@ -83,6 +83,8 @@ class Adapter(Generic[_T]):
         keeps_state: whether the loader has a state of its own by which it resumes exactly.
         survives: whether its iterators go on after an exception.
         workers: whether the next epoch's workers may start while this epoch is not over.
+        tells_end: whether the loader says, for others to read, if the batch handed out last is the epoch's last; so
+            none may be fetched ahead of it.
     """
 
     by_index = False
@@ -90,6 +92,7 @@ class Adapter(Generic[_T]):
     indices: Any = None
     survives = True
     workers = False
+    tells_end = False
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         self.loader = loader

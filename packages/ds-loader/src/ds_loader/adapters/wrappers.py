@@ -58,10 +58,7 @@ class WrapperAdapter(Adapter[_T]):
         super().__init__(loader, parts)
         inner = getattr(loader, self.attribute)
         adapter = next(kind for kind in (StatefulDataLoaderAdapter, DataLoaderAdapter, Adapter) if kind.fits(inner))
-        inner_parts = parts_of(inner)
-        # Accelerate begins a StatefulDataLoader when it makes it. Nobody goes on with that iterator.
-        inner_parts.live = [live for live in inner_parts.live if live is not vars(inner).get("_iterator")]
-        self._inner: Adapter[Any] = adapter(inner, inner_parts)
+        self._inner: Adapter[Any] = adapter(inner, parts_of(inner))
         # What was given or found below belongs to the whole.
         self._inner.parts = parts
         self.indices = getattr(self._inner, "indices", None)
@@ -165,6 +162,7 @@ class AccelerateShardAdapter(WrapperAdapter[_T]):
 
     attribute = "base_dataloader"
     epoch_count = "iteration"
+    tells_end = True
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
@@ -270,6 +268,7 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
 
     attribute = "base_dataloader"
     epoch_count = "iteration"
+    tells_end = True
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         super().__init__(loader, parts)
