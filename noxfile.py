@@ -166,6 +166,7 @@ def integration(session: nox.Session, name: str) -> None:
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join([*others, *row.pins]) + "\n")
     install(session, *DISTRIBUTIONS.values(), groups=(GROUPS, "integration"), constraints=str(constraints))
+    session.install("-c", str(constraints), "--no-deps", "mosaicml-streaming")
     # From its sdist, with no compiled operators; its build reads torch, so the build uses this environment.
     session.install("-c", str(constraints), "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
     # What one version of DeepSpeed compiles for itself is not another's.

@@ -22,6 +22,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("needs DeepSpeed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
+from ranks import run_ranks
 from wrapper_loops import (
     Batches,
     GlobalSampler,

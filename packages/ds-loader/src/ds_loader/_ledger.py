@@ -113,7 +113,7 @@ class Ledger:
 
     def plain(self) -> dict[str, Any]:
         """Only what all ranks of a run have alike."""
-        names = ("seed", "epoch", "samples", "world_size", "batch_size", "length")
+        names = ("epoch", "samples", "world_size", "batch_size", "length")
         return {name: getattr(self, name) for name in names}
 
 

@@ -73,7 +73,7 @@ class Plan:
 
     def share(self, rest: Sequence[Any], world_size: int, rank: int) -> Iterable[Any]:
         """The samples that one rank takes of the rest of an order."""
-        if not self.distributed or not rest:
+        if world_size == 1 or not rest:
             return rest
         everybody: Any = rest  # a sequence is all that the sampler needs of a dataset
         places: Iterable[int] = DistributedSampler(everybody, world_size, rank, shuffle=False, drop_last=self.drop_tail)

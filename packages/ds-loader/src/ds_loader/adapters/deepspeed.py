@@ -47,6 +47,7 @@ class DeepSpeedAdapter(Adapter[_T]):
         """See `Adapter.start`."""
         if not self.by_index:
             return super().start(place)
+        self._cursors.enter(place)
         view = copy.copy(self.loader)
         self.indices.place = place
         view.data_sampler = self.indices  # type: ignore[attr-defined]

@@ -95,8 +95,10 @@ class EpochSampler(Sampler[Any]):
                 source = plan.batches(rest, plan.world_size, plan.rank, plan.batch_size)
             else:
                 source = plan.share(rest, plan.world_size, plan.rank)
-        elif self._batched and plan is not None and plan.simple and place.batch:
-            source, as_samples = plan.sampler, True  # passing over samples is faster than making batches of them
+        elif self._batched and plan is not None and plan.simple:
+            # Passing over samples is faster than making batches of them; and torchdata's batch sampler before 0.11
+            # begins its first iteration at what it drew when it was made.
+            source, as_samples = plan.sampler, True
         size = plan.batch_size or 1 if as_samples and plan is not None else 1
         streams = place.streams()
         with streams:

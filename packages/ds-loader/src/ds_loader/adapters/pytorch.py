@@ -40,7 +40,8 @@ class DataLoaderAdapter(Adapter[_T]):
         self._hub_stream = not self._map_style and loader.num_workers == 0 and keeps_its_place(loader.dataset)
         self.keeps_state = self._hub_stream
         hears = [part for part in parts_of_dataset(loader, parts) if callable(getattr(part, "set_epoch", None))]
-        shared = all(is_from(part, "datasets.iterable_dataset", "IterableDataset") for part in hears)
+        # Streams of Hugging Face keep the epoch in memory that workers share, those of old releases do not.
+        shared = all(isinstance(getattr(part, "_epoch", None), torch.Tensor) for part in hears)
         if loader.persistent_workers and not shared:
             vars(self._view)["persistent_workers"] = False  # new ones for each epoch, with datasets that heard of it
         self.workers = loader.num_workers > 0 and not self._view.persistent_workers and not hears
@@ -110,6 +111,8 @@ class StatefulDataLoaderAdapter(DataLoaderAdapter[_T]):
         super().__init__(loader, parts)
         self.keeps_state = not self._map_style or has_state(loader.dataset)
         self._hub_stream = False
+        if self.keeps_state and not hasattr(loader, "in_order"):
+            self.limits.append("cannot resume exactly, because torchdata before 0.11 cannot: install a newer one")
         if self.keeps_state and keeps_buffer(loader.dataset):
             self.keeps_state = False  # its state lacks what is in the buffer
         if self.keeps_state:

@@ -195,7 +195,7 @@ class AccelerateShardAdapter(WrapperAdapter[_T]):
         self._ahead = _Ahead(self._inner)
         view = self._view(place, self._ahead.begin)
         vars(view)["rng_types"] = None  # it is done by `synchronize`
-        return _until_error(view)
+        return _until_error(view, self._ahead)
 
     def state(self) -> Any:
         """See `Adapter.state`."""
@@ -222,6 +222,7 @@ class _Ahead(Iterator[Any]):
         self._iterator: Iterator[Any] = iter(())
         self._error: _Error | None = None
         self.state: Any = None
+        self.empty = True
 
     def begin(self, place: Place) -> Iterator[Any]:
         self._iterator = self._adapter.start(place)
@@ -231,16 +232,22 @@ class _Ahead(Iterator[Any]):
         if self._error is None:
             self.state = self._adapter.state()
             try:
-                return next(self._iterator)
+                batch = next(self._iterator)
             except StopIteration:
                 raise
             except Exception as error:
                 self._error = _Error(error)
+            else:
+                self.empty = False
+                return batch
+        self.empty = False
         return self._error
 
 
-def _until_error(view: Iterable[Any]) -> Iterator[Any]:
+def _until_error(view: Iterable[Any], ahead: _Ahead) -> Iterator[Any]:
     for batch in view:
+        if ahead.empty:  # Accelerate before 1.1 gives a None then
+            return
         if type(batch) is _Error:
             raise batch.error
         yield batch
