@@ -33,6 +33,8 @@ class EpochSampler(Sampler[Any]):
         parts: as given.
         place: where the next iteration begins.
         plan: how the order is cut; None if it is not known.
+        cut_by: the same on any number of ranks, which a wrapper of the loader may know better; None if a rank's first
+            batch cannot be told.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EpochSampler(Sampler[Any]):
         self.plan = plan_of(inner, batched=self._batched)
         if self.plan is not None and batch_size is not None:
             self.plan = replace(self.plan, batch_size=batch_size, drop_last=drop_last)
+        self.cut_by = self.plan
 
     def __iter__(self) -> Iterator[Any]:
         # The place is taken now: the body of a generator would read it when the first index is asked for.
@@ -132,11 +135,10 @@ class EpochSampler(Sampler[Any]):
 
     def check_first(self, order: Sequence[Any], place: Place) -> None:
         """The same of an epoch that was begun on another number of ranks or batch size: cut it as it was then."""
-        if place.first is None:
+        if place.first is None or self.cut_by is None:
             return
-        assert self.plan is not None
         (world_size, batch_size), (rank, expected) = place.cut, place.first
-        head = next(self.plan.batches(order, world_size, rank, batch_size), None)
+        head = next(self.cut_by.batches(order, world_size, rank, batch_size), None)
         if checksum([head] if batch_size is None else head) != expected:
             raise _other_samples(place)
 

@@ -175,7 +175,7 @@ class AccelerateShardAdapter(WrapperAdapter[_T]):
         if self.plan is not None and self.plan.shard is None and isinstance(self.plan.batch_size, int):
             shards = sys.modules["accelerate.data_loader"].BatchSamplerShard
             whole = BatchSampler(self.plan.sampler, self.plan.batch_size, self.plan.drop_last)
-            self.plan = replace(self.plan, shard=shards(whole, even_batches=False))
+            self.plan = self.indices.cut_by = replace(self.plan, shard=shards(whole, even_batches=False))
 
     @classmethod
     def fits(cls, loader: object) -> bool:
@@ -284,6 +284,8 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
         self._world_size: int = wrapper.state.num_processes
         self._rank: int = wrapper.state.process_index
         self._per_step = 1 if wrapper.split_batches else self._world_size  # batches of the inner loader
+        if self.indices is not None:
+            self.indices.cut_by = None  # its batches are those of all ranks
         plan, self.plan = self.plan, None
         if plan is not None and plan.batch_size is not None and plan.drop_last == wrapper._drop_last:
             size = plan.batch_size * self._per_step // self._world_size
