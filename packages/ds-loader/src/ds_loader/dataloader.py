@@ -1,4 +1,7 @@
-"""``RepeatingLoader``: a loader that never ends, reshuffles every epoch, and resumes exactly on any number of ranks."""
+"""``RepeatingLoader``: a loader that never ends, reshuffles every epoch, and resumes exactly on any number of ranks.
+
+One class, whose parts share the place in the stream: how epochs begin and end, errors of the loader, the ledger.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from types import GeneratorType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from ds_loader import _ranks
+from ds_loader._arguments import check_choice, check_number
 from ds_loader._device import DeviceCopier, OneAhead
+from ds_loader._epoch import Epoch, Only, Watched, ended_by_error
 from ds_loader._ledger import Ledger
 from ds_loader._order import Coverage, coverage
 from ds_loader._parts import parts_of
@@ -31,7 +36,7 @@ _T = TypeVar("_T")
 _LOG = logging.getLogger("ds.loader")
 _ENDED: Iterator[Any] = iter(())
 # Iterators of these modules give themselves when ``iter`` is called on them.
-_SAFE = ("builtins", "itertools", "ds_loader._random", "ds_loader._device", "ds_loader.dataloader")
+_SAFE = ("builtins", "itertools", "ds_loader._random", "ds_loader._device", "ds_loader._epoch")
 
 OnError = Callable[[Exception, int, int], Literal["skip", "retry"]]
 
@@ -101,13 +106,13 @@ class RepeatingLoader(Generic[_T]):
         seamless: bool = True,
         to_device: torch.device | str | int | None = None,
     ) -> None:
-        _check_choice("set_epoch", set_epoch, ("auto", "off"), or_function=True)
-        _check_choice("on_error", on_error, ("raise", "skip"), or_function=True)
-        _check_choice("on_uneven", on_uneven, ("cycle", "stop", "raise"))
-        _check_number("seed", seed)
-        _check_number("max_epochs", max_epochs)
-        _check_number("max_steps", max_steps)
-        _check_number("max_errors", max_errors, optional=False)
+        check_choice("set_epoch", set_epoch, ("auto", "off"), or_function=True)
+        check_choice("on_error", on_error, ("raise", "skip"), or_function=True)
+        check_choice("on_uneven", on_uneven, ("cycle", "stop", "raise"))
+        check_number("seed", seed)
+        check_number("max_epochs", max_epochs)
+        check_number("max_steps", max_steps)
+        check_number("max_errors", max_errors, optional=False)
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"loader must be iterable, such as a DataLoader or a list, not {type(loader).__name__}")
         if max_steps is None and max_epochs != 1 and is_once_only(loader):
@@ -134,8 +139,8 @@ class RepeatingLoader(Generic[_T]):
             warnings.warn(f"{self._name}: {limit}", LoaderWarning, stacklevel=2)
 
         self._iterator: Iterator[_T] = _ENDED
-        self._started: _Epoch | None = None  # the epoch at hand, if it is being iterated
-        self._ahead: _Epoch | None = None  # the next one, if its workers have been started
+        self._started: Epoch | None = None  # the epoch at hand, if it is being iterated
+        self._ahead: Epoch | None = None  # the next one, if its workers have been started
         self._resumed: Ledger | None = None  # where to go on; not begun yet
         self._epoch = 0
         self._batch = 0
@@ -222,7 +227,7 @@ class RepeatingLoader(Generic[_T]):
             ValueError: ``count`` is negative.
             TypeError: it is no integer.
         """
-        _check_number("count", count, optional=False)
+        check_number("count", count, optional=False)
         length = self._adapter.length()
         if not self._adapter.by_index or not length or len(self._segments) > 1 or self._on_uneven != "cycle":
             for _ in islice(self, count):
@@ -377,20 +382,20 @@ class RepeatingLoader(Generic[_T]):
         if self._seamless:
             # Weakly: in a cycle, workers would live until the garbage collector comes by; and it may come by in the
             # next workers, which have a copy of this process' memory and would end the iterator.
-            iterator = _Watched(iterator, started.run, weakref.WeakMethod(self._start_next))
+            iterator = Watched(iterator, started.run, weakref.WeakMethod(self._start_next))
         started.batches, started.begun_at, started.until = iterator, self._batch, self._shortest()
         self._started = started
         self._iterate(started)
 
-    def _iterate(self, started: _Epoch) -> None:
+    def _iterate(self, started: Epoch) -> None:
         """Hand out the rest of an epoch, as far as the limits allow."""
         left = [] if started.until is None else [started.until - self._batch]
         if self._max_steps is not None:
             left.append(self._max_steps - self.step)
         iterator = islice(started.batches, max(min(left), 0)) if left else started.batches
-        self._iterator = iterator if type(iterator).__module__ in _SAFE else _Only(iterator)
+        self._iterator = iterator if type(iterator).__module__ in _SAFE else Only(iterator)
 
-    def _start(self, epoch: int, at: Ledger | None) -> _Epoch:
+    def _start(self, epoch: int, at: Ledger | None) -> Epoch:
         """Tell the parts which epoch it is, and iterate the loader."""
         run = Run()
         place = Place(self.seed, epoch, run=run)
@@ -412,7 +417,7 @@ class RepeatingLoader(Generic[_T]):
             self._tell(epoch, at.generators if at is not None else None)
             self._adapter.synchronize()
             states = self._parts.states()
-            return _Epoch(epoch, self._adapter.start(place), states, run)
+            return Epoch(epoch, self._adapter.start(place), states, run)
         except StopIteration as error:
             raise RuntimeError(f"the loader ({self._name}) raised StopIteration when it was begun") from error
 
@@ -445,7 +450,7 @@ class RepeatingLoader(Generic[_T]):
             )
         return self._agreed
 
-    def _ended_early(self, started: _Epoch) -> bool:
+    def _ended_early(self, started: Epoch) -> bool:
         """Whether an iterator of PyTorch ended before its indices did: the dataset raised StopIteration."""
         if self._adapter.indices is None or type(started.raw).__module__ != "torch.utils.data.dataloader":
             return False
@@ -548,7 +553,7 @@ class RepeatingLoader(Generic[_T]):
     def _leave_out(self) -> bool:
         """Go on behind this batch; False if that cannot be done."""
         adapter = self._adapter
-        if self._started is not None and adapter.survives and not _ended_by_error(self._started.raw):
+        if self._started is not None and adapter.survives and not ended_by_error(self._started.raw):
             self._batch += 1
             self._left_out += 1
             self._iterate(self._started)  # a limit around the iterator ended with the error
@@ -671,70 +676,3 @@ class RepeatingLoader(Generic[_T]):
             indices.place = Place(self.seed, epoch)
             for _ in indices:
                 pass
-
-
-class _Epoch:
-    """An epoch that is being iterated."""
-
-    def __init__(self, epoch: int, raw: Iterator[Any], states: tuple[Any, ...], run: Run) -> None:
-        self.epoch = epoch
-        self.raw = raw  # of the loader
-        self.states = states  # of the user's generators when it began
-        self.run = run
-        self.ahead: OneAhead | None = None
-        self.batches: Iterator[Any] = raw  # as they are handed out
-        self.begun_at = 0  # batches before it
-        self.until: int | None = None  # where it ends for all ranks
-
-
-class _Only(Iterator[_T]):
-    """Asks for the next batch and nothing else; some iterators begin anew when ``iter`` is called on them."""
-
-    def __init__(self, iterator: Iterator[_T]) -> None:
-        self._iterator = iterator
-
-    def __next__(self) -> _T:
-        return next(self._iterator)
-
-
-class _Watched(Iterator[_T]):
-    """Calls a function once, when all indices of the epoch have been drawn."""
-
-    def __init__(self, iterator: Iterator[_T], run: Run, method: weakref.WeakMethod[Callable[[], None]]) -> None:
-        self._iterator, self._run, self._method = iterator, run, method
-        self._called = False
-
-    def __next__(self) -> _T:
-        batch = next(self._iterator)
-        if self._run.exhausted and not self._called:
-            self._called = True
-            call = self._method()
-            if call is not None:
-                call()
-        return batch
-
-
-def _ended_by_error(raw: Any) -> bool:
-    """Whether an iterator gives nothing after an exception: it is a generator, stands around one, or a worker died."""
-    if any(not worker.is_alive() for worker in getattr(raw, "_workers", ())):
-        return True
-    inner = getattr(raw, "iterator", raw)
-    stream = getattr(getattr(inner, "_dataset_fetcher", None), "dataset_iter", None)  # of a DataLoader without workers
-    return any(isinstance(iterator, GeneratorType) for iterator in (raw, inner, stream))
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, or_function: bool = False) -> None:
-    if or_function and callable(value):
-        return
-    if value not in choices:
-        more = " or a function" if or_function else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{more}, not {value!r}")
-
-
-def _check_number(name: str, value: int | None, *, optional: bool = True) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, not {value}")
