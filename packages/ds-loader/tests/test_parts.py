@@ -159,3 +159,25 @@ def test_an_iterator_that_was_begun_is_found():
     assert parts_of(loader).live == []
     loader.iterator = begun = iter(DataLoader(range(3)))
     assert parts_of(loader).live == [begun]
+
+
+def test_a_model_that_a_dataset_keeps_is_no_part():
+    class Model(torch.nn.Sequential):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs += (epoch,)
+
+    class Encoded(torch.utils.data.Dataset):
+        model = None
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return index
+
+    dataset = Encoded()
+    dataset.model = Model()
+    loader = DataLoader(dataset)
+    assert dataset.model not in parts_of(loader).found

@@ -151,7 +151,7 @@ def _members(part: object) -> Iterator[tuple[str, Any]]:
 
 
 def _is_part(value: object) -> bool:
-    if isinstance(value, type):
+    if isinstance(value, (type, torch.nn.Module)):
         return False
     if isinstance(value, (Sampler, Dataset, DataLoader)) or callable(getattr(value, "set_epoch", None)):
         return True
