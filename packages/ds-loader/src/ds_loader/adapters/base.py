@@ -290,9 +290,14 @@ def world_size_of(parts: Parts) -> int:
 
 def outlives_epochs(loader: torch.utils.data.DataLoader[Any]) -> bool:
     """Whether it has persistent workers, whose copies of a stream do not hear of the next epoch."""
-    hears = callable(getattr(loader.dataset, "set_epoch", None))
-    shared = is_from(loader.dataset, "datasets.iterable_dataset", "IterableDataset")
-    return loader.persistent_workers and hears and not shared and getattr(loader, "iterator", None) is None
+    hears = callable(getattr(loader.dataset, "set_epoch", None)) and not shares_epoch(loader.dataset)
+    return loader.persistent_workers and hears and getattr(loader, "iterator", None) is None
+
+
+def shares_epoch(dataset: object) -> bool:
+    """Whether it keeps the epoch in memory that workers share, as streams of Hugging Face do; not of old releases."""
+    epoch = getattr(dataset, "_epoch", None)
+    return isinstance(epoch, torch.Tensor) and bool(epoch.is_shared())  # type: ignore[no-untyped-call]
 
 
 def shut_down(owner: object) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ds_loader._parts import Parts
 from ds_loader._random import PrivatelyRandom, mixed
-from ds_loader.adapters.base import Adapter, Place, has_state, is_from, shut_down
+from ds_loader.adapters.base import Adapter, Place, has_state, is_from, shares_epoch, shut_down
 from ds_loader.adapters.indices import EpochSampler
 
 _T = TypeVar("_T")
@@ -40,8 +40,7 @@ class DataLoaderAdapter(Adapter[_T]):
         self._hub_stream = not self._map_style and loader.num_workers == 0 and keeps_its_place(loader.dataset)
         self.keeps_state = self._hub_stream
         hears = [part for part in parts_of_dataset(loader, parts) if callable(getattr(part, "set_epoch", None))]
-        # Streams of Hugging Face keep the epoch in memory that workers share, those of old releases do not.
-        shared = all(isinstance(getattr(part, "_epoch", None), torch.Tensor) for part in hears)
+        shared = all(shares_epoch(part) for part in hears)
         if loader.persistent_workers and not shared:
             vars(self._view)["persistent_workers"] = False  # new ones for each epoch, with datasets that heard of it
         self.workers = loader.num_workers > 0 and not self._view.persistent_workers and not hears
@@ -74,13 +73,9 @@ class DataLoaderAdapter(Adapter[_T]):
         if self._hub_stream and place.own is not None:
             self._view.dataset.load_state_dict(place.own)  # type: ignore[attr-defined]
             return PrivatelyRandom(self._view, place.streams())
-        if self._view.num_workers > 0:
-            with place.streams():
-                iterator = PrivatelyRandom(self._view, place.streams())
-        else:
-            iterator = PrivatelyRandom(self._view, place.streams())
+        iterator = PrivatelyRandom(self._view, place.streams())
         iterator.drop(place.batch, place.left_out)
-        return iterator.iterator if self._view.num_workers > 0 else iterator
+        return iterator.iterator if self._view.num_workers > 0 else iterator  # workers have generators of their own
 
     def state(self) -> Any:
         """See `Adapter.state`."""

@@ -5,6 +5,7 @@ CombinedLoader, which keeps none.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -195,14 +196,9 @@ class CombinedLoaderAdapter(Adapter[_T]):
     def length(self) -> int | None:
         """See `Adapter.length`; the loader knows it only after it was begun."""
         loader: Any = copy.copy(self.loader)
-        iterator = type(self)._modes(loader)[loader._mode]["iterator"](loader.flattened, loader._limits)
+        modes = sys.modules[type(loader).__module__]._SUPPORTED_MODES
+        iterator = modes[loader._mode]["iterator"](loader.flattened, loader._limits)
         try:
             return len(iterator)
         except TypeError:  # of an endless part it is a float
             return None
-
-    @staticmethod
-    def _modes(loader: Any) -> Any:
-        import sys
-
-        return sys.modules[type(loader).__module__]._SUPPORTED_MODES
