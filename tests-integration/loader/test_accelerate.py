@@ -583,6 +583,43 @@ def test_rank_0_goes_on_with_what_nobody_saw_in_batches_of_another_size() -> Non
     assert len(rest) - len(set(rest)) == twice
 
 
+class Corrupt(torch.utils.data.Dataset[Any]):
+    """Sample 2 of 12 cannot be loaded."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            raise OSError("corrupt")
+        return index
+
+
+def dispatched_with_an_error(rank: int) -> list[str]:
+    """Rank 0 alone, as it loads for both; the other one would wait for it."""
+    Accelerator(cpu=True)
+
+    def make() -> Any:
+        return prepare_data_loader(DataLoader(Corrupt(), 2), dispatch_batches=True, put_on_device=True)
+
+    with pytest.raises(ValueError, match=r"on_error must be 'raise' for a DataLoaderDispatcher"):
+        RepeatingLoader(make(), on_error="skip")
+    if rank == 1:
+        return []
+    batches, told = RepeatingLoader(make()), []
+    for _ in range(3):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            next(batches)
+        told.append(str(caught.value))
+    return told
+
+
+def test_an_error_of_rank_0_that_loads_for_all_is_final() -> None:
+    first, *more = run_ranks(dispatched_with_an_error, 2)[0]
+    assert "corrupt" in first
+    assert all("the ranks are out of step" in text for text in more)
+
+
 # Old releases
 
 

@@ -37,6 +37,15 @@ class Only(Iterator[_T]):
         return next(self._iterator)
 
 
+class OutOfStep(Iterator[Any]):
+    """Stands in for an iterator that ranks went through together, until one of them failed."""
+
+    def __next__(self) -> Any:
+        raise RuntimeError(
+            "the ranks are out of step, since loading a batch failed on one of them: load a state on all of them"
+        )
+
+
 class Watched(Iterator[_T]):
     """Calls a function once, when all indices of the epoch have been drawn."""
 

@@ -21,7 +21,7 @@ import torch
 from ds_loader import _ranks
 from ds_loader._arguments import check_choice, check_number
 from ds_loader._device import DeviceCopier, OneAhead
-from ds_loader._epoch import Epoch, Only, Watched, ended_by_error
+from ds_loader._epoch import Epoch, Only, OutOfStep, Watched, ended_by_error
 from ds_loader._ledger import Ledger
 from ds_loader._order import Coverage, coverage
 from ds_loader._parts import parts_of
@@ -61,7 +61,7 @@ class RepeatingLoader(Generic[_T]):
         on_error: what happens if loading a batch raises. ``"raise"``: the error is passed on and the next call tries
             the batch again; one that fails twice in a row is left out by the call after. ``"skip"``: it is left out,
             with a warning. A function is called with (error, epoch, batch) and returns ``"skip"`` or ``"retry"``, or
-            raises.
+            raises. Where one rank loads for all, as in Accelerate's dispatcher, an error is final.
         max_errors: how many errors are skipped or retried in one epoch before one is passed on.
         on_uneven: what happens if epochs differ in length among the ranks. ``"cycle"``: each rank goes on alone.
             ``"stop"``: an epoch ends for all when it ends for the shortest. ``"raise"``: it is an error. For the last
@@ -135,6 +135,8 @@ class RepeatingLoader(Generic[_T]):
             _ranks.require_group(f"on_uneven={on_uneven!r}")
             if self._adapter.length() is None:
                 raise ValueError(f"on_uneven={on_uneven!r} needs a loader with a length, which {self._name} has not")
+        if self._adapter.in_step and on_error != "raise":
+            raise ValueError(f"on_error must be 'raise' for a {self._name}: all ranks go through its batches together")
         for limit in self._adapter.limits:
             warnings.warn(f"{self._name}: {limit}", LoaderWarning, stacklevel=2)
 
@@ -511,6 +513,9 @@ class RepeatingLoader(Generic[_T]):
             this frame the error, in a cycle that keeps worker processes alive.
         """
         here = (self._epoch, self._batch)
+        if self._adapter.in_step:
+            self._iterator = OutOfStep()
+            return True
         if isinstance(error, (LoaderStateError, EmptyLoaderError, OneShotLoaderError)):
             self._go_to(self._ledger_or(here), self._segments)
             return True

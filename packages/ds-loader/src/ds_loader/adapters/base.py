@@ -85,6 +85,7 @@ class Adapter(Generic[_T]):
         workers: whether the next epoch's workers may start while this epoch is not over.
         tells_end: whether the loader says, for others to read, if the batch handed out last is the epoch's last; so
             none may be fetched ahead of it.
+        in_step: whether all ranks iterate together, by collectives of the library; so none can try a batch again alone.
     """
 
     by_index = False
@@ -93,6 +94,7 @@ class Adapter(Generic[_T]):
     survives = True
     workers = False
     tells_end = False
+    in_step = False
 
     def __init__(self, loader: Iterable[_T], parts: Parts) -> None:
         self.loader = loader

@@ -283,6 +283,7 @@ class AccelerateDispatcherAdapter(WrapperAdapter[_T]):
         wrapper: Any = loader
         self._world_size: int = wrapper.state.num_processes
         self._rank: int = wrapper.state.process_index
+        self.in_step = self._world_size > 1
         self._per_step = 1 if wrapper.split_batches else self._world_size  # batches of the inner loader
         if self.indices is not None:
             self.indices.cut_by = None  # its batches are those of all ranks
