@@ -111,11 +111,6 @@ class Ledger:
                 told[name] = f"{name}: {old} in the state, {new} here"
         return told
 
-    def plain(self) -> dict[str, Any]:
-        """Only what all ranks of a run have alike."""
-        names = ("epoch", "samples", "world_size", "batch_size", "length")
-        return {name: getattr(self, name) for name in names}
-
 
 def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ds_loader._ledger import Ledger
@@ -23,12 +24,11 @@ def shortest_epoch(epoch: int, batch: int, length: int, group: Any, *, must_be_e
         UnevenRanksError: on all of them alike: the ranks are at different places; or, if it ``must_be_even``, their
             epochs have different lengths.
     """
-    everybody: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, (epoch, batch, length), group=group)
-    if len({place[:2] for place in everybody}) > 1:
+    everybody = _gathered([epoch, batch, length], group)
+    if len({(e, b) for e, b, _ in everybody}) > 1:
         told = ", ".join(f"rank {rank}: epoch {e}, batch {b}" for rank, (e, b, _) in enumerate(everybody))
         raise UnevenRanksError(f"the ranks are at different places ({told}): load states of one moment on all of them")
-    lengths: list[int] = [length for _, _, length in everybody]
+    lengths = [length for _, _, length in everybody]
     if must_be_even and len(set(lengths)) > 1:
         told = ", ".join(f"rank {rank}: {length}" for rank, length in enumerate(lengths))
         raise UnevenRanksError(
@@ -38,22 +38,39 @@ def shortest_epoch(epoch: int, batch: int, length: int, group: Any, *, must_be_e
     return min(lengths)
 
 
-def require_alike(ledger: Ledger, rank: int, order: int | None, group: Any) -> None:
+def require_alike(ledger: Ledger, rank: int, order: int, group: Any) -> None:
     """Raise the same LoaderStateError on all ranks if ledgers or orders differ. All ranks of the group call it."""
-    everybody: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, (rank, order, ledger.plain()), group=group)
-    _, first_order, first = everybody[0]
+    names = ("epoch", "samples", "world_size", "batch_size", "length")
+    # None, of a batch size, is told as -1.
+    mine = [-1 if value is None else value for value in (getattr(ledger, name) for name in names)]
+    everybody = _gathered([rank, order, *mine], group)
+    _, first_order, *first = everybody[0]
     told = []
-    for place, (_, order, plain) in enumerate(everybody):
+    for place, (_, other_order, *other) in enumerate(everybody):
         told += [
-            f"{name}: {first[name]} on rank 0, {value} on rank {place}"
-            for name, value in plain.items()
-            if value != first[name]
+            f"{name}: {here} on rank 0, {there} on rank {place}"
+            for name, here, there in zip(names, first, other, strict=True)
+            if here != there
         ]
-        if order != first_order:
+        if other_order != first_order:
             told.append(f"rank {place} has another order of samples than rank 0")
-    shares = [rank for rank, _, _ in everybody]
-    if len(shares) >= first["world_size"] and set(shares) != set(range(first["world_size"])):
-        told.append(f"the shares {sorted(shares)} of an epoch are taken, of {first['world_size']}")
+    shares = sorted(numbers[0] for numbers in everybody)
+    ranks = first[names.index("world_size")]
+    if len(shares) >= ranks and set(shares) != set(range(ranks)):
+        told.append(f"the shares {shares} of an epoch are taken, of {ranks}")
     if told:
         raise LoaderStateError("the ranks do not go through one epoch together: " + "; ".join(told))
+
+
+def _gathered(numbers: list[int], group: Any) -> list[list[int]]:
+    """The numbers of every rank; as tensors, since torch gathers objects by way of numpy, which may be missing."""
+    whole: Any = dist.group.WORLD if group is None else group
+    if "cpu" in {device.type for device in whole._device_types}:
+        device = torch.device("cpu")
+    else:
+        kind: Any = torch.accelerator.current_accelerator()
+        device = torch.device(kind.type, torch.get_device_module(kind).current_device())
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, mine, group=group)
+    return [theirs.tolist() for theirs in everybody]
