@@ -141,6 +141,8 @@ class MosaicAdapter(Adapter[_T]):
         self.keeps_state = True
         self.by_index = True
         self._dataset: Any = getattr(loader, "dataset", loader)
+        self._order: dict[str, Any] | None = None  # of the state that was loaded last
+        self._written: int | None = None  # the epoch of the place that was written last
         size = getattr(loader, "batch_size", None)
         if self._dataset.batch_size != (size or 1):
             self.limits.append(
@@ -157,13 +159,16 @@ class MosaicAdapter(Adapter[_T]):
     def start(self, place: Place) -> Iterator[_T]:
         """See `Adapter.start`."""
         dataset = self._dataset
+        self._order = place.own if place.own is not None else self._order
         seen = place.seen + place.batch * (self.batch_size or 1) * self.world_size
         if seen >= dataset.epoch_size and seen:
             return iter(())
-        # It would pass over a state of an epoch before the one that it comes to next.
-        dataset.next_epoch = place.epoch
-        order = place.own if place.own is not None else self.state()
-        dataset.load_state_dict({**order, "epoch": place.epoch, "sample_in_epoch": seen})
+        # Where it goes on by itself nothing is written: another rank of this host may be reading the same memory.
+        if seen or place.epoch == self._written or place.epoch != dataset.next_epoch:
+            order = self._order if self._order is not None else self.state()
+            dataset.next_epoch = place.epoch  # it would pass over a state of an epoch before that one
+            dataset.load_state_dict({**order, "epoch": place.epoch, "sample_in_epoch": seen})
+            self._written = place.epoch
         return PrivatelyRandom(self.loader, place.streams())
 
     @property
