@@ -609,17 +609,14 @@ class RepeatingLoader(Generic[_T]):
         elif resumed is not None:
             own = resumed.loader
         first = started.run.first if started is not None else resumed.first if resumed is not None else None
-        return Ledger(
+        return replace(
+            shape,
             seed=self.seed,
             seeded=self._seeded,
             epoch=self._epoch,
             batch=self._batch,
             step=self.step,
-            samples=self._adapter.samples(self._batch, self._segments[-1][2] if self._segments else 0),
-            world_size=shape.world_size,
-            batch_size=shape.batch_size,
-            length=shape.length,
-            workers=shape.workers,
+            samples=self._adapter.samples(self._batch, segments[-1][2]),
             left_out=self._left_out,
             segments=segments,
             first=first,
@@ -653,12 +650,12 @@ class RepeatingLoader(Generic[_T]):
         self._halt()
 
     def _order(self, ledger: Ledger) -> list[Any]:
-        """The order of the epoch at hand; generators and samplers are left as they were."""
+        """The order of the epoch that a ledger is in; generators are left as they were."""
         indices = self._adapter.indices
         before = self._parts.states()
         self._tell(ledger.epoch, ledger.generators)
         try:
-            return indices.order(Place(self.seed, ledger.epoch))  # type: ignore[no-any-return]
+            return indices.order(Place(ledger.seed, ledger.epoch))  # type: ignore[no-any-return]
         finally:
             self._parts.restore(before)
 
@@ -666,12 +663,8 @@ class RepeatingLoader(Generic[_T]):
         """Raise a LoaderStateError if a rank's first batch in an epoch would have had other samples here."""
         if ledger.first is None or self._adapter.indices is None:
             return
-        seed, self.seed = self.seed, ledger.seed
-        try:
-            place = Place(ledger.seed, ledger.epoch, first=ledger.first, cut=segment[:2])
-            self._adapter.indices.check_first(self._order(ledger), place)
-        finally:
-            self.seed = seed
+        place = Place(ledger.seed, ledger.epoch, first=ledger.first, cut=segment[:2])
+        self._adapter.indices.check_first(self._order(ledger), place)
 
     def _draw_all(self, epoch: int, states: tuple[Any, ...] | None) -> None:
         """Draw the indices of a whole epoch, for the generators that the next epoch goes on with."""
