@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from ds_loader import RepeatingLoader
+from loops import plain
 from torch.utils.data import IterableDataset, Sampler
 
 Batches = list[tuple[int, Any]]  # (epoch, batch)
@@ -90,15 +91,6 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def plain(batch: Any) -> Any:
-    """A batch as lists and numbers."""
-    if isinstance(batch, dict):
-        return {key: plain(item) for key, item in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [plain(item) for item in batch]
-    return batch.tolist() if isinstance(batch, torch.Tensor) else batch
 
 
 def by_hand(loader: Iterable[Any], epochs: int, set_epoch: Callable[[int], object] | None = None) -> Batches:
