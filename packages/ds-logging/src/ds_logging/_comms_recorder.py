@@ -1,0 +1,375 @@
+"""Joins what Python issued and what torch recorded into operations, and gives them to the communication logs.
+
+[Note: joining] Each source sees what the other misses, see ``_comms_hook`` and ``_flight_recorder``. A call of Python's
+lies between two moments, and torch's entry of it, for the same group, was made between them: that is one operation. An
+entry in no call was issued by C++; a call with no entry is of a kind that torch does not record. Torch's ring is read
+*before* the list of calls is looked at, and a call is on the list before it begins: so an entry never misses its call.
+
+One recorder serves all communication logs of a process. It starts a daemon thread, which reads torch's ring before it
+overflows, and removes every hook when the last log stops.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any
+
+from ds_logging._bandwidth import canonical_name
+from ds_logging._comms_hook import Hook, Issued, Span
+from ds_logging._flight_recorder import Entry, Ring, rings
+from ds_logging._operation import Operation
+from ds_logging._step import step_at
+
+Sink = Callable[[Operation], None]
+
+POLL_SECONDS = 0.05
+READ_AFTER = 1200
+"""So many new operations make the thread read torch's ring, which holds 2,000 unless TORCH_FR_BUFFER_SIZE says more."""
+REST = 20
+"""Between two readings the thread rests this many times as long as the last one took: it holds the GIL meanwhile."""
+MOST_WAITING = 50_000
+"""So many calls make the thread read at once, so that they do not pile up."""
+CLAIM_NS = 10**9
+"""The thread keeps operations for so long before it gives them to a log: `claim` may still name them."""
+GIVE_UP_NS = 60 * 10**9
+"""An operation that only Python saw, and for which nobody waits, is counted without an end after this time."""
+
+
+@dataclass(slots=True)
+class _Joined:
+    """One operation that is not over, and where it was seen."""
+
+    operation: Operation
+    call: Issued | None
+    entry: Entry | None
+
+
+class Recorder:
+    """See the module. Threads may share it; a signal handler may interrupt it."""
+
+    def __init__(self) -> None:
+        self._sinks: list[Sink] = []
+        self._hook: Hook | None = None
+        self._rings: list[Ring] = []
+        self._calls: list[Issued] = []  # taken from the hook, not joined yet
+        self._recent: list[Issued] = []  # the last ones that were joined
+        self._joined: list[_Joined] = []  # not given to the logs yet
+        self._counts: dict[tuple[object, ...], int] = {}  # of operations that torch does not number
+        self._ranks: dict[str, tuple[int, ...] | None] = {}
+        self._world: Any = None
+        self._timed_groups: set[str] = set()
+        self._timing = False
+        self._stopped = threading.Event()
+        self._lock = threading.RLock()
+        self._collecting = False
+        self.lost = 0
+        """Operations that torch's ring dropped before they were read, and that Python did not issue either."""
+
+    # ---- which logs record
+
+    def add(self, sink: Sink, *, timing: bool) -> bool:
+        """Give every operation from now on to ``sink``; say whether there is a torch.distributed to record.
+
+        Args:
+            sink: called with each operation once it is over, from whichever thread reads the ring.
+            timing: ask the backend to measure on the device, where it offers that.
+        """
+        c10d = _c10d()
+        if c10d is None:
+            return False
+        with self._lock:
+            self.collect()
+            if self._hook is None:
+                self._hook = Hook(c10d)
+                self._rings = rings(c10d)
+                for ring in self._rings:
+                    ring.skip()
+                self._hook.install()
+                self.lost = 0
+                self._stopped = threading.Event()
+                threading.Thread(target=self._run, args=(self._stopped,), name="ds-comms-log", daemon=True).start()
+            self._timing = self._timing or timing
+            self._look_at_groups()
+            self._sinks = [*self._sinks, sink]
+        return True
+
+    def remove(self, sink: Sink) -> None:
+        """Give ``sink`` what was issued up to now, over or not, and nothing more."""
+        with self._lock:
+            self.collect(final=self._sinks == [sink])
+            self._sinks = [one for one in self._sinks if one != sink]
+            if not self._sinks:
+                self._forget()
+
+    def _forget(self) -> None:
+        self._stopped.set()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._rings, self._timing = None, [], False
+        for kept in (self._calls, self._recent, self._joined):
+            kept.clear()
+        self._counts.clear()
+        self._timed_groups.clear()
+
+    def after_fork(self) -> None:
+        """Record nothing in a forked child: it has neither the thread nor the process groups."""
+        self._lock = threading.RLock()
+        self._collecting = False
+        self._sinks = []
+        self._stopped = threading.Event()
+        self._forget()
+
+    # ---- what callers say about operations
+
+    @contextlib.contextmanager
+    def span(self, name: str | None) -> Iterator[Span]:
+        """Name the operations that this thread issues in the ``with`` block; ``None`` leaves them out."""
+        spans = self._hook.spans if self._hook is not None else {}
+        thread = threading.get_ident()
+        made = spans[thread] = Span(name, spans.get(thread))
+        try:
+            yield made
+        finally:
+            if made.outer is None:
+                spans.pop(thread, None)
+            else:
+                spans[thread] = made.outer
+
+    def claim(self, kind: str, name: str, latency_ms: float) -> bool:
+        """Say that the last operation of this thread is the one that somebody measured; return whether there was one.
+
+        DeepSpeed measures every operation of its own and appends it. The operation must be of that kind, and have been
+        issued within the measured time (and a tenth of a second for what DeepSpeed does around it).
+        """
+        if self._hook is None:
+            return False
+        since = time.time_ns() - int(latency_ms * 1e6) - 10**8
+        thread = threading.get_ident()
+        with contextlib.suppress(RuntimeError):  # another thread issues one while we look
+            for call in chain(reversed(self._hook.issued), reversed(self._recent)):
+                if call.began_ns < since:
+                    break
+                if call.thread == thread and call.kind == kind:
+                    if call.name is not None:
+                        break
+                    call.name = name
+                    if call.latency_ms is None:
+                        call.latency_ms = latency_ms
+                    return True
+        return False
+
+    # ---- joining
+
+    def collect(self, *, final: bool = False, keep_ns: int = 0) -> None:
+        """Join what there is and give the operations that are over to the sinks.
+
+        Args:
+            final: also those that are not over.
+            keep_ns: not those that are younger than this.
+        """
+        if self._hook is None:
+            return
+        with self._lock:
+            if self._collecting:  # a signal handler interrupted us in this thread
+                return
+            self._collecting = True
+            try:
+                self._join(self._hook, final)
+                self._deliver(final, time.time_ns(), keep_ns)
+            finally:
+                self._collecting = False
+
+    def in_flight(self) -> list[Operation]:
+        """Return the operations that were seen and are not over, oldest first."""
+        self.collect()
+        return sorted((one.operation for one in list(self._joined)), key=lambda operation: operation.started_ns)
+
+    def _join(self, hook: Hook, final: bool) -> None:
+        self._look_at_groups()
+        began = time.time_ns()
+        lost_before = sum(ring.lost for ring in self._rings)
+        entries = [entry for ring in self._rings for entry in ring.read()]
+        calls = self._calls + [hook.issued.popleft() for _ in range(len(hook.issued))]
+        self._calls = []
+
+        by_group: dict[str, list[Entry]] = {}
+        for entry in sorted(entries, key=lambda entry: entry.created_ns):
+            by_group.setdefault(entry.group[0], []).append(entry)
+        moments = {group: [entry.created_ns for entry in found] for group, found in by_group.items()}
+        used: set[int] = set()
+        missed = 0
+        for call in calls:
+            name = call.group.group_name
+            first = bisect.bisect_left(moments.get(name, ()), call.began_ns)
+            last = bisect.bisect_right(moments.get(name, ()), call.returned_ns or began)
+            mine = [entry for entry in by_group.get(name, ())[first:last] if id(entry) not in used]
+            if mine:
+                used.update(map(id, mine))
+                self._add(call, next((entry for entry in mine if entry.duration_ms is not None), mine[0]))
+            elif final or 0 < call.returned_ns < began:
+                missed += call.kind not in ("send", "recv")
+                self._add(call, None)
+            else:  # its entry may come yet
+                self._calls.append(call)
+        for entry in entries:
+            if id(entry) not in used and not entry.operation.endswith("coalesced"):
+                self._add(None, entry)
+        self._recent = calls[-32:] or self._recent
+        lost = sum(ring.lost for ring in self._rings) - lost_before
+        self.lost += max(0, lost - missed)
+
+    def _add(self, call: Issued | None, entry: Entry | None) -> None:
+        if call is not None:
+            group, description = call.group.group_name, call.group.group_desc
+            kind, began, thread = call.kind, call.began_ns, call.thread
+        elif entry is not None:
+            (group, description), began, thread = entry.group, entry.created_ns, 0
+            kind = canonical_name(entry.operation)
+        nbytes, dtype = 0, ""
+        if call is not None and call.nbytes >= 0:
+            nbytes, dtype = call.nbytes, str(call.dtype).removeprefix("torch.")
+        elif entry is not None:
+            nbytes, dtype = entry.nbytes, entry.dtype
+        ranks = self._ranks_of(group)
+        peer = ranks[call.peer] if call is not None and call.peer is not None and ranks else None
+        operation = Operation(
+            kind=kind,
+            group=f"{group}:{description}" if description and description != "undefined" else group,
+            ranks=ranks,
+            sequence=self._sequence(kind, group, peer, entry),
+            nbytes=nbytes,
+            dtype=dtype,
+            started_ns=began,
+            latency_ms=None,
+            completed=False,
+            name=kind,
+            peer=peer,
+            step=step_at(began),
+            thread=thread,
+        )
+        self._joined.append(_Joined(operation, call, entry))
+
+    def _sequence(self, kind: str, group: str, peer: int | None, entry: Entry | None) -> int | None:
+        if kind in ("send", "recv"):
+            if peer is None:
+                return None
+            key: tuple[object, ...] = (group, kind, peer)
+        elif entry is not None:
+            return entry.sequence
+        elif self._rings:  # torch numbers collectives, and did not number this one
+            return None
+        else:
+            key = (group,)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key]
+
+    def _deliver(self, final: bool, now: int, keep_ns: int) -> None:
+        still: list[_Joined] = []
+        for joined in self._joined:
+            operation, call = joined.operation, joined.call
+            over = _finish(operation, call, joined.entry, now)
+            if not final and (not over or now - operation.started_ns < keep_ns):
+                still.append(joined)
+                continue
+            if call is not None and call.span is not None:
+                if call.span.name is None:
+                    continue
+                operation.name = call.span.name
+            elif call is not None and call.name is not None:
+                operation.name = call.name
+            for sink in self._sinks:
+                sink(operation)
+        self._joined = still
+
+    # ---- process groups
+
+    def _look_at_groups(self) -> None:
+        world = getattr(getattr(sys.modules.get("torch.distributed"), "group", None), "WORLD", None)
+        if world is not self._world:  # the names of groups begin anew with each default group
+            self._world = world
+            self._ranks.clear()
+            self._counts.clear()
+            self._timed_groups.clear()
+        if not self._timing:
+            return
+        for group, name in _known_groups().items():
+            if name not in self._timed_groups:
+                self._timed_groups.add(name)
+                with contextlib.suppress(Exception):  # a backend that cannot time says so by an error of its own
+                    if group.name() != "gloo":
+                        group._enable_collectives_timing()
+
+    def _ranks_of(self, group: str) -> tuple[int, ...] | None:
+        if group not in self._ranks:
+            dist: Any = sys.modules.get("torch.distributed")
+            known = next((one for one, name in _known_groups().items() if name == group), None)
+            if known is None:  # destroyed, or not made by new_group
+                return None
+            self._ranks[group] = tuple(dist.get_process_group_ranks(known))
+        return self._ranks[group]
+
+    # ---- the thread
+
+    def _run(self, stopped: threading.Event) -> None:
+        read, rest_until = 0, 0.0
+        while not stopped.wait(POLL_SECONDS):
+            hook = self._hook
+            if hook is None or stopped.is_set():
+                return
+            recorded = sum(ring.enqueued() for ring in self._rings)
+            waiting = len(hook.issued)
+            ripe = max(waiting, recorded - read) >= READ_AFTER and time.monotonic() >= rest_until
+            if ripe or waiting >= MOST_WAITING:
+                began = time.monotonic()
+                self.collect(keep_ns=CLAIM_NS)
+                read = recorded
+                rest_until = time.monotonic() + REST * (time.monotonic() - began)
+
+
+def _finish(operation: Operation, call: Issued | None, entry: Entry | None, now: int) -> bool:
+    """Write into ``operation`` how it ended; say whether it is over, as far as anybody will ever know."""
+    if call is not None and call.latency_ms is not None:
+        operation.latency_ms = call.latency_ms
+    if call is not None and call.failed:
+        return True
+    if call is not None and call.on_host:
+        operation.completed = call.over or (entry is not None and entry.over and not call.waited)
+        return operation.completed or (entry is None and now - call.began_ns > GIVE_UP_NS)
+    if entry is None:  # on a device, and torch has no record of it: nobody sees its end
+        return True
+    if entry.duration_ms is not None:
+        operation.latency_ms = entry.duration_ms
+    operation.completed = entry.over
+    return entry.over
+
+
+def _known_groups() -> dict[Any, str]:
+    world = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
+    return dict(getattr(world, "pg_names", {}))
+
+
+def _c10d() -> Any:
+    """Return torch's module of process groups; ``None`` without torch, or with one that was built without it."""
+    if "torch" not in sys.modules:
+        if find_spec("torch") is None:
+            return None
+        import_module("torch.distributed")
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available():
+        return None
+    return sys.modules["torch._C._distributed_c10d"]
+
+
+recorder = Recorder()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=recorder.after_fork)
