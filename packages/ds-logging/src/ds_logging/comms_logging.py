@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from ds_logging._bandwidth import RULES, calc_bw_log, check_group_size, check_latency, check_size, convert_size
+from ds_logging._bandwidth import (
+    bandwidth,
+    calc_bw_log,
+    check_group_size,
+    check_latency,
+    check_size,
+    convert_size,
+    rule_of,
+)
 from ds_logging._caller import get_caller_func
 from ds_logging._comms_config import operation_names, read_options
 from ds_logging._comms_dict import CommsDict
 from ds_logging._comms_table import straggler_table, summary_table
 from ds_logging._device_timer import DeviceTimer, choose_device
 from ds_logging._op_stats import OpKey, OpStats, by_record, summarize_all
+from ds_logging._op_table import OpTable
 from ds_logging._rank import current_position
 from ds_logging._straggler import analyze, exchange
 from ds_logging.errors import ArgumentError
@@ -42,6 +49,7 @@ class CommsLogger:
         window: how many latencies are kept for each kind of operation, see [Note: window] in ``_op_stats``.
         max_sizes: how many different message sizes of a record are told apart; further ones are rounded up to a power
             of two (their bytes are still counted exactly).
+        max_names: how many record names are told apart; further ones are counted as "(other)", and one warning says so.
 
     >>> comms = CommsLogger()
     >>> comms.append("all_reduce", "all_reduce", latency=2.0, msg_size=1_000_000, group_size=4)
@@ -49,8 +57,8 @@ class CommsLogger:
     6.0
     """
 
-    def __init__(self, *, window: int = 256, max_sizes: int = 1024) -> None:
-        for name, value in (("window", window), ("max_sizes", max_sizes)):
+    def __init__(self, *, window: int = 256, max_sizes: int = 1024, max_names: int = 1024) -> None:
+        for name, value in (("window", window), ("max_sizes", max_sizes), ("max_names", max_names)):
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}={value!r}: give an integer, 1 or more")
         self.enabled = False
@@ -58,12 +66,8 @@ class CommsLogger:
         self.prof_ops: list[str] = []
         self.verbose = False
         self.debug = False
-        self._window = window
-        self._max_sizes = max_sizes
-        self._stats: dict[OpKey, OpStats] = {}
-        self._sizes: dict[str, set[int]] = {}  # by record name
+        self._table = OpTable(window=window, max_sizes=max_sizes, max_names=max_names)
         self._timer = DeviceTimer()
-        self._lock = threading.Lock()
 
     def configure(self, comms_config: object) -> None:
         """Take settings from DeepSpeed's configuration object or a mapping. What is not mentioned stays.
@@ -112,30 +116,16 @@ class CommsLogger:
             ArgumentError: a number is out of range.
         """
         size, latency, n = check_size(msg_size, "msg_size"), check_latency(latency), check_group_size(group_size)
-        if raw_name not in RULES:
+        if rule_of(raw_name) is None:
             warning_once("no bandwidth formula for the operation %r: its bus bandwidth is not computed", raw_name)
-        with self._lock:
-            key = OpKey(record_name, raw_name, self._size_to_count(record_name, size), n)
-            stats = self._stats.get(key)
-            if stats is None:
-                stats = self._stats[key] = OpStats(key, deque(maxlen=self._window))
-            stats.add(latency, size)
+        self._table.add(OpKey(record_name, raw_name, size, n), latency)
         if self.verbose:
-            one = OpStats(key, deque())
-            one.add(latency, size)
-            algorithm, bus = one.bandwidth(latency)
+            algorithm, bus = bandwidth(rule_of(raw_name), size, latency, n)
             log_dist(
                 f"{record_name}: {latency:.2f} ms, {convert_size(size)}, {n} ranks, "
                 f"algbw {algorithm:.2f} Gbps, busbw {bus:.2f} Gbps",
                 ranks=[0],
             )
-
-    def _size_to_count(self, record_name: str, size: int) -> int:
-        sizes = self._sizes.setdefault(record_name, set())
-        if size not in sizes and len(sizes) >= self._max_sizes:
-            return 1 << max(size - 1, 0).bit_length()
-        sizes.add(size)
-        return size
 
     @contextmanager
     def timed(
@@ -189,8 +179,7 @@ class CommsLogger:
 
     def _snapshot(self) -> list[OpStats]:
         self._timer.flush()
-        with self._lock:
-            return [stats.copy() for stats in self._stats.values()]
+        return self._table.snapshot()
 
     def get_raw_data(self) -> dict[str, dict[int, list[Any]]]:
         """Return {record name: {message size: [count, latencies, algorithm bandwidths, bus bandwidths]}}.
@@ -201,8 +190,8 @@ class CommsLogger:
         for name, sizes in by_record(self._snapshot()).items():
             raw[name] = {}
             for size, group in sizes.items():
-                latencies = [latency for stats in group for latency in stats.recent]
-                rates = [stats.bandwidth(latency) for stats in group for latency in stats.recent]
+                latencies = [latency for stats in group for latency in stats.known()]
+                rates = [stats.bandwidth(latency) for stats in group for latency in stats.known()]
                 count = sum(stats.count for stats in group)
                 raw[name][size] = [count, latencies, [rate[0] for rate in rates], [rate[1] for rate in rates]]
         return raw
@@ -238,9 +227,7 @@ class CommsLogger:
     def reset_data(self) -> None:
         """Forget every operation; the settings stay."""
         self._timer.clear()
-        with self._lock:
-            self._stats.clear()
-            self._sizes.clear()
+        self._table.clear()
 
     def get_operation_names(self) -> list[str]:
         """Return the record names in the order of their first operation."""
