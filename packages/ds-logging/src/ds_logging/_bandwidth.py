@@ -9,8 +9,10 @@ Source: nccl-tests, doc/PERFORMANCE.md, and its gather.cu and scatter.cu.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import re
 from typing import Literal, NamedTuple
 
 from ds_logging._rank import current_position
@@ -27,48 +29,74 @@ class Rule(NamedTuple):
 
 
 _BY_RULE: dict[Rule, tuple[str, ...]] = {
-    Rule("whole", "2(n-1)/n"): ("all_reduce", "all_reduce_coalesced", "inference_all_reduce"),
-    Rule("share", "(n-1)/n"): (
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_coalesced",
-        "all_gather_object",
-        "allgather_fn",
-        "gather",
-        "gather_object",
-        "scatter",
-        "scatter_object_list",
-    ),
-    Rule("whole", "(n-1)/n"): (
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "reduce_scatter_fn",
-        "all_to_all",
-        "all_to_all_single",
-    ),
-    Rule("whole", "1"): (
-        "broadcast",
-        "broadcast_object_list",
-        "reduce",
-        "send",
-        "recv",
-        "isend",
-        "irecv",
-        "send_object_list",
-        "recv_object_list",
-        "batch_isend_irecv",
-        "barrier",
-        "monitored_barrier",
-    ),
+    Rule("whole", "2(n-1)/n"): ("all_reduce",),
+    Rule("share", "(n-1)/n"): ("all_gather", "gather", "scatter"),
+    Rule("whole", "(n-1)/n"): ("reduce_scatter", "all_to_all"),
+    Rule("whole", "1"): ("broadcast", "reduce", "send", "recv", "batch_isend_irecv", "barrier"),
 }
-RULES: dict[str, Rule] = {name: rule for rule, names in _BY_RULE.items() for name in names}
+RULES: dict[str, Rule] = {name: rule for rule, names in _BY_RULE.items() for name in names}  # by canonical name
+
+# [Note: canonical name] One operation has many names: "all_gather_into_tensor" and "all_gather_single" of
+# torch.distributed, "c10d::_allgather_base_" of a profile, "nccl:_all_gather_base" of the flight recorder,
+# "allgather_fn" of DeepSpeed. They differ in what stands around the operation's words. This is taken off until what is
+# left is in `RULES`.
+_NAMESPACE = re.compile(r"^.*[:.](?=\w)")
+_PEERS = re.compile(r"\s+\d*\s*(->|<-)\s*\d*$")  # the flight recorder's "nccl:send 0->1"
+_PREFIXES = ("legacy_", "inference_", "monitored_")
+_SUFFIXES = (
+    *("_autograd", "_base", "_coalesced", "_fn", "_inplace", "_into_tensor", "_list", "_object", "_out", "_single"),
+    *("_tensor", "_any_source", "_anysource", "_v", "v"),
+)
+_SPELLED = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "reducescatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "all_reduce_barrier": "barrier",  # a barrier of NCCL is an all-reduce
+    "isend": "send",
+    "irecv": "recv",
+    "batch_p2p_ops": "batch_isend_irecv",
+    "permute": "all_to_all",  # functional permute_tensor
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def canonical_name(name: str) -> str:
+    """Return the one name of an operation that torch, its recorders and DeepSpeed call differently.
+
+    A name of no known operation is returned as it is, without the flight recorder's peers.
+
+    >>> canonical_name("nccl:_all_gather_base"), canonical_name("_c10d_functional.all_reduce"), canonical_name("my_op")
+    ('all_gather', 'all_reduce', 'my_op')
+    """
+    plain = _PEERS.sub("", name.strip())
+    words = plain.removesuffix(".default").removesuffix(".out")
+    words = _NAMESPACE.sub("", words).strip("_").lower()
+    for prefix in _PREFIXES:
+        words = words.removeprefix(prefix)
+    while True:
+        for spelled, meant in _SPELLED.items():
+            if words == spelled or words.startswith(spelled + "_"):
+                words = meant + words[len(spelled) :]
+                break
+        if words in RULES:
+            return words
+        suffix = next((suffix for suffix in _SUFFIXES if words.endswith(suffix)), None)
+        if suffix is None:
+            return plain
+        words = words.removesuffix(suffix)
+
+
+def rule_of(name: str) -> Rule | None:
+    """Return the rule of an operation under any of its names, or ``None`` where no formula is known."""
+    return RULES.get(canonical_name(name))
 
 
 def calc_bw_log(comm_op: str, size: int, duration: float, *, group_size: int | None = None) -> tuple[float, float]:
     """Return algorithm and bus bandwidth of one operation, in Gbit/s (nccl-tests prints GB/s, an eighth of it).
 
     Args:
-        comm_op: the operation, by its name in torch.distributed or deepspeed.comm.
+        comm_op: the operation, by any name that torch or deepspeed.comm has for it, see `canonical_name`.
         size: bytes of the tensor that each rank passes in; all of them together for a list.
         duration: milliseconds. 0 means that nothing was measured and gives (0.0, 0.0).
         group_size: number of ranks n that take part; the world size unless given.
@@ -82,7 +110,7 @@ def calc_bw_log(comm_op: str, size: int, duration: float, *, group_size: int | N
     >>> calc_bw_log("all_gather", 1_000_000, 1.0, group_size=4)
     (32.0, 24.0)
     """
-    rule = RULES.get(comm_op)
+    rule = rule_of(comm_op)
     if rule is None:
         raise UnknownOperationError(
             f"comm_op={comm_op!r} has no bandwidth formula; known are {', '.join(sorted(RULES))}"
