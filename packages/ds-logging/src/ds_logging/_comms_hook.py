@@ -5,6 +5,9 @@ replaced while a communication log records, and put back afterwards. What C++ is
 collectives, compiled code) does not pass here; ``_flight_recorder`` sees it. Here is what that one lacks: point-to-point
 operations and barriers of gloo, the host's time of operations that have no device, and the issuing thread.
 
+[Note: composite] Functions for objects and ``batch_isend_irecv`` are made of several operations. Each part is one operation
+of the group, and counts as such; the call counts besides, under its own name, with the bytes of its parts.
+
 [Note: host time] ``Work.wait`` of an operation on the CPU returns when it is over. So the end is known exactly where the
 caller had to wait. Where the operation was over before, its end was not seen, and no time is made up: it counts, without a
 latency. On CUDA ``wait`` orders streams only; there the flight recorder has the device's own time.
@@ -13,6 +16,8 @@ latency. On CUDA ``wait`` orders streams only; there the flight recorder has the
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import threading
 import time
 from collections import deque
@@ -48,22 +53,35 @@ METHODS: dict[str, tuple[str, int | None]] = {
     "monitored_barrier": ("barrier", None),
 }
 
+COMPOSITES = (
+    "all_gather_object",
+    "batch_isend_irecv",
+    "broadcast_object_list",
+    "gather_object",
+    "recv_object_list",
+    "scatter_object_list",
+    "send_object_list",
+)
+
 
 class Span:
-    """A stretch of one thread whose operations have a name, or none: then they are left out.
+    """A stretch of one thread, whose operations may have a name, or are left out.
 
     Attributes:
-        name: see `CommsLogger.timed`.
-        count: operations that were issued in it.
+        name: of its operations, see `CommsLogger.timed`; ``None`` for their own.
+        hidden: its operations are left out.
+        count, nbytes: of the operations that were issued in it.
         outer: the span that it stands in.
     """
 
-    __slots__ = ("count", "name", "outer")
+    __slots__ = ("count", "hidden", "name", "nbytes", "outer")
 
-    def __init__(self, name: str | None, outer: Span | None) -> None:
-        self.name = name
+    def __init__(self, name: str | None, hidden: bool, outer: Span | None) -> None:
+        self.name = name if name is not None or outer is None else outer.name
+        self.hidden = hidden or (outer is not None and outer.hidden)
         self.outer = outer
         self.count = 0
+        self.nbytes = 0
 
 
 class Issued:
@@ -73,7 +91,10 @@ class Issued:
         group: the ``ProcessGroup``.
         kind: the operation's canonical name.
         nbytes, dtype: of this rank's share; -1 and "" where the arguments do not tell.
-        on_host: whether its end can be seen from the host, see [Note: host time].
+        on_host: whether its end can be seen from the host, see [Note: composite] Functions for objects and ``batch_isend_irecv`` are made of several operations. Each part is one operation
+of the group, and counts as such; the call counts besides, under its own name, with the bytes of its parts.
+
+[Note: host time].
         peer: group rank of the other side of a point-to-point operation.
         began_ns, returned_ns: ``time.time_ns()`` around the call; ``returned_ns`` is 0 until it returned.
         thread: identifier of the calling thread.
@@ -136,6 +157,7 @@ class Hook:
         """What was issued, oldest first. An operation is appended before its method is called."""
         self.spans: dict[int, Span] = {}
         """The innermost open span of each thread, by its identifier."""
+        self._functions: list[tuple[Callable[[Any], None], Any]] = []  # how to put one back, and what
         self._unfinished: dict[int, Issued] = {}  # by id of the Work that somebody may wait for
 
     def install(self) -> None:
@@ -145,6 +167,8 @@ class Hook:
             if original is not None:
                 self._replace(self._group_class, name, original, self._noting(name, kind, argument))
         self._replace(self._work_class, "wait", self._work_class.__dict__["wait"], self._waiting())
+        for name in COMPOSITES:
+            self._wrap_composite(name)
 
     def remove(self) -> None:
         """Put back what was replaced, unless somebody has replaced it again since; then ours only passes calls on."""
@@ -152,6 +176,9 @@ class Hook:
             if owner.__dict__.get(name) is ours:
                 setattr(owner, name, original)
         self._replaced.clear()
+        for put_back, original in self._functions:
+            put_back(original)
+        self._functions.clear()
         self._unfinished.clear()
 
     def _replace(self, owner: type, name: str, original: Any, ours: Callable[..., Any]) -> None:
@@ -161,6 +188,7 @@ class Hook:
     def _noting(self, name: str, kind: str, argument: int | None) -> Callable[..., Any]:
         # The class's own attribute is a descriptor; what getattr returns takes the group as its first argument.
         original = getattr(self._group_class, name)
+        is_capturing = sys.modules["torch"].cuda.is_current_stream_capturing
         installed, note, unfinished, spans = self._replaced, self.issued.append, self._unfinished, self.spans
         has_peer = name in ("send", "recv")
 
@@ -171,11 +199,11 @@ class Hook:
             nbytes, dtype, on_host = 0, "", True
             if argument is not None:
                 nbytes, dtype, on_host = _described(args, argument)
+                if not on_host and is_capturing():  # nothing happens now, and replays do not pass here
+                    return original(group, *args, **kwargs)
             operation = Issued(group, kind, nbytes, dtype, on_host, args[1] if has_peer and len(args) > 1 else None)
             if spans:
-                operation.span = span = spans.get(operation.thread)
-                if span is not None:
-                    span.count += 1
+                _note_in_span(operation, spans.get(operation.thread))
             note(operation)
             try:
                 work = original(group, *args, **kwargs)
@@ -192,6 +220,62 @@ class Hook:
             else:
                 unfinished[id(work)] = operation
             return work
+
+        return noted
+
+    def open_span(self, name: str | None, *, hidden: bool = False) -> Span:
+        """Begin a span of the calling thread."""
+        thread = threading.get_ident()
+        span = self.spans[thread] = Span(name, hidden, self.spans.get(thread))
+        return span
+
+    def close_span(self, span: Span) -> None:
+        """End the span that this thread began last."""
+        if span.outer is None:
+            self.spans.pop(threading.get_ident(), None)
+        else:
+            self.spans[threading.get_ident()] = span.outer
+
+    def _wrap_composite(self, name: str) -> None:
+        module: Any = sys.modules["torch.distributed.distributed_c10d"]
+        function = getattr(module, name, None)
+        inner = getattr(function, "__wrapped__", None)
+        cell: Any = next((cell for cell in getattr(function, "__closure__", None) or () if cell.cell_contents is inner), None)
+        if inner is not None and cell is not None:  # torch's own wrapper calls what is in the cell, whoever imported it
+            self._functions.append((functools.partial(setattr, cell, "cell_contents"), inner))
+            cell.cell_contents = self._noting_composite(inner, name)
+        elif function is not None:
+            ours = self._noting_composite(function, name)
+            for owner in (module, sys.modules["torch.distributed"]):
+                if getattr(owner, name, None) is function:
+                    self._functions.append((functools.partial(setattr, owner, name), function))
+                    setattr(owner, name, ours)
+
+    def _noting_composite(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        functions, signature = self._functions, inspect.signature(original)
+
+        @functools.wraps(original)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            group = _group_of(signature, args, kwargs) if functions else None
+            if group is None:
+                return original(*args, **kwargs)
+            operation = Issued(group, name, 0, "", True, None)
+            _note_in_span(operation, self.spans.get(operation.thread))
+            self.issued.append(operation)
+            span = self.open_span(None)
+            try:
+                result = original(*args, **kwargs)
+                if name != "batch_isend_irecv":  # that one returns before its parts are over
+                    operation.latency_ms = (time.time_ns() - operation.began_ns) / 1e6
+                return result
+            except BaseException:
+                operation.failed = True
+                raise
+            finally:
+                self.close_span(span)
+                operation.nbytes = span.nbytes
+                operation.returned_ns = time.time_ns()
+                operation.over = True
 
         return noted
 
@@ -218,6 +302,29 @@ class Hook:
                 operation.over = True
 
         return wait
+
+
+def _note_in_span(operation: Issued, span: Span | None) -> None:
+    operation.span = span
+    while span is not None:
+        span.count += 1
+        span.nbytes += max(operation.nbytes, 0)
+        span = span.outer
+
+
+def _group_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the process group that a call of a composite function is for; ``None`` where the call will raise."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    if "p2p_op_list" in given:
+        group = next((getattr(operation, "group", None) for operation in given["p2p_op_list"]), None)
+    else:
+        group = given.get("group")
+    world = sys.modules["torch.distributed"].group.WORLD
+    group = world if group is None else group
+    return group if hasattr(group, "group_name") else None
 
 
 def _described(args: tuple[Any, ...], argument: int) -> tuple[int, Any, bool]:

@@ -25,7 +25,7 @@ from itertools import chain
 from typing import Any
 
 from ds_logging._bandwidth import canonical_name
-from ds_logging._comms_hook import Hook, Issued, Span
+from ds_logging._comms_hook import COMPOSITES, Hook, Issued, Span
 from ds_logging._flight_recorder import Entry, Ring, rings
 from ds_logging._operation import Operation
 from ds_logging._step import step_at
@@ -37,6 +37,8 @@ READ_AFTER = 1200
 """So many new operations make the thread read torch's ring, which holds 2,000 unless TORCH_FR_BUFFER_SIZE says more."""
 REST = 20
 """Between two readings the thread rests this many times as long as the last one took: it holds the GIL meanwhile."""
+UNNUMBERED = frozenset({"send", "recv", "barrier", *COMPOSITES})
+"""What torch gives no number among a group's collectives, or not always."""
 MOST_WAITING = 50_000
 """So many calls make the thread read at once, so that they do not pile up."""
 CLAIM_NS = 10**9
@@ -68,6 +70,7 @@ class Recorder:
         self._ranks: dict[str, tuple[int, ...] | None] = {}
         self._world: Any = None
         self._timed_groups: set[str] = set()
+        self._backends: dict[str, bool] = {}  # whether torch's ring has shown operations of this backend
         self._timing = False
         self._stopped = threading.Event()
         self._lock = threading.RLock()
@@ -120,6 +123,7 @@ class Recorder:
             kept.clear()
         self._counts.clear()
         self._timed_groups.clear()
+        self._backends.clear()
 
     def after_fork(self) -> None:
         """Record nothing in a forked child: it has neither the thread nor the process groups."""
@@ -132,18 +136,17 @@ class Recorder:
     # ---- what callers say about operations
 
     @contextlib.contextmanager
-    def span(self, name: str | None) -> Iterator[Span]:
-        """Name the operations that this thread issues in the ``with`` block; ``None`` leaves them out."""
-        spans = self._hook.spans if self._hook is not None else {}
-        thread = threading.get_ident()
-        made = spans[thread] = Span(name, spans.get(thread))
+    def span(self, name: str | None = None, *, hidden: bool = False) -> Iterator[Span]:
+        """Name the operations that this thread issues in the ``with`` block, or leave them out."""
+        hook = self._hook
+        if hook is None:
+            yield Span(name, hidden, None)
+            return
+        made = hook.open_span(name, hidden=hidden)
         try:
             yield made
         finally:
-            if made.outer is None:
-                spans.pop(thread, None)
-            else:
-                spans[thread] = made.outer
+            hook.close_span(made)
 
     def claim(self, kind: str, name: str, latency_ms: float) -> bool:
         """Say that the last operation of this thread is the one that somebody measured; return whether there was one.
@@ -209,15 +212,24 @@ class Recorder:
         used: set[int] = set()
         missed = 0
         for call in calls:
+            if call.kind in COMPOSITES:
+                if final or call.returned_ns:
+                    self._add(call, None)
+                else:
+                    self._calls.append(call)
+                continue
             name = call.group.group_name
             first = bisect.bisect_left(moments.get(name, ()), call.began_ns)
             last = bisect.bisect_right(moments.get(name, ()), call.returned_ns or began)
             mine = [entry for entry in by_group.get(name, ())[first:last] if id(entry) not in used]
             if mine:
                 used.update(map(id, mine))
+                self._backends[call.group.name()] = True
                 self._add(call, next((entry for entry in mine if entry.duration_ms is not None), mine[0]))
             elif final or 0 < call.returned_ns < began:
-                missed += call.kind not in ("send", "recv")
+                if call.kind not in UNNUMBERED:
+                    missed += 1
+                    self._backends.setdefault(call.group.name(), False)
                 self._add(call, None)
             else:  # its entry may come yet
                 self._calls.append(call)
@@ -246,7 +258,7 @@ class Recorder:
             kind=kind,
             group=f"{group}:{description}" if description and description != "undefined" else group,
             ranks=ranks,
-            sequence=self._sequence(kind, group, peer, entry),
+            sequence=self._sequence(kind, group, peer, entry, call),
             nbytes=nbytes,
             dtype=dtype,
             started_ns=began,
@@ -259,15 +271,17 @@ class Recorder:
         )
         self._joined.append(_Joined(operation, call, entry))
 
-    def _sequence(self, kind: str, group: str, peer: int | None, entry: Entry | None) -> int | None:
+    def _sequence(
+        self, kind: str, group: str, peer: int | None, entry: Entry | None, call: Issued | None
+    ) -> int | None:
         if kind in ("send", "recv"):
             if peer is None:
                 return None
             key: tuple[object, ...] = (group, kind, peer)
         elif entry is not None:
             return entry.sequence
-        elif self._rings:  # torch numbers collectives, and did not number this one
-            return None
+        elif kind in UNNUMBERED or call is None or self._backends.get(call.group.name()):
+            return None  # torch numbers the collectives of this backend, and did not number this one
         else:
             key = (group,)
         self._counts[key] = self._counts.get(key, 0) + 1
@@ -275,21 +289,35 @@ class Recorder:
 
     def _deliver(self, final: bool, now: int, keep_ns: int) -> None:
         still: list[_Joined] = []
-        for joined in self._joined:
+        for joined in sorted(self._joined, key=lambda joined: joined.operation.started_ns):
             operation, call = joined.operation, joined.call
             over = _finish(operation, call, joined.entry, now)
             if not final and (not over or now - operation.started_ns < keep_ns):
                 still.append(joined)
                 continue
             if call is not None and call.span is not None:
-                if call.span.name is None:
+                if call.span.hidden:
                     continue
-                operation.name = call.span.name
-            elif call is not None and call.name is not None:
+                operation.name = call.span.name or operation.name
+            if call is not None and call.name is not None:
                 operation.name = call.name
             for sink in self._sinks:
                 sink(operation)
         self._joined = still
+
+    def not_seen(self) -> list[str]:
+        """Return what this torch cannot show, a sentence each."""
+        found = [
+            f"torch keeps no record of the operations of {backend}: those that C++ issues (DDP, compiled code) are not seen"
+            for backend, shown in sorted(self._backends.items())
+            if not shown
+        ]
+        if self.lost:
+            found.append(
+                f"{self.lost} operations that C++ issued left torch's record before they were read: "
+                "set TORCH_FR_BUFFER_SIZE to more than 2000 before init_process_group"
+            )
+        return found
 
     # ---- process groups
 

@@ -38,7 +38,7 @@ from ds_logging.logging import log_dist, warning_once
 
 __all__ = ["CommsLogger", "calc_bw_log", "convert_size", "get_caller_func", "print_rank_0"]
 
-_FOLD_AFTER = 1024  # operations that wait to be counted
+_FOLD_AFTER = 256  # operations that wait to be counted
 
 
 def print_rank_0(message: object) -> None:
@@ -184,14 +184,12 @@ class CommsLogger:
         if self.verbose:
             one = OpStats(key, deque())
             one.add(latency, key.msg_size)
-            rates = "time unknown"
+            time, rates = "time unknown", ""
             if latency is not None:
                 algorithm, bus = one.bandwidth(latency)
-                rates = f"{latency:.2f} ms, algbw {algorithm:.2f} Gbps, busbw {bus:.2f} Gbps"
-            log_dist(
-                f"{key.record_name}: {convert_size(key.msg_size)}, {key.group_size} ranks, {rates}",
-                ranks=[0],
-            )
+                time, rates = f"{latency:.2f} ms", f", algbw {algorithm:.2f} Gbps, busbw {bus:.2f} Gbps"
+            size = convert_size(key.msg_size)
+            log_dist(f"{key.record_name}: {time}, {size}, {key.group_size} ranks{rates}", ranks=[0])
 
     def _fold(self) -> None:
         with self._lock:
@@ -372,7 +370,10 @@ class CommsLogger:
         """
         snapshot = self._snapshot()
         summary = summarize_all(snapshot)
-        analysis = analyze(*exchange(snapshot)) if show_straggler else None
+        analysis = None
+        if show_straggler:
+            with recorder.span(hidden=True):  # the exchange is none of the program's operations
+                analysis = analyze(*exchange(snapshot))
         if print_log:
             table = summary_table(summary)
             if analysis is not None:
