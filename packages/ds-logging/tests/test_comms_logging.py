@@ -103,7 +103,7 @@ def test_memory_is_bounded_for_many_operations():
     assert comms.get_total_operations() == 20_101  # all are counted, none waits
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert grown < 20_000  # under one byte an operation; a list would take 8 at the least
+    assert grown < 60_000  # some hundred buckets of a histogram; a list would take 160,000 at the least
     assert len(comms.get_raw_data()["all_reduce"][8][1]) == 16
 
 

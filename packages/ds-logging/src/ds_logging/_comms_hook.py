@@ -15,6 +15,7 @@ latency. On CUDA ``wait`` orders streams only; there the flight recorder has the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -292,6 +293,9 @@ class Hook:
             seen = not is_completed(work)
             try:
                 finished = original(work, *args, **kwargs)
+                if operation.kind == "recv" and operation.peer is None:  # from any source: now it is known
+                    with contextlib.suppress(RuntimeError):
+                        operation.peer = work._source_rank()
                 if seen:
                     operation.latency_ms = (time.time_ns() - operation.began_ns) / 1e6
                 return finished
