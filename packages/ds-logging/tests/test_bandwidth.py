@@ -3,7 +3,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from ds_logging._bandwidth import RULES
+from ds_logging._bandwidth import RULES, canonical_name, rule_of
 from ds_logging.comms_logging import calc_bw_log, convert_size
 from ds_logging.errors import ArgumentError, UnknownOperationError
 
@@ -122,3 +122,63 @@ def test_operations_that_deepspeed_0_19_8_added():
     assert calc_bw_log("all_to_all", 1_000_000, 1.0, group_size=4) == (8.0, 6.0)
     assert calc_bw_log("batch_isend_irecv", 1_000_000, 1.0, group_size=4) == (8.0, 8.0)
     assert calc_bw_log("broadcast_object_list", 1_000_000, 1.0, group_size=4) == (8.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (
+            "all_gather all_gather_single all_gather_into_tensor _all_gather_base _allgather_base all_gather_coalesced "
+            "all_gather_single_coalesced allgather_into_tensor_coalesced all_gather_object allgather_fn allgather "
+            "c10d::allgather_ c10d::_allgather_base_ nccl:all_gather nccl:_all_gather_base gloo:all_gather "
+            "nccl:all_gather_into_tensor_coalesced _c10d_functional.all_gather_into_tensor "
+            "torch.ops._c10d_functional.all_gather_into_tensor.default _c10d_functional::all_gather_into_tensor_out "
+            "_c10d_functional_autograd::all_gather_into_tensor",
+            "all_gather",
+        ),
+        (
+            "reduce_scatter reduce_scatter_single reduce_scatter_tensor _reduce_scatter_base reduce_scatter_fn "
+            "nccl:_reduce_scatter_base c10d::reduce_scatter_tensor_coalesced_ _c10d_functional.reduce_scatter_tensor",
+            "reduce_scatter",
+        ),
+        (
+            "all_reduce allreduce all_reduce_coalesced inference_all_reduce nccl:all_reduce gloo:all_reduce "
+            "c10d::allreduce_ _c10d_functional.all_reduce _c10d_functional.all_reduce_ allreduce_coalesced",
+            "all_reduce",
+        ),
+        (
+            "all_to_all all_to_all_single alltoall alltoall_base c10d::alltoall_base_ nccl:all_to_all nccl:alltoallv",
+            "all_to_all",
+        ),
+        ("send isend send_object_list c10d::send", "send"),
+        ("recv irecv recv_object_list c10d::recv_ c10d::recv_any_source_ recv_anysource", "recv"),
+        ("barrier monitored_barrier nccl:all_reduce_barrier nccl:barrier c10d::monitored_barrier_", "barrier"),
+        ("broadcast broadcast_object_list nccl:broadcast _c10d_functional::broadcast_", "broadcast"),
+        ("reduce nccl:reduce c10d::reduce_", "reduce"),
+        ("gather gather_object nccl:gather", "gather"),
+        ("scatter scatter_object_list nccl:scatter", "scatter"),
+        ("batch_isend_irecv", "batch_isend_irecv"),
+    ],
+)
+def test_canonical_names(names, wanted):
+    assert {name: canonical_name(name) for name in names.split()} == dict.fromkeys(names.split(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("nccl:send 0->1", "send"), ("nccl:recv 0<-1", "recv"), ("nccl:send 12->3", "send")]
+)
+def test_the_peers_of_the_flight_recorder_are_taken_off(name, wanted):
+    assert canonical_name(name) == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["nccl:coalesced", "my_op", "all_shuffle", "", "sender", "_", "all", "tensor", "a.b.c"]
+)
+def test_an_unknown_name_stays_and_has_no_formula(name):
+    assert canonical_name(name) == name
+    assert rule_of(name) is None
+
+
+@pytest.mark.parametrize("op", sorted(RULES))
+def test_a_canonical_name_is_its_own(op):
+    assert canonical_name(op) == op

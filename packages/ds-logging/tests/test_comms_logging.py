@@ -185,8 +185,8 @@ def test_log_all_logs_a_table_and_never_prints(comms, caplog, capsys):
     assert record.funcName == "test_log_all_logs_a_table_and_never_prints"
     rows = [line.split() for line in record.getMessage().splitlines()[2:]]
     assert rows == [
-        ["grads", "976.56", "KB", "2", "1", "4.000", "4.000", "4.000", "4.000", "2.00", "2.00"],
-        ["grads", "976.56", "KB", "4", "1", "2.000", "2.000", "2.000", "2.000", "4.00", "6.00"],
+        ["grads", "976.56", "KB", "2", "1", "4.000", "4.000", "4.000", "4.000", "4.000", "2.00", "2.00"],
+        ["grads", "976.56", "KB", "4", "1", "2.000", "2.000", "2.000", "2.000", "2.000", "4.00", "6.00"],
     ]
 
 
