@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import MethodType, ModuleType
 from typing import Any, cast
 
+from ds_logging import _ranged
 from ds_logging._nvtx_backends import Span
 from ds_logging._ranged import wrap
 from ds_logging.errors import ArgumentError
@@ -82,7 +83,8 @@ class RangedCallable:
         return self if instance is None else MethodType(self, instance)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FIELDS_OF_PROXY:  # not made yet
+        # A field that is not made yet; and what copy asks for, which would copy only what this stands for.
+        if name in _FIELDS_OF_PROXY or name in ("__copy__", "__deepcopy__"):
             raise AttributeError(name)
         return getattr(self.__wrapped__, name)
 
@@ -158,7 +160,15 @@ def _class(cls: Any, span_for: SpanFor, switch: ModuleType) -> Any:
         raise ArgumentError(f"func={cls!r} has fields and no __init__ yet: decorate above @dataclass")
     span = span_for(cls.__qualname__)
     if span is not None:
-        cls.__init__ = wrap(_inherited_init(cls) if own is None else own, span, switch)
+        plain = _inherited_init(cls) if own is None else own
+        ranged = wrap(plain, span, switch)
+
+        @functools.wraps(plain)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            # The compiler can see an object that is made only if it need not look into what `ranged` holds.
+            (plain if _ranged.is_compiling() else ranged)(self, *args, **kwargs)
+
+        cls.__init__ = __init__
     return cls
 
 

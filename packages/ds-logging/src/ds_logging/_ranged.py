@@ -133,7 +133,7 @@ def _wrap_async_generator(func: Callable[..., Any], span: Span, switch: ModuleTy
     async def run_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         held = begin(span, switch)
         source = func(*args, **kwargs)
-        step = source.asend(None)
+        step = _start(source)
         while True:
             try:
                 item = await (step if held is None else _Driven(step, held))
@@ -153,6 +153,16 @@ def _wrap_async_generator(func: Callable[..., Any], span: Span, switch: ModuleTy
                 step = source.asend(sent)
 
     return run_async_generator
+
+
+def _start(source: AsyncGenerator[Any, Any]) -> Any:
+    """Take the first step of an async generator and keep it from the event loop, which would close it a second time."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return source.asend(None)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
 
 
 class _Driven:

@@ -86,9 +86,6 @@ class _NoRanges:
         return None
 
 
-_NO_RANGES = _NoRanges()
-
-
 @overload
 def instrument_w_nvtx(
     func: str | None = None,
@@ -130,7 +127,8 @@ def instrument_w_nvtx(
 
     A range ends when the function raises, too. For async functions and generators it is open while their own body runs,
     and closed while they are suspended. A class stays a class whose ``__init__`` is ranged, a property stays a property
-    whose functions are. Under ``torch.compile`` nothing is drawn and no graph breaks.
+    whose functions are. Under ``torch.compile`` nothing is drawn and no graph breaks; as a context manager, write the
+    call in the ``with`` statement, because the compiler enters nothing that was made outside what it compiles.
 
     As a context manager in an async function or a generator, it is open over an ``await`` or a ``yield`` in the block:
     ranges of what runs in between are then closed in the wrong order. Decorate the function.
@@ -159,7 +157,8 @@ def instrument_w_nvtx(
     ...     pass
     """
     if _ranged.is_compiling():
-        return _NO_RANGES if func is None or isinstance(func, str) else func
+        # The compiler enters only what it has seen being made.
+        return _NoRanges() if func is None or isinstance(func, str) else func
     if isinstance(func, str):
         if message is not None:
             raise ArgumentError(f"func={func!r} and message={message!r} both name the range; give one of them")
