@@ -155,7 +155,7 @@ def _class(cls: Any, span_for: SpanFor, switch: ModuleType) -> Any:
     if cls.__flags__ & _IMMUTABLE_TYPE or not cls.__flags__ & _HEAP_TYPE:
         raise ArgumentError(f"func={cls!r} is built in, its __init__ cannot be replaced: decorate a function")
     own = cls.__dict__.get("__init__")
-    if own is None and cls.__dict__.get("__annotations__"):
+    if own is None and inspect.get_annotations(cls):
         # A decorator above this one, such as dataclass, makes an __init__ only where there is none.
         raise ArgumentError(f"func={cls!r} has fields and no __init__ yet: decorate above @dataclass")
     span = span_for(cls.__qualname__)
