@@ -96,8 +96,8 @@ def every_call(rank):
 def test_every_call_of_torch_is_recorded_with_its_size_dtype_and_group():
     first, second = run_ranks(every_call, 2)
     assert len(first) == len(second) > 15
-    collectives = [[one for one in side if one[2] not in ("send", "recv") and "alone" not in one[0]] for side in (first, second)]
-    assert collectives[0] == collectives[1]  # (group, sequence) names the same operation on both ranks
+    shared = [[one for one in side if one[2] not in ("send", "recv") and "alone" not in one[0]] for side in (first, second)]
+    assert shared[0] == shared[1]  # (group, sequence) names the same operation on both ranks
 
 
 def object_calls(rank):

@@ -78,8 +78,8 @@ class Span:
     __slots__ = ("count", "hidden", "name", "nbytes", "outer")
 
     def __init__(self, name: str | None, hidden: bool, outer: Span | None) -> None:
-        self.name = name if name is not None or outer is None else outer.name
-        self.hidden = hidden or (outer is not None and outer.hidden)
+        self.name: str | None = name if name is not None or outer is None else outer.name
+        self.hidden: bool = hidden or (outer is not None and outer.hidden)
         self.outer = outer
         self.count = 0
         self.nbytes = 0

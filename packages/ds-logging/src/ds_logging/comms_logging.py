@@ -12,6 +12,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
+from ds_logging import _timeline
 from ds_logging._bandwidth import (
     calc_bw_log,
     canonical_name,
@@ -93,6 +94,7 @@ class CommsLogger:
         self.debug = False
         self._timing = timing
         self._recording = False
+        self._began_ns = 0
         self._seen: deque[tuple[OpKey, float | None]] = deque()  # not counted yet; appending needs no lock
         self._history: deque[Operation] = deque(maxlen=history)
         self._table = OpTable(window=window, max_sizes=max_sizes, max_names=max_names)
@@ -110,12 +112,15 @@ class CommsLogger:
         """
         if not self._recording:
             self._recording = True
+            self._began_ns = time.time_ns()
+            _timeline.begin()
             recorder.add(self._note, timing=self._timing)
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. The last log that stops puts torch back as it was."""
         if self._recording:
             recorder.remove(self._note)
+            _timeline.end()
             self._recording = False
 
     def __enter__(self) -> CommsLogger:
