@@ -158,6 +158,8 @@ class Hook:
         """What was issued, oldest first. An operation is appended before its method is called."""
         self.spans: dict[int, Span] = {}
         """The innermost open span of each thread, by its identifier."""
+        self._capturing: set[int] = set()
+        """Threads that capture a CUDA graph: what they issue does not happen now, and its replays do not pass here."""
         self._functions: list[tuple[Callable[[Any], None], Any]] = []  # how to put one back, and what
         self._unfinished: dict[int, Issued] = {}  # by id of the Work that somebody may wait for
 
@@ -170,9 +172,15 @@ class Hook:
         self._replace(self._work_class, "wait", self._work_class.__dict__["wait"], self._waiting())
         for name in COMPOSITES:
             self._wrap_composite(name)
+        graph_class: Any = getattr(getattr(sys.modules["torch"], "cuda", None), "CUDAGraph", None)
+        for name, note in (("capture_begin", self._capturing.add), ("capture_end", self._capturing.discard)):
+            original = getattr(graph_class, "__dict__", {}).get(name)
+            if original is not None:
+                self._replace(graph_class, name, original, _noting_capture(original, note))
 
     def remove(self) -> None:
         """Put back what was replaced, unless somebody has replaced it again since; then ours only passes calls on."""
+        self._capturing.clear()
         for owner, name, original, ours in self._replaced:
             if owner.__dict__.get(name) is ours:
                 setattr(owner, name, original)
@@ -189,7 +197,7 @@ class Hook:
     def _noting(self, name: str, kind: str, argument: int | None) -> Callable[..., Any]:
         # The class's own attribute is a descriptor; what getattr returns takes the group as its first argument.
         original = getattr(self._group_class, name)
-        is_capturing = sys.modules["torch"].cuda.is_current_stream_capturing
+        capturing = self._capturing
         installed, note, unfinished, spans = self._replaced, self.issued.append, self._unfinished, self.spans
         has_peer = name in ("send", "recv")
 
@@ -200,7 +208,7 @@ class Hook:
             nbytes, dtype, on_host = 0, "", True
             if argument is not None:
                 nbytes, dtype, on_host = _described(args, argument)
-                if not on_host and is_capturing():  # nothing happens now, and replays do not pass here
+                if capturing and not on_host and threading.get_ident() in capturing:
                     return original(group, *args, **kwargs)
             operation = Issued(group, kind, nbytes, dtype, on_host, args[1] if has_peer and len(args) > 1 else None)
             if spans:
@@ -306,6 +314,15 @@ class Hook:
                 operation.over = True
 
         return wait
+
+
+def _noting_capture(original: Callable[..., Any], note: Callable[[int], None]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note(threading.get_ident())
+        return original(*args, **kwargs)
+
+    return noted
 
 
 def _note_in_span(operation: Issued, span: Span | None) -> None:

@@ -32,11 +32,16 @@ from ds_logging._step import step_at
 
 Sink = Callable[[Operation], None]
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 READ_AFTER = 1200
 """So many new operations make the thread read torch's ring, which holds 2,000 unless TORCH_FR_BUFFER_SIZE says more."""
-REST = 20
-"""Between two readings the thread rests this many times as long as the last one took: it holds the GIL meanwhile."""
+REST, LONG_REST = 20, 100
+"""Between two readings the thread rests this many times as long as the last one took, since it holds the GIL meanwhile.
+
+It rests long where Python issued everything: then nothing is lost but sequence numbers and the device's times.
+"""
+SETTLE_SECONDS = 1.0
+"""A report waits so long, at most, for torch's watchdog to note the device's time of what is over."""
 UNNUMBERED = frozenset({"send", "recv", "barrier", *COMPOSITES})
 """What torch gives no number among a group's collectives, or not always."""
 MOST_WAITING = 50_000
@@ -66,6 +71,7 @@ class Recorder:
         self._calls: list[Issued] = []  # taken from the hook, not joined yet
         self._recent: list[Issued] = []  # the last ones that were joined
         self._joined: list[_Joined] = []  # not given to the logs yet
+        self._launches: list[Entry] = []  # groups of calls, launched as one, that are not over
         self._counts: dict[tuple[object, ...], int] = {}  # of operations that torch does not number
         self._ranks: dict[str, tuple[int, ...] | None] = {}
         self._world: Any = None
@@ -109,7 +115,7 @@ class Recorder:
     def remove(self, sink: Sink) -> None:
         """Give ``sink`` what was issued up to now, over or not, and nothing more."""
         with self._lock:
-            self.collect(final=self._sinks == [sink])
+            self.settle(final=self._sinks == [sink])
             self._sinks = [one for one in self._sinks if one != sink]
             if not self._sinks:
                 self._forget()
@@ -119,7 +125,7 @@ class Recorder:
         if self._hook is not None:
             self._hook.remove()
         self._hook, self._rings, self._timing = None, [], False
-        for kept in (self._calls, self._recent, self._joined):
+        for kept in (self._calls, self._recent, self._joined, self._launches):
             kept.clear()
         self._counts.clear()
         self._timed_groups.clear()
@@ -173,11 +179,21 @@ class Recorder:
 
     # ---- joining
 
-    def collect(self, *, final: bool = False, keep_ns: int = 0) -> None:
+    def settle(self, *, final: bool = False) -> None:
+        """`collect`, and wait a moment for the device's times of operations that are over."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        self.collect()
+        while self._timing and any(map(_awaits_time, list(self._joined))) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            self.collect()
+        self.collect(final=final, untimed=True)
+
+    def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0) -> None:
         """Join what there is and give the operations that are over to the sinks.
 
         Args:
             final: also those that are not over.
+            untimed: also those whose device time torch may still note.
             keep_ns: not those that are younger than this.
         """
         if self._hook is None:
@@ -188,7 +204,7 @@ class Recorder:
             self._collecting = True
             try:
                 self._join(self._hook, final)
-                self._deliver(final, time.time_ns(), keep_ns)
+                self._deliver(final, untimed or not self._timing, keep_ns)
             finally:
                 self._collecting = False
 
@@ -234,11 +250,23 @@ class Recorder:
             else:  # its entry may come yet
                 self._calls.append(call)
         for entry in entries:
-            if id(entry) not in used and not entry.operation.endswith("coalesced"):
+            if entry.operation.endswith(":coalesced"):
+                self._launches.append(entry)
+            elif id(entry) not in used:
                 self._add(None, entry)
+        self._end_launches()
         self._recent = calls[-32:] or self._recent
         lost = sum(ring.lost for ring in self._rings) - lost_before
         self.lost += max(0, lost - missed)
+
+    def _end_launches(self) -> None:
+        """End the parts of launches that are over: torch follows the launch, and leaves its parts as they were."""
+        over = {(entry.group, entry.launch) for entry in self._launches if entry.over}
+        self._launches = [entry for entry in self._launches if not entry.over]
+        for joined in self._joined if over else ():
+            entry = joined.entry
+            if entry is not None and not entry.over and (entry.group, entry.launch) in over:
+                entry.over = entry.retired = True
 
     def _add(self, call: Issued | None, entry: Entry | None) -> None:
         if call is not None:
@@ -287,11 +315,14 @@ class Recorder:
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key]
 
-    def _deliver(self, final: bool, now: int, keep_ns: int) -> None:
+    def _deliver(self, final: bool, untimed: bool, keep_ns: int) -> None:
+        now = time.time_ns()
         still: list[_Joined] = []
         for joined in sorted(self._joined, key=lambda joined: joined.operation.started_ns):
             operation, call = joined.operation, joined.call
             over = _finish(operation, call, joined.entry, now)
+            if not untimed and not final and _awaits_time(joined):
+                over = False
             if not final and (not over or now - operation.started_ns < keep_ns):
                 still.append(joined)
                 continue
@@ -354,14 +385,22 @@ class Recorder:
             hook = self._hook
             if hook is None or stopped.is_set():
                 return
-            recorded = sum(ring.enqueued() for ring in self._rings)
             waiting = len(hook.issued)
+            recorded = sum(ring.enqueued() for ring in self._rings)
             ripe = max(waiting, recorded - read) >= READ_AFTER and time.monotonic() >= rest_until
             if ripe or waiting >= MOST_WAITING:
                 began = time.monotonic()
                 self.collect(keep_ns=CLAIM_NS)
+                rest = REST if recorded - read > waiting else LONG_REST
+                rest_until = time.monotonic() + rest * (time.monotonic() - began)
                 read = recorded
-                rest_until = time.monotonic() + REST * (time.monotonic() - began)
+
+
+def _awaits_time(joined: _Joined) -> bool:
+    """Say whether an operation is over on its device and torch has not noted its time yet."""
+    call, entry = joined.call, joined.entry
+    on_host = call is not None and call.on_host
+    return entry is not None and not on_host and entry.over and not entry.retired
 
 
 def _finish(operation: Operation, call: Issued | None, entry: Entry | None, now: int) -> bool:

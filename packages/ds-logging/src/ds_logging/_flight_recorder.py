@@ -38,24 +38,28 @@ class Entry:
         group: name and description of the process group.
         operation: as torch calls it, for example ``"nccl:all_reduce"``.
         sequence: its collective sequence number in the group, or its number among point-to-point operations.
+        launch: numbers that it shares with the "coalesced" entry of the group of calls that it was launched with.
         is_p2p: whether it is a point-to-point operation.
         nbytes: bytes of its inputs; of its outputs where it has no input.
         dtype: of these, in torch's spelling, for example ``"float32"``.
         created_ns: ``time.time_ns()`` when it was issued.
         duration_ms: what the device took, where the backend measured it.
-        over: whether torch knows that it has ended; ``retired`` without ``completed`` is an end that nobody timed.
+        over: whether torch knows that it has ended.
+        retired: whether torch has put it aside; before that it has no duration.
     """
 
     record_id: int
     group: tuple[str, str]
     operation: str
     sequence: int
+    launch: tuple[int, int]
     is_p2p: bool
     nbytes: int
     dtype: str
     created_ns: int
     duration_ms: float | None
     over: bool
+    retired: bool
 
 
 class Ring:
@@ -64,12 +68,12 @@ class Ring:
     def __init__(self, dump: DumpFunction) -> None:
         self._dump = dump
         self._next_id = 0
-        self._open: dict[int, Entry] = {}  # returned before, and not over then
+        self._open: dict[int, Entry] = {}  # returned before, and not retired then
         self.lost = 0
         """Entries that the ring dropped before they were read."""
 
     def read(self) -> list[Entry]:
-        """Return what was recorded since the last call, oldest first, and bring what is not over up to date."""
+        """Return what was recorded since the last call, oldest first, and bring up to date what is not retired."""
         found: list[Entry] = []
         raw = self._entries()
         if raw and raw[0]["record_id"] > self._next_id:
@@ -82,13 +86,14 @@ class Ring:
                 found.append(entry)
             elif number in self._open:
                 entry = self._open.pop(number)
-                entry.over, entry.duration_ms = _is_over(described), _duration(described)
+                entry.over, entry.retired = _is_over(described), bool(described["retired"])
+                entry.duration_ms = _duration(described)
             else:
                 continue
-            if not entry.over:
+            if not entry.retired:
                 still_open[number] = entry
         for dropped in self._open.values():  # overwritten in the ring: nobody will say how it ended
-            dropped.over = True
+            dropped.over = dropped.retired = True
         self._open = still_open
         if raw:
             self._next_id = raw[-1]["record_id"] + 1
@@ -141,12 +146,14 @@ def _parse(described: dict[str, Any]) -> Entry:
         group=(name, description),
         operation=operation,
         sequence=described["p2p_seq_id"] if described["is_p2p"] else described["collective_seq_id"],
+        launch=(described["collective_seq_id"], described["p2p_seq_id"]),
         is_p2p=bool(described["is_p2p"]),
         nbytes=_nbytes(described[f"{side}_sizes"], dtypes),
         dtype=_NAMES.get(dtypes[0], dtypes[0].lower()) if dtypes else "",
         created_ns=described["time_created_ns"],
         duration_ms=_duration(described),
         over=_is_over(described),
+        retired=bool(described["retired"]),
     )
 
 

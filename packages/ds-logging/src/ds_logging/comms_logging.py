@@ -209,7 +209,7 @@ class CommsLogger:
 
     def _snapshot(self) -> list[OpStats]:
         self._timer.flush()
-        recorder.collect()
+        recorder.settle()
         self._fold()
         with self._lock:
             return self._table.snapshot()
