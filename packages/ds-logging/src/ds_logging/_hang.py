@@ -1,8 +1,8 @@
 """Explains a hang: asks every rank, through the store, what it is doing.
 
-[Note: asking] The rank that asks adds 1 to a counter in the store. On every rank a thread looks at that counter; when it
-has grown, the thread writes what its rank does. So a rank answers also while its main thread waits inside a collective,
-which releases the GIL. The asker takes what has come until its time is over. No collective is used.
+[Note: asking] The rank that asks adds 1 to a counter in the store. On every rank a thread looks at that counter; when
+it has grown, the thread writes what its rank does. So a rank answers also while its main thread waits inside a
+collective, which releases the GIL. The asker takes what has come until its time is over. No collective is used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who hangs where, from what every rank says it is doing. Pure: no communication, no clock.
 
-[Note: stuck] A group is stuck at the lowest sequence number that is in flight on any of its ranks: later operations
-wait for that one. Of its ranks, those are *behind* whose last operation has a lower number. A rank may be behind because
+[Note: stuck] A group is stuck at the lowest sequence number in flight on any of its ranks: later operations wait for
+that one. Of its ranks, those are *behind* whose last operation has a lower number. A rank may be behind because
 it waits in another group; the one that waits nowhere is the reason. In flight means issued and not known to be over; a
 rank that issues without waiting may have several.
 """
@@ -137,9 +137,7 @@ class _Survey:
         self.states = {rank: state for rank, state in states.items() if state is not None and state.error is None}
         self.errors = {rank: state.error for rank, state in states.items() if state is not None and state.error}
         self.silent = sorted(rank for rank, state in states.items() if state is None)
-        self.late: list[
-            tuple[Operation, tuple[int, ...], tuple[int, ...]]
-        ] = []  # what who did not enter, and who waits
+        self.late: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = []  # in what, who, who waits
         self.waiting: set[int] = set()  # ranks that wait for another one
         self.waits: dict[int, list[tuple[Operation, tuple[int, ...]]]] = {}  # rank: where, and for whom
         self.waits_for_silent: dict[int, list[tuple[int, Operation]]] = {}  # silent rank: who waits, and where
@@ -196,8 +194,8 @@ class _Survey:
             longest = max(waiting, key=lambda rank: self._waited(entered[rank], rank))
             text = (
                 f"Every rank of group {group.name} entered {_name(example)} ({_size(example)}){passed}, and "
-                f"{_wait(waiting)}, rank {longest} for {self._waited(entered[longest], longest):.0f} s: for the network "
-                f"or the device, or for a rank that does not wait for its end."
+                f"{_wait(waiting)}, rank {longest} for {self._waited(entered[longest], longest):.0f} s: for the "
+                f"network or the device."
             )
             yield Finding("network", (), waiting, group.name, sequence, text)
 
