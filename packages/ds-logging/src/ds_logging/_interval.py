@@ -48,7 +48,7 @@ class Interval:
             pending.add(self._begun, ended, report)
 
     def read(self, *, restart: bool = False) -> float:
-        """Return the milliseconds until now, after waiting for the device; with ``restart`` it begins again from there."""
+        """Return the milliseconds until now, after waiting for the device; ``restart`` begins it again from there."""
         if self._cuda is None:
             now: Any = time.perf_counter()
             passed = (now - self._begun) * 1e3
