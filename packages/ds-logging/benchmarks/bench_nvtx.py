@@ -3,8 +3,8 @@
     python packages/ds-logging/benchmarks/bench_nvtx.py [--quick] [--json PATH]
 
 An empty function is called inside each, in turn; medians, in nanoseconds over a bare call. Each state is a process of
-its own: NVTX asks once whether a tool is attached. The tool is the one of the tests, which does nothing here. Peers that
-are not installed, or cannot draw, are left out and named. A C compiler must be there.
+its own: NVTX asks once whether a tool is attached. The tool is the one of the tests, kept quiet. Peers that are not
+installed, or cannot draw, are left out and named. A C compiler must be there.
 """
 
 from __future__ import annotations

@@ -378,8 +378,10 @@ def fake_torch(compiling=False, with_nvtx=True):
 
 def forget():
     """Ask the environment, and for packages, anew."""
-    for cached in (_nvtx_backends._mode, _nvtx_backends._tool_is_named, nvtx_package, _nvtx_backends._cached_span):
+    for cached in (_nvtx_backends._mode, _nvtx_backends._tool_is_named, nvtx_package):
         cached.cache_clear()
+    _nvtx_backends._cached_span.cache_clear()
+    ds_nvtx._shared_ranges.cache_clear()
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def test_a_block_needs_a_message():
         ({"category": "\0"}, "category="),
         ({"payload": "3"}, "payload='3' .str.: give an int or a float"),
         ({"payload": True}, "payload=True"),
+        ({"payload": [1]}, "payload=.1. .list."),
         ({"payload": 2**63}, "must fit in 64 bits"),
     ],
 )

@@ -5,6 +5,7 @@ Assign ``ds_logging.nvtx.enable_nvtx = False`` to switch all of them off while t
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -31,12 +32,14 @@ F = TypeVar("F", bound="Callable[..., Any] | property | staticmethod[..., Any] |
 class _Ranges:
     """What ``instrument_w_nvtx`` is without a function: a decorator and a context manager. Threads may share it."""
 
-    __slots__ = ("_backend", "_open", "_style")
+    __slots__ = ("_asked", "_backend", "_open", "_span", "_style")
 
     def __init__(self, style: RangeStyle, backend: NvtxBackend | None) -> None:
         self._style = style
         self._backend = backend
-        self._open: dict[int, list[_ranged.Range | None]] = {}  # by thread, those that were entered and not left
+        self._asked = False
+        self._span: Span | None = None
+        self._open: dict[int, tuple[_ranged.Range | None, Any]] = {}  # by thread: the last entered, and those before
 
     def __call__(self, func: F) -> F:
         if _ranged.is_compiling():
@@ -51,24 +54,35 @@ class _Ranges:
     def __enter__(self) -> _Ranges:
         if _ranged.is_compiling():
             return self
-        if self._style.message is None:
-            raise ArgumentError("message=None: a range around a block has no function whose name it takes; give one")
-        span = make_span(self._style, self._backend) if enable_nvtx else None
-        held = None
-        if span is not None:
-            held = _ranged.Range(span, _timeline.listener)
-            held.__enter__()
-        self._open.setdefault(threading.get_ident(), []).append(held)
+        if not self._asked:
+            if self._style.message is None:
+                raise ArgumentError(
+                    "message=None: a block has no function that the range could be named after; give one"
+                )
+            self._span = make_span(self._style, self._backend)
+            self._asked = True
+        listener = _timeline.listener
+        span = self._span if enable_nvtx else None
+        if span is None and listener is not None and enable_nvtx:
+            span = make_span(self._style, self._backend)
+        if span is None and not self._open:
+            return self  # the common case without a tool: nothing to end, and nothing entered before
+        thread = threading.get_ident()
+        before = self._open.get(thread)
+        if span is not None or before is not None:
+            held = None if span is None else _ranged.Range(span, listener)
+            if held is not None:
+                held.__enter__()
+            self._open[thread] = (held, before)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if _ranged.is_compiling():
+        if not self._open or _ranged.is_compiling():
             return
         thread = threading.get_ident()
-        entered = self._open[thread]
-        held = entered.pop()
-        if not entered:
-            del self._open[thread]
+        held, before = self._open.pop(thread, (None, None))
+        if before is not None:
+            self._open[thread] = before
         if held is not None:
             held.__exit__(kind, error, at)
 
@@ -163,6 +177,31 @@ def instrument_w_nvtx(
         if message is not None:
             raise ArgumentError(f"func={func!r} and message={message!r} both name the range; give one of them")
         func, message = None, func
-    argb = check_style(message, domain, color, category, payload)
-    ranges = _Ranges(RangeStyle(message, domain, argb, category, payload), backend)
+    if backend is None:
+        try:
+            if color is category is payload is None:
+                ranges = _shared_ranges(message, domain)
+            else:
+                ranges = _shared_ranges(message, domain, color, category, payload)
+        except TypeError:  # something that cannot be hashed, and so cannot be used
+            check_style(message, domain, color, category, payload)
+            raise
+    else:
+        ranges = _make_ranges(message, domain, color, category, payload, backend)
     return ranges if func is None else ranges(func)
+
+
+def _make_ranges(
+    message: Any,
+    domain: Any,
+    color: Any = None,
+    category: Any = None,
+    payload: Any = None,
+    backend: NvtxBackend | None = None,
+) -> _Ranges:
+    argb = check_style(message, domain, color, category, payload)
+    return _Ranges(RangeStyle(message, domain, argb, category, payload), backend)
+
+
+# A block in a loop is the same every time. 1 and True, or 1.0, are not.
+_shared_ranges = functools.lru_cache(maxsize=4096, typed=True)(_make_ranges)
