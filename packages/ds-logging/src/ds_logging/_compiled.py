@@ -74,7 +74,7 @@ def _place(internal: set[str]) -> tuple[str, int, str]:
         from torch._guards import TracingContext
 
         for frame in reversed(TracingContext.extract_stack()):
-            if frame.filename not in internal and frame.filename != __file__:
+            if frame.filename not in internal and "_dynamo" not in frame.filename:
                 return frame.filename, frame.lineno or 0, frame.name
     except Exception:  # an other version of torch: the line is worth more than its place
         pass
@@ -103,8 +103,10 @@ class _Ignored:
         self._joining = False
 
     def __hash__(self) -> int:
-        config = sys.modules.get("torch._dynamo.config")
+        config, arguments = sys.modules.get("torch._dynamo.config"), None
         if config is not None and not self._joining:
+            arguments = _traced_arguments()
+        if arguments is not None:  # else somebody copies the set
             self._joining = True
             try:
                 ignored = getattr(config, "ignore_logging_functions", None)
@@ -112,7 +114,7 @@ class _Ignored:
                     ignored = getattr(config, "ignore_logger_methods", None)
                 if ignored is not None:
                     ignored.add(self)
-                self._show(_traced_arguments())
+                self._show(arguments)
             finally:
                 self._joining = False
         return id(self) >> 4
@@ -124,8 +126,8 @@ class _Ignored:
         return self
 
 
-def _traced_arguments() -> tuple[Any, ...]:
-    """Return the positional arguments that Dynamo holds, from its frame above."""
+def _traced_arguments() -> tuple[Any, ...] | None:
+    """Return the positional arguments of the call that Dynamo traces, from its frame above; ``None`` without one."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(6):
         if frame is None:
@@ -133,7 +135,7 @@ def _traced_arguments() -> tuple[Any, ...]:
         if frame.f_code.co_name == "call_method" and "args" in frame.f_locals:
             return tuple(_as_constant(variable) for variable in frame.f_locals["args"])
         frame = frame.f_back
-    return (_UNKNOWN,)
+    return None
 
 
 def _as_constant(variable: Any) -> Any:
@@ -183,9 +185,10 @@ def _shower(logger: DsLogger, level: int, internal: set[str]) -> Callable[[tuple
 
 def _make_method(logger: DsLogger, level: int, exception: bool) -> Any:
     enabled, write = logger.isEnabledFor, logger._log
+    cached = logger._cache.get  # type: ignore[attr-defined]
 
     def method(msg: object, *args: Any, **kwargs: Any) -> None:
-        if enabled(level):
+        if cached(level) is not False and enabled(level):
             write(level, msg, args, **kwargs)
 
     def with_exception(msg: object, *args: Any, exc_info: Any = True, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 from ds_logging._message import RankedMessage
-from ds_logging._rank import current_position, local_rank, rank_tag, worker_id
+from ds_logging._rank import current_position, current_rank, local_rank, rank_tag, worker_id
 from ds_logging._step import current_step
 
 DEFAULT_FORMAT = "[%(asctime)s] %(levelname)s %(filename)s:%(lineno)d:%(funcName)s %(rank_tag)s%(message)s"
@@ -34,7 +34,7 @@ def fill_rank(record: logging.LogRecord) -> None:
     fields = record.__dict__
     rank = fields.get("rank")  # an application's record factory may have set one
     if rank is None:
-        rank = record.rank = current_position().rank
+        rank = record.rank = current_rank()
     if "rank_tag" not in fields:
         record.rank_tag = "" if getattr(record.msg, "tagged", False) else rank_tag(rank)
 

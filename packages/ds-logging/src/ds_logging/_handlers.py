@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_logging._formatters import DEFAULT_FORMAT, fill_rank
-from ds_logging._rank import current_position
+from ds_logging._rank import current_rank
 from ds_logging._writer import FileWriter, StreamWriter
 
 
@@ -72,7 +72,7 @@ class LogHandler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Write a record that came down from a logger, as `logging.Logger.callHandlers` hands it on."""
-        if self.ranks is not None and record.levelno < logging.WARNING and current_position().rank not in self.ranks:
+        if self.ranks is not None and record.levelno < logging.WARNING and current_rank() not in self.ranks:
             return False
         others = list(handlers_above(logging.getLogger(record.name)))
         if self not in others:

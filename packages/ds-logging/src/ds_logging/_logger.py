@@ -21,7 +21,7 @@ from ds_logging import _compiled
 from ds_logging._formatters import fill_rank
 from ds_logging._handlers import LogHandler, handlers_above, our_handler, takes
 from ds_logging._levels import parse_level
-from ds_logging._rank import current_position
+from ds_logging._rank import current_rank
 from ds_logging._settings import any_set, from_environment, make_handler
 from ds_logging.errors import ArgumentError
 
@@ -66,21 +66,22 @@ class DsLogger(logging.Logger):
         """Say whether a level is on, whatever the rank."""
         if self._disabled:
             return False
-        if not self.level:  # depends on handlers, which come and go without a word
-            return self.manager.disable < level and level >= self.getEffectiveLevel()
-        try:
-            return self._cache[level]  # type: ignore[attr-defined, no-any-return]
-        except KeyError:
+        if self.level:
             return super().isEnabledFor(level)
+        # Depends on handlers, which come and go without a word: not cached.
+        if level < logging.INFO and logging.root.level == logging.WARNING and self.parent is logging.root:
+            return False
+        return self.manager.disable < level and level >= self.getEffectiveLevel()
 
     def isEnabledFor(self, level: int) -> bool:
         """Say whether a record of this level is shown by this rank."""
-        if not self.level_is_on(level):
+        if self._cache.get(level) is False:  # type: ignore[attr-defined]
             return False
-        if level >= logging.WARNING:
-            return True
-        shown = self.shown_ranks
-        return shown is None or current_position().rank in shown
+        if level < logging.WARNING:
+            shown = self.shown_ranks
+            if shown is not None and current_rank() not in shown:
+                return False
+        return self.level_is_on(level)
 
     def findCaller(self, stack_info: bool = False, stacklevel: int = 1) -> tuple[str, int, str, str | None]:
         """Return the place that logged: the nearest frame outside of logging and of this package's log functions."""

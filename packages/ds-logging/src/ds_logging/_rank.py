@@ -29,10 +29,33 @@ class Position(NamedTuple):
 
 
 _module = sys.modules.get
+
+
+def _no_group() -> None:
+    return None
+
+
 # (torch.distributed, its _world, weak reference to the default group, position)
-_group_cache: tuple[Any, Any, Any, Position] = (None, None, None, Position(0, None))
-# (the environment's dictionary, its keys, their raw values, position)
+_group_cache: tuple[Any, Any, Any, Position] = (None, None, _no_group, Position(0, None))
+# (the environment's dictionary, the keys that decided, their raw values, position)
 _environment_cache: tuple[Any, tuple[Any, ...], tuple[Any, ...], Position] = (None, (), (), Position(0, None))
+
+
+class _NoWorld:
+    _default_pg = None
+
+
+# The same for the commonest question: (_world, weak reference to the default group, rank)
+_rank_cache: tuple[Any, Any, int] = (_NoWorld, _no_group, 0)
+
+
+def current_rank() -> int:
+    """Return the rank of `current_position`."""
+    world, reference, rank = _rank_cache
+    group = world._default_pg
+    if group is not None and group is reference():
+        return rank
+    return current_position().rank
 
 
 def current_position(environ: Mapping[str, str] | None = None) -> Position:
@@ -43,28 +66,43 @@ def current_position(environ: Mapping[str, str] | None = None) -> Position:
     """
     dist = _module("torch.distributed")
     if dist is not None:
-        known, world, group, position = _group_cache
-        if known is dist:
-            current = world.default_pg
-            if current is not None and current is group():
+        known, world, reference, position = _group_cache
+        if known is not dist:
+            found = _group_position(dist)
+            if found is not None:
+                return found
+        else:
+            group = world._default_pg
+            if group is not None:
+                return position if group is reference() else _group_position(dist) or position
+    if environ is not None:
+        return _read(environ)
+    known, keys, values, position = _environment_cache
+    # os.environ.get() encodes and decodes at every call; its dictionary of raw values does not.
+    data = getattr(os.environ, "_data", None)
+    if known is not None and data is known:
+        if len(keys) == 2:  # a launcher that is asked first: the usual case
+            if values[0] == data.get(keys[0]) and values[1] == data.get(keys[1]):
                 return position
-        initialized = _group_position(dist)
-        if initialized is not None:
-            return initialized
-    return _environment_position() if environ is None else _read(environ)
+        elif values == tuple(map(data.get, keys)):
+            return position
+    return _environment_position(data)
 
 
 def _group_position(dist: Any) -> Position | None:
-    global _group_cache
+    global _group_cache, _rank_cache
     # getattr: torch may be half imported, or built without torch.distributed.
     is_initialized = getattr(dist, "is_initialized", None)
-    if is_initialized is None or not is_initialized():
+    if is_initialized is None:
         return None
-    position = Position(dist.get_rank(), dist.get_world_size())
-    world = getattr(_module("torch.distributed.distributed_c10d"), "_world", None)
-    current = getattr(world, "default_pg", None)
-    if current is not None and current is getattr(getattr(dist, "group", None), "WORLD", None):
-        _group_cache = (dist, world, weakref.ref(current), position)
+    position = Position(dist.get_rank(), dist.get_world_size()) if is_initialized() else None
+    c10d = _module("torch.distributed.distributed_c10d")
+    world = getattr(c10d, "_world", None)
+    if hasattr(world, "_default_pg") and getattr(c10d, "is_initialized", None) is is_initialized:
+        group = world._default_pg
+        reference = _no_group if group is None else weakref.ref(group)
+        _group_cache = (dist, world, reference, position or Position(0, None))
+        _rank_cache = (world, reference, position.rank if position is not None else 0)
     return position
 
 
@@ -78,23 +116,17 @@ def group_rank(group: Any) -> int:
     return -1 if isinstance(group, int) else int(dist.get_rank(group))  # an int: new_group's GroupMember.NON_GROUP_MEMBER
 
 
-def _environment_position() -> Position:
+def _environment_position(data: Any) -> Position:
     global _environment_cache
-    # os.environ.get() encodes and decodes at every call; its dictionary of raw values does not.
-    data = getattr(os.environ, "_data", None)
-    if data is None:
-        return _read(os.environ)
-    known, keys, values, position = _environment_cache
-    if known is data and values == tuple(map(data.get, keys)):
-        return position
     position = _read(os.environ)
     names: list[str] = []
     for launcher in LAUNCHERS:
         names += [name for name in (launcher.rank, launcher.size) if name is not None]
         if _number(os.environ, launcher.rank) is not None:
             break
-    keys = tuple(map(os.environ.encodekey, names))  # type: ignore[attr-defined]
-    _environment_cache = (data, keys, tuple(map(data.get, keys)), position)
+    if data is not None:
+        keys = tuple(map(os.environ.encodekey, names))  # type: ignore[attr-defined]
+        _environment_cache = (data, keys, tuple(map(data.get, keys)), position)
     return position
 
 

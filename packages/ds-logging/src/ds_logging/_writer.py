@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_logging._rank import current_position, local_rank
+from ds_logging._rank import current_rank, local_rank
 from ds_logging.errors import ArgumentError
 
 PATIENCE = 5.0  # seconds to wait for a descriptor that does not block and is full
@@ -139,7 +139,7 @@ class FileWriter:
 
     def write(self, line: str) -> None:
         """Append a line and its newline."""
-        key = (current_position().rank, os.getpid())
+        key = (current_rank(), os.getpid())
         opened = self._open
         if opened is None or opened[0] != key:
             opened = self._reopen(key)

@@ -22,7 +22,7 @@ from ds_logging._levels import LEVELS as log_levels, get_log_level_from_string, 
 from ds_logging._logger import INTERNAL_FILES, LoggerFactory, logger
 from ds_logging._message import RankedMessage, TaggedText
 from ds_logging._once import Once
-from ds_logging._rank import checked_ranks, current_position, group_rank, is_selected, rank_tag
+from ds_logging._rank import checked_ranks, current_rank, group_rank, is_selected, rank_tag
 from ds_logging.errors import ArgumentError, LogLevelError, RanksError
 
 __all__ = [
@@ -44,12 +44,14 @@ __all__ = [
 
 INTERNAL_FILES.add(__file__)
 _once = Once()
+# What logging remembers of the logger's level: no entry, True or False. It is emptied where a level changes.
+_cached_level = logger._cache.get  # type: ignore[attr-defined]
 # A conversion of %-formatting. The flag " " is left out: "50% done" is no placeholder.
 _PLACEHOLDER = re.compile(r"(?<!%)(?:%%)*%(?:\(\w+\))?[#0+-]*(?:\*|\d+)?(?:\.(?:\*|\d+))?[hlL]?[diouxXeEfFgGcrsa]")
 
 
 def _selected(ranks: Iterable[int] | None) -> bool:
-    rank = current_position().rank
+    rank = current_rank()
     if ranks is None:
         shown = logger.shown_ranks
         return shown is None or rank in shown
@@ -58,7 +60,7 @@ def _selected(ranks: Iterable[int] | None) -> bool:
 
 @_compiled.constant
 def _rank_and_tag() -> tuple[int, str]:
-    rank = current_position().rank
+    rank = current_rank()
     return rank, rank_tag(rank)
 
 
@@ -85,7 +87,7 @@ def get_dist_msg(message: object, ranks: Iterable[int] | None = None) -> str | N
     >>> get_dist_msg("hello", ranks=[1]) is None
     True
     """
-    return TaggedText(f"{rank_tag(current_position().rank)}{message}") if _selected(ranks) else None
+    return TaggedText(f"{rank_tag(current_rank())}{message}") if _selected(ranks) else None
 
 
 def _traced_log_dist(
@@ -108,11 +110,11 @@ def _traced_log_dist(
 def _show_log_dist(context: Any) -> None:
     message, args = _compiled.local(context, "message"), _compiled.local_args(context)
     ranks, level = _compiled.local(context, "ranks"), _compiled.local(context, "level")
-    if isinstance(message, str):
+    if args:
         args, ranks, level = _positional(message, args, ranks, level)
     number = parse_level(level)
     if logger.level_is_on(number) and _selected(ranks):
-        _compiled.show_traced(logger, number, message, args, INTERNAL_FILES, rank_tag(current_position().rank))
+        _compiled.show_traced(logger, number, message, args, INTERNAL_FILES, rank_tag(current_rank()))
 
 
 @_compiled.traced_as(_traced_log_dist)
@@ -167,18 +169,23 @@ def log_dist(
             )  # fmt: skip
         return
     if group is None and ranks is None:
-        if not logger.level_is_on(number):
+        if _cached_level(number) is False:
             return
-        rank = current_position().rank
+        rank = current_rank()
         shown = logger.shown_ranks
         if shown is not None and rank not in shown:
             return
     else:
-        rank = current_position().rank
-        if ranks is not None and not isinstance(ranks, (list, tuple)):
+        rank = current_rank()
+        if group is None and type(ranks) is list and len(ranks) == 1 and type(ranks[0]) is int and ranks[0] >= 0:
+            if ranks[0] != rank:
+                return
+        elif ranks is not None and not isinstance(ranks, (list, tuple)):
             ranks = _listed(ranks)
-        if not is_selected(ranks, rank if group is None else group_rank(group)) or not logger.level_is_on(number):
+        if not is_selected(ranks, rank if group is None else group_rank(group)):
             return
+    if _cached_level(number) is False or not logger.level_is_on(number):
+        return
     if once and not _once.first(("log_dist", _key(message, args), repr(ranks), number)):
         return
     text = RankedMessage(rank_tag(rank), message, args)
@@ -284,11 +291,9 @@ def warning_once(*args: Any, **kwargs: Any) -> None:
         args: the message and its ``%`` arguments; they need not be hashable.
         kwargs: as for ``logger.warning``.
     """
-    if not logger.isEnabledFor(logging.WARNING):
+    if len(args) == 1 and type(args[0]) is str and args[0] in _once:
         return
-    if len(args) == 1 and args[0].__class__ is str and args[0] in _once:
-        return
-    if _once.first(_warning_key(args)):
+    if logger.isEnabledFor(logging.WARNING) and _once.first(_warning_key(args)):
         logger.warning(*args, **kwargs)
 
 
@@ -343,7 +348,7 @@ def print_json_dist(
         raise ArgumentError(f"message={message!r} is no mapping; give a dict")
     if not selected:
         return
-    rank = current_position().rank
+    rank = current_rank()
     try:
         text = json.dumps({**message, "rank": rank})
     except (TypeError, ValueError) as error:
@@ -414,4 +419,4 @@ _compiled.ignore(log_dist_once, lambda args: _show_traced_once(*args))
 
 def _show_traced_once(message: object = "", *args: Any) -> None:
     if logger.level_is_on(logging.INFO) and _selected(None):
-        _compiled.show_traced(logger, logging.INFO, message, args, INTERNAL_FILES, rank_tag(current_position().rank))
+        _compiled.show_traced(logger, logging.INFO, message, args, INTERNAL_FILES, rank_tag(current_rank()))
