@@ -158,6 +158,8 @@ class Hook:
         """What was issued, oldest first. An operation is appended before its method is called."""
         self.spans: dict[int, Span] = {}
         """The innermost open span of each thread, by its identifier."""
+        self.on_time_out: Callable[[], None] | None = None
+        """Called when a wait has timed out, before the error goes on."""
         self._capturing: set[int] = set()
         """Threads that capture a CUDA graph: what they issue does not happen now, and its replays do not pass here."""
         self._functions: list[tuple[Callable[[Any], None], Any]] = []  # how to put one back, and what
@@ -307,8 +309,10 @@ class Hook:
                 if seen:
                     operation.latency_ms = (time.time_ns() - operation.began_ns) / 1e6
                 return finished
-            except BaseException:
+            except BaseException as error:
                 operation.failed = True
+                if self.on_time_out is not None and _is_time_out(error):
+                    self.on_time_out()
                 raise
             finally:
                 operation.over = True
@@ -323,6 +327,11 @@ def _noting_capture(original: Callable[..., Any], note: Callable[[int], None]) -
         return original(*args, **kwargs)
 
     return noted
+
+
+def _is_time_out(error: BaseException) -> bool:
+    text = str(error).lower()  # torch has no error class for it
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
 def _note_in_span(operation: Issued, span: Span | None) -> None:

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -81,6 +82,9 @@ class Recorder:
         self._stopped = threading.Event()
         self._lock = threading.RLock()
         self._collecting = False
+        self._last: deque[Operation] = deque(maxlen=256)  # of those that the logs got
+        self.on_time_out: Callable[[], None] | None = None
+        """Called on the thread whose wait for an operation has timed out, before the error goes on."""
         self.lost = 0
         """Operations that torch's ring dropped before they were read, and that Python did not issue either."""
 
@@ -103,6 +107,7 @@ class Recorder:
                 self._rings = rings(c10d)
                 for ring in self._rings:
                     ring.skip()
+                self._hook.on_time_out = self._timed_out
                 self._hook.install()
                 self.lost = 0
                 self._stopped = threading.Event()
@@ -130,6 +135,7 @@ class Recorder:
         self._counts.clear()
         self._timed_groups.clear()
         self._backends.clear()
+        self._last.clear()
 
     def after_fork(self) -> None:
         """Record nothing in a forked child: it has neither the thread nor the process groups."""
@@ -210,8 +216,18 @@ class Recorder:
 
     def in_flight(self) -> list[Operation]:
         """Return the operations that were seen and are not over, oldest first."""
+        return [operation for operation in self.latest() if not operation.completed]
+
+    def latest(self) -> list[Operation]:
+        """Return the last operations, over or not, oldest first."""
         self.collect()
-        return sorted((one.operation for one in list(self._joined)), key=lambda operation: operation.started_ns)
+        inside = [self._operation(call, None) for call in list(self._calls)]  # waiting within the call itself
+        everything = [*list(self._last), *(one.operation for one in list(self._joined)), *inside]
+        return sorted(everything, key=lambda operation: operation.started_ns)
+
+    def _timed_out(self) -> None:
+        if self.on_time_out is not None:
+            self.on_time_out()
 
     def _join(self, hook: Hook, final: bool) -> None:
         self._look_at_groups()
@@ -269,6 +285,11 @@ class Recorder:
                 entry.over = entry.retired = True
 
     def _add(self, call: Issued | None, entry: Entry | None) -> None:
+        operation = self._operation(call, entry)
+        operation.sequence = self._sequence(operation, call, entry)
+        self._joined.append(_Joined(operation, call, entry))
+
+    def _operation(self, call: Issued | None, entry: Entry | None) -> Operation:
         if call is not None:
             group, description = call.group.group_name, call.group.group_desc
             kind, began, thread = call.kind, call.began_ns, call.thread
@@ -281,37 +302,33 @@ class Recorder:
         elif entry is not None:
             nbytes, dtype = entry.nbytes, entry.dtype
         ranks = self._ranks_of(group)
-        peer = ranks[call.peer] if call is not None and call.peer is not None and ranks else None
-        operation = Operation(
+        return Operation(
             kind=kind,
             group=f"{group}:{description}" if description and description != "undefined" else group,
             ranks=ranks,
-            sequence=self._sequence(kind, group, peer, entry, call),
+            sequence=None,
             nbytes=nbytes,
             dtype=dtype,
             started_ns=began,
             latency_ms=None,
             completed=False,
             name=kind,
-            peer=peer,
+            peer=ranks[call.peer] if call is not None and call.peer is not None and ranks else None,
             step=step_at(began),
             thread=thread,
         )
-        self._joined.append(_Joined(operation, call, entry))
 
-    def _sequence(
-        self, kind: str, group: str, peer: int | None, entry: Entry | None, call: Issued | None
-    ) -> int | None:
-        if kind in ("send", "recv"):
-            if peer is None:
+    def _sequence(self, operation: Operation, call: Issued | None, entry: Entry | None) -> int | None:
+        if operation.kind in ("send", "recv"):
+            if operation.peer is None:
                 return None
-            key: tuple[object, ...] = (group, kind, peer)
+            key: tuple[object, ...] = (operation.group, operation.kind, operation.peer)
         elif entry is not None:
             return entry.sequence
-        elif kind in UNNUMBERED or call is None or self._backends.get(call.group.name()):
+        elif operation.kind in UNNUMBERED or call is None or self._backends.get(call.group.name()):
             return None  # torch numbers the collectives of this backend, and did not number this one
         else:
-            key = (group,)
+            key = (operation.group,)
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key]
 
@@ -332,6 +349,7 @@ class Recorder:
                 operation.name = call.span.name or operation.name
             if call is not None and call.name is not None:
                 operation.name = call.name
+            self._last.append(operation)
             for sink in self._sinks:
                 sink(operation)
         self._joined = still
@@ -359,6 +377,7 @@ class Recorder:
             self._ranks.clear()
             self._counts.clear()
             self._timed_groups.clear()
+            self._last.clear()
         if not self._timing:
             return
         for group, name in _known_groups().items():

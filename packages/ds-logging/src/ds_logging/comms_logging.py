@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 import threading
 import time
@@ -29,6 +31,7 @@ from ds_logging._comms_recorder import recorder
 from ds_logging._comms_table import straggler_table, summary_table
 from ds_logging._compiling import is_compiling
 from ds_logging._device_timer import DeviceTimer, choose_device
+from ds_logging._hang_watch import HangWatch
 from ds_logging._op_stats import OpKey, OpStats, by_record, summarize_all
 from ds_logging._op_table import OpTable
 from ds_logging._operation import Operation
@@ -68,6 +71,10 @@ class CommsLogger:
         max_names: how many record names are told apart; further ones are counted under ``"(other)"``.
         history: how many of the last operations are kept one by one, for `to_jsonl`, `to_perfetto` and `stragglers`.
         timing: ask the backend to measure operations on the device where it offers that (NCCL: two events each).
+        hang_after: seconds after which an operation that is not over counts as a hang: then one rank logs what `explain`
+            says, at ERROR. ``None``: only where a wait times out.
+        hang_signal: a signal at which this process writes what `explain` says to standard error, also while its main
+            thread is stuck in a collective; a handler that the program has for it runs as ever. ``None``: none.
 
     >>> comms = CommsLogger()
     >>> comms.append("all_reduce", "all_reduce", latency=2.0, msg_size=1_000_000, group_size=4)
@@ -83,11 +90,15 @@ class CommsLogger:
         max_names: int = 1024,
         history: int = 10_000,
         timing: bool = True,
+        hang_after: float | None = None,
+        hang_signal: int | None = getattr(signal, "SIGUSR1", None),
     ) -> None:
         counts = {"window": window, "max_sizes": max_sizes, "max_names": max_names, "history": history}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{name}={value!r}: give an integer, 1 or more")
+        if hang_after is not None and not 0 < hang_after < math.inf:
+            raise ArgumentError(f"hang_after={hang_after!r}: give seconds, more than 0, or None")
         self.prof_all = True
         self.prof_ops: list[str] = []
         self.verbose = False
@@ -101,6 +112,7 @@ class CommsLogger:
         self._timer = DeviceTimer()
         self._lock = threading.RLock()
         self._folding = False
+        self._watch = HangWatch(hang_after=hang_after, hang_signal=hang_signal)
 
     # ---- recording
 
@@ -114,11 +126,13 @@ class CommsLogger:
             self._recording = True
             self._began_ns = time.time_ns()
             _timeline.begin()
-            recorder.add(self._note, timing=self._timing)
+            if recorder.add(self._note, timing=self._timing):
+                self._watch.start()
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. The last log that stops puts torch back as it was."""
         if self._recording:
+            self._watch.stop()
             recorder.remove(self._note)
             _timeline.end()
             self._recording = False
@@ -283,6 +297,17 @@ class CommsLogger:
         if self.debug:
             name = f"{name} | [Caller Func: {get_caller_func(2)}]"
         return _Timed(self, OpKey(name, raw_name, size, n), choose_device(device))
+
+    def explain(self, timeout: float | None = None) -> str:
+        """Say who waits for whom: which ranks entered which operation of which group, and which did not.
+
+        Any rank may call it alone, from any thread, while others are stuck. Ranks that record answer from a thread,
+        through the store; one that does not answer is named, too.
+
+        Args:
+            timeout: seconds to wait for the answers, 3 unless given.
+        """
+        return self._watch.explain(timeout)
 
     # ---- results
 
