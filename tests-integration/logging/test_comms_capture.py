@@ -18,10 +18,7 @@ pytest.importorskip("torch")
 def recorded(comms):
     """Count what was recorded by (record name, bytes of one operation, dtype, group, ranks)."""
     return Counter(
-        {
-            (s.key.record_name, s.key.msg_size, s.key.dtype, s.key.group, s.key.ranks): s.count
-            for s in comms._snapshot()
-        }
+        {(s.key.record_name, s.key.msg_size, s.key.dtype, s.key.group, s.key.ranks): s.count for s in comms._snapshot()}
     )
 
 
@@ -96,7 +93,8 @@ def every_call(rank):
 def test_every_call_of_torch_is_recorded_with_its_size_dtype_and_group():
     first, second = run_ranks(every_call, 2)
     assert len(first) == len(second) > 15
-    shared = [[one for one in side if one[2] not in ("send", "recv") and "alone" not in one[0]] for side in (first, second)]
+    lone = ("send", "recv")
+    shared = [[one for one in side if one[2] not in lone and "alone" not in one[0]] for side in (first, second)]
     assert shared[0] == shared[1]  # (group, sequence) names the same operation on both ranks
 
 

@@ -1,16 +1,16 @@
 """Notes every operation that Python code gives to a process group, however it imported the function that does so.
 
-``torch.distributed``'s functions, FSDP2, DeepSpeed and pipelines end in a method of ``ProcessGroup``, so these methods are
-replaced while a communication log records, and put back afterwards. What C++ issues by itself (DDP's reducer, functional
-collectives, compiled code) does not pass here; ``_flight_recorder`` sees it. Here is what that one lacks: point-to-point
-operations and barriers of gloo, the host's time of operations that have no device, and the issuing thread.
+``torch.distributed``'s functions, FSDP2, DeepSpeed and pipelines end in a method of ``ProcessGroup``, so these methods
+are replaced while a communication log records, and put back afterwards. What C++ issues by itself (DDP's reducer,
+functional collectives, compiled code) does not pass here; ``_flight_recorder`` sees it. Here is what that one lacks:
+point-to-point operations and barriers of gloo, the host's time of operations without a device, and the issuing thread.
 
-[Note: composite] Functions for objects and ``batch_isend_irecv`` are made of several operations. Each part is one operation
-of the group, and counts as such; the call counts besides, under its own name, with the bytes of its parts.
+[Note: composite] Functions for objects and ``batch_isend_irecv`` are made of several operations. Each part is one
+operation of the group, and counts as such; the call counts besides, under its own name, with the bytes of its parts.
 
-[Note: host time] ``Work.wait`` of an operation on the CPU returns when it is over. So the end is known exactly where the
-caller had to wait. Where the operation was over before, its end was not seen, and no time is made up: it counts, without a
-latency. On CUDA ``wait`` orders streams only; there the flight recorder has the device's own time.
+[Note: host time] ``Work.wait`` of an operation on the CPU returns when it is over. So the end is known exactly where
+the caller had to wait. Where the operation was over before, its end was not seen, and no time is made up: it counts,
+without a latency. On CUDA ``wait`` orders streams only; there the flight recorder has the device's own time.
 """
 
 from __future__ import annotations
@@ -92,10 +92,7 @@ class Issued:
         group: the ``ProcessGroup``.
         kind: the operation's canonical name.
         nbytes, dtype: of this rank's share; -1 and "" where the arguments do not tell.
-        on_host: whether its end can be seen from the host, see [Note: composite] Functions for objects and ``batch_isend_irecv`` are made of several operations. Each part is one operation
-of the group, and counts as such; the call counts besides, under its own name, with the bytes of its parts.
-
-[Note: host time].
+        on_host: whether its end can be seen from the host, see [Note: host time].
         peer: group rank of the other side of a point-to-point operation.
         began_ns, returned_ns: ``time.time_ns()`` around the call; ``returned_ns`` is 0 until it returned.
         thread: identifier of the calling thread.
@@ -251,7 +248,8 @@ class Hook:
         module: Any = sys.modules["torch.distributed.distributed_c10d"]
         function = getattr(module, name, None)
         inner = getattr(function, "__wrapped__", None)
-        cell: Any = next((cell for cell in getattr(function, "__closure__", None) or () if cell.cell_contents is inner), None)
+        closure: tuple[Any, ...] = getattr(function, "__closure__", None) or ()
+        cell = next((cell for cell in closure if cell.cell_contents is inner), None)
         if inner is not None and cell is not None:  # torch's own wrapper calls what is in the cell, whoever imported it
             self._functions.append((functools.partial(setattr, cell, "cell_contents"), inner))
             cell.cell_contents = self._noting_composite(inner, name)

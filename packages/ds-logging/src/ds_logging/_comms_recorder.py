@@ -357,7 +357,7 @@ class Recorder:
     def not_seen(self) -> list[str]:
         """Return what this torch cannot show, a sentence each."""
         found = [
-            f"torch keeps no record of the operations of {backend}: those that C++ issues (DDP, compiled code) are not seen"
+            f"torch keeps no record of operations of {backend}: those that C++ issues (DDP, compiled code) are not seen"
             for backend, shown in sorted(self._backends.items())
             if not shown
         ]

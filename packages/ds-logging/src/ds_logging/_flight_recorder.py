@@ -170,6 +170,4 @@ def _nbytes(sizes: Iterable[Iterable[int]], dtypes: list[str]) -> int:
     if not dtypes:
         return 0
     # torch 2.6 names one dtype for a list of tensors; sizes are one tuple a tensor.
-    return sum(
-        math.prod(size) * _BYTES.get(dtypes[min(index, len(dtypes) - 1)], 1) for index, size in enumerate(sizes)
-    )
+    return sum(math.prod(size) * _BYTES.get(dtypes[min(index, len(dtypes) - 1)], 1) for index, size in enumerate(sizes))

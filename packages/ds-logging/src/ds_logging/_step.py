@@ -15,7 +15,7 @@ _MOST_KEPT = 4096
 def set_step(step: int | None) -> None:
     """Say which training step begins. JSON lines, the communication log and its timeline name it from now on.
 
-    It is of the process, not of a thread: a step's backward and its data loading run on other threads. No communication.
+    It is of the process, not of a thread: backward passes and data loading run on other threads. No communication.
 
     Args:
         step: 0 or more, or ``None`` outside training.

@@ -62,7 +62,7 @@ class CommsLogger:
     of waiting. Where nobody saw an operation end, it is counted without a latency. What torch cannot show is named by
     `summary` under ``"not_seen"``.
 
-    The attributes ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time. Threads may share it.
+    ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time. Threads may share it.
 
     Args:
         window: how many latencies are kept for each kind of operation, see [Note: window] in ``_op_stats``.
@@ -71,8 +71,8 @@ class CommsLogger:
         max_names: how many record names are told apart; further ones are counted under ``"(other)"``.
         history: how many of the last operations are kept one by one, for `to_jsonl`, `to_perfetto` and `stragglers`.
         timing: ask the backend to measure operations on the device where it offers that (NCCL: two events each).
-        hang_after: seconds after which an operation that is not over counts as a hang: then one rank logs what `explain`
-            says, at ERROR. ``None``: only where a wait times out.
+        hang_after: seconds after which an operation that is not over counts as a hang: then one rank logs what
+            `explain` says, at ERROR. ``None``: only where a wait times out.
         hang_signal: a signal at which this process writes what `explain` says to standard error, also while its main
             thread is stuck in a collective; a handler that the program has for it runs as ever. ``None``: none.
 
@@ -269,8 +269,8 @@ class CommsLogger:
 
         What torch.distributed issues in the block is recorded as ever, with its own size, group and time, also where it
         is asynchronous; ``record_name`` is its name. Of a block without such an operation the block itself is timed: on
-        CUDA by two events on the current stream, which the host does not wait for. A block that raises is counted without
-        a latency. A block that is captured into a CUDA graph, or compiled by torch.compile, is not counted.
+        CUDA by two events on the current stream, which the host does not wait for. A block that raises is counted
+        without a latency. A block that is captured into a CUDA graph, or compiled by torch.compile, is not counted.
 
         Args:
             raw_name: the operation.
