@@ -78,7 +78,12 @@ def test_an_operation_is_a_slice_with_its_arguments(tmp_path):
     assert (first["name"], first["pid"], first["ts"], first["dur"]) == ("all_reduce", 3, 0.0, 2000.0)
     assert (second["ts"], second["dur"], second["tid"]) == (3000.0, 1000.0, first["tid"])
     assert first["args"] == {
-        "kind": "all_reduce", "sequence": 1, "bytes": 10**6, "dtype": "float32", "step": 7, "ranks": [0, 1],
+        "kind": "all_reduce",
+        "sequence": 1,
+        "bytes": 10**6,
+        "dtype": "float32",
+        "step": 7,
+        "ranks": [0, 1],
         "busbw_gbps": pytest.approx(10**6 * 8 / 2e-3 / 1e9),
     }
     assert trace["otherData"]["start_time_ns"] == START + 5 * MS

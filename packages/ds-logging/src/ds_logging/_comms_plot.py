@@ -48,7 +48,7 @@ def plot_bandwidth(
         sizes, rates, counts = zip(*points, strict=True)
         color = f"C{number % 10}"
         axes.plot(sizes, rates, "-" if number < 10 else "--", color=color, label=label, linewidth=1.5)
-        axes.scatter(sizes, rates, s=[20 + 25 * math.log10(count) for count in counts], color=color, zorder=3)
+        axes.scatter(sizes, rates, s=[8 + 14 * math.log10(count) for count in counts], color=color, zorder=3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: convert_size(size)))
