@@ -1,11 +1,11 @@
 """Rank-aware logging, NVTX ranges and a communication log for PyTorch training.
 
 Importing this package prints nothing, adds no handler and imports neither torch nor CUDA. The modules ``logging``,
-``comms_logging`` and ``nvtx`` hold every name of the modules of the same name in ``deepspeed.utils``; their functions
-and classes are here, too. The switch ``enable_nvtx`` is not: assign ``ds_logging.nvtx.enable_nvtx``.
+``comms_logging``, ``nvtx`` and ``timer`` hold every name of the modules of the same name in ``deepspeed.utils``; their
+functions and classes are here, too. The switch ``enable_nvtx`` is not: assign ``ds_logging.nvtx.enable_nvtx``.
 """
 
-from ds_logging import comms_logging, logging, nvtx
+from ds_logging import comms_logging, logging, nvtx, timer
 from ds_logging.__about__ import __version__
 from ds_logging._configure import configure
 from ds_logging._handlers import RankFilter
@@ -16,6 +16,7 @@ from ds_logging.errors import (
     MissingExtraError,
     RanksError,
     ReadOnlyError,
+    TimerError,
     UnknownOperationError,
 )
 from ds_logging.logging import (
@@ -34,17 +35,23 @@ from ds_logging.logging import (
     warning_once,
 )
 from ds_logging.nvtx import NvtxBackend, instrument_w_nvtx
+from ds_logging.timer import CudaEventTimer, NoopTimer, SynchronizedWallClockTimer, ThroughputTimer, trim_mean
 
 __all__ = [
     "ArgumentError",
     "CommsLogger",
+    "CudaEventTimer",
     "LogLevelError",
     "LoggerFactory",
     "MissingExtraError",
+    "NoopTimer",
     "NvtxBackend",
     "RankFilter",
     "RanksError",
     "ReadOnlyError",
+    "SynchronizedWallClockTimer",
+    "ThroughputTimer",
+    "TimerError",
     "UnknownOperationError",
     "__version__",
     "calc_bw_log",
@@ -67,6 +74,8 @@ __all__ = [
     "print_rank_0",
     "set_log_level_from_string",
     "should_log_le",
+    "timer",
+    "trim_mean",
     "warning_once",
 ]
 

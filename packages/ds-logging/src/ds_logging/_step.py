@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import time
+
 from ds_logging.errors import ArgumentError
 
 _step: int | None = None
+_begun: list[tuple[int, int | None]] = []  # (time.time_ns() at set_step, the step), the last ones
+_MOST_KEPT = 4096
 
 
 def set_step(step: int | None) -> None:
@@ -22,6 +27,20 @@ def set_step(step: int | None) -> None:
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise ArgumentError(f"step={step!r}: give the number of the step, 0 or more, or None outside training")
     _step = step
+    _begun.append((time.time_ns(), step))
+    if len(_begun) > _MOST_KEPT:
+        del _begun[: _MOST_KEPT // 2]
+
+
+def step_at(moment_ns: int) -> int | None:
+    """Return the step that was the current one at ``moment_ns`` (``time.time_ns``)."""
+    place = bisect.bisect_right(_begun, moment_ns, key=lambda one: one[0])
+    return _begun[place - 1][1] if place else None
+
+
+def begun_steps() -> list[tuple[int, int | None]]:
+    """Return when (``time.time_ns``) the last steps were set, oldest first."""
+    return list(_begun)
 
 
 def current_step() -> int | None:
