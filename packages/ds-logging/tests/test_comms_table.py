@@ -66,16 +66,20 @@ def test_no_line_is_too_long():
 
 
 def test_straggler_table_is_one_screen_too():
-    everyone = [
-        {OpKey(f"op{number}", "all_reduce", 8, 50): (1, [1.0 + number + r])} for number in range(1) for r in (0,)
-    ]
-    everyone[0].update({OpKey(f"op{number}" * 9, "all_reduce", 8, 50): (1, [1.0]) for number in range(100)})
-    everyone += [{} for _ in range(49)]
+    names = [f"op{number}" * 9 for number in range(100)]
+    everyone = [{OpKey(name, "all_reduce", 8, 50): (1, [1.0]) for name in names}, *({} for _ in range(49))]
     lines = straggler_table(analyze(0, everyone)).splitlines()
     assert len(lines) <= MAX_LINES
     assert max(map(len, lines)) <= MAX_WIDTH
     assert "1-49" in lines[1]
     assert lines[-1].startswith("... and ")
+
+
+def test_a_long_name_keeps_its_end():
+    (row,) = rows_of(stats("all_reduce" + "x" * 200, dtype="bfloat16"))
+    assert row.startswith("all_reduce")
+    assert "x bfloat16 " in row
+    assert len(row) <= MAX_WIDTH
 
 
 def test_who_waited_longest_is_first():

@@ -123,4 +123,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[i
 
 
 def _clip(text: str, width: int) -> str:
-    return text.ljust(width) if len(text) <= width else text[: width - 3] + "..."
+    if len(text) <= width:
+        return text.ljust(width)
+    tail = (width - 3) // 2  # the end of a name with its dtype tells as much as its beginning
+    return f"{text[: width - 3 - tail]}...{text[-tail:]}" if tail else text[:width]
