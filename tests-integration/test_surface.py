@@ -42,7 +42,7 @@ NEWEST_ONLY = {
     "groups._create_expert_and_data_parallel": "after 0.18.9 three parameters came before the last of its two",
     "logging.LoggerFactory.create_logger": "after 0.16.9 the default level is WARNING, not INFO",
 }
-# The modules of deepspeed.utils whose names the contracts do not hold; this project offers those of timer and zero_to_fp32.
+# The modules of deepspeed.utils whose names the contracts do not hold; timer and zero_to_fp32 are offered here.
 OTHER_MODULES = {
     "bwc": "old names of Megatron's mpu, for DeepSpeed's groups",
     "config": "a section of DeepSpeed's configuration file",
