@@ -5,11 +5,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ds_logging._levels import LEVEL_VARIABLE
-from ds_logging._logger import fallback, logger
-from ds_logging._rank import LAUNCHERS
+from ds_logging import _settings
+from ds_logging._launchers import LAUNCHERS
+from ds_logging._logger import DsLogger, logger
 
-VARIABLES = [LEVEL_VARIABLE, *(name for pair in LAUNCHERS for name in pair if name is not None)]
+VARIABLES = [
+    *_settings.VARIABLES,
+    "NO_COLOR",
+    *(name for launcher in LAUNCHERS for name in launcher[1:] if name is not None),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +25,9 @@ def untouched(monkeypatch):
     handlers, level = list(logger.handlers), logger.level
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
+    logger.shown_ranks, logger.problems = DsLogger.shown_ranks, ()
     yield
-    fallback.step_back()
+    logger.shown_ranks, logger.problems = DsLogger.shown_ranks, ()
     logger.handlers[:] = handlers
     logger.setLevel(level)
 

@@ -60,15 +60,16 @@ def test_every_error_class_is_listed():
     assert classes == set(errors.__all__)
 
 
-# The names and parameters that callers of deepspeed.utils.<module> rely on.
+# The names and parameters that callers of deepspeed.utils.<module> rely on. `log_dist(message, ranks, level)`, by
+# position, goes through *args; see test_logging.py.
 CONTRACT = {
     "logging": {
         "warning_once": "*args **kwargs",
         "print_configuration": "args name",
         "get_dist_msg": "message ranks=None",
-        "log_dist": "message ranks=None level=20",
+        "log_dist": "message *args",
         "print_dist": "message ranks=None",
-        "log_dist_once": "message ranks=None level=20",
+        "log_dist_once": "message *args",
         "print_json_dist": "message ranks=None path=None",
         "get_log_level_from_string": "log_level_str",
         "set_log_level_from_string": "log_level_str custom_logger=None",

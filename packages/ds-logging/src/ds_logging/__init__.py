@@ -9,6 +9,7 @@ from ds_logging import comms_logging, logging, nvtx, timer
 from ds_logging.__about__ import __version__
 from ds_logging._configure import configure
 from ds_logging._handlers import RankFilter
+from ds_logging._step import current_step, set_step
 from ds_logging.comms_logging import CommsLogger, calc_bw_log, convert_size, get_caller_func, print_rank_0
 from ds_logging.errors import (
     ArgumentError,
@@ -58,6 +59,7 @@ __all__ = [
     "comms_logging",
     "configure",
     "convert_size",
+    "current_step",
     "get_caller_func",
     "get_current_level",
     "get_dist_msg",
@@ -73,6 +75,7 @@ __all__ = [
     "print_json_dist",
     "print_rank_0",
     "set_log_level_from_string",
+    "set_step",
     "should_log_le",
     "timer",
     "trim_mean",

@@ -15,11 +15,14 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_logging._formatters import DEFAULT_FORMAT, fill_rank
 from ds_logging._rank import current_rank
 from ds_logging._writer import FileWriter, StreamWriter
+
+if TYPE_CHECKING:
+    from ds_logging._collapse import Collapser
 
 
 class RankFilter(logging.Filter):
@@ -61,7 +64,7 @@ class LogHandler(logging.Handler):
         self.rich = rich
         self.explicit = explicit
         self.ranks = ranks  # who shows what is below WARNING; None is everybody
-        self.collapser: Any = None
+        self.collapser: Collapser | None = None
         self.console_formatter: Callable[[], logging.Formatter | None] = lambda: None
         self.before_first: Callable[[], None] | None = None
         self.setFormatter(logging.Formatter(DEFAULT_FORMAT))
@@ -127,7 +130,9 @@ class LogHandler(logging.Handler):
             sys.stderr.write(f"ds_logging: the line of {place} was not written: {type(error).__name__}: {error}\n")
 
     def close(self) -> None:
-        """Close the file; a later line opens it again."""
+        """Show what is held back and close the file; a later line opens it again."""
+        if self.collapser is not None:
+            self.collapser.finish()
         if self.file is not None:
             self.file.close()
         super().close()

@@ -41,8 +41,9 @@ class RankedMessage:
     def __str__(self) -> str:
         return self._tag + self.text()
 
-    __repr__ = __str__
-    # A record that goes to another process is text.
+    def __repr__(self) -> str:
+        return f"<message of {self._tag.strip('[] ')}>"  # formats nothing: a debugger may ask
 
+    # A record that goes to another process is text.
     def __reduce__(self) -> tuple[Any, ...]:
         return TaggedText, (str(self),)

@@ -113,7 +113,9 @@ def group_rank(group: Any) -> int:
     dist = _module("torch.distributed")
     if dist is None or not isinstance(group, (int, dist.ProcessGroup)):
         raise ArgumentError(f"group={group!r} is no process group of torch.distributed")
-    return -1 if isinstance(group, int) else int(dist.get_rank(group))  # an int: new_group's GroupMember.NON_GROUP_MEMBER
+    return (
+        -1 if isinstance(group, int) else int(dist.get_rank(group))
+    )  # an int: new_group's GroupMember.NON_GROUP_MEMBER
 
 
 def _environment_position(data: Any) -> Position:

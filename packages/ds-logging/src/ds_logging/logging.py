@@ -244,8 +244,10 @@ def _traced_log_dist_once(
     *args: Any,
     ranks: Iterable[int] | None = None,
     level: int | str = logging.INFO,
+    group: object = None,
+    exc_info: Any = None,
+    extra: Mapping[str, object] | None = None,
     stacklevel: int = 1,
-    **kwargs: Any,
 ) -> None:
     from torch._dynamo.comptime import comptime
 
@@ -258,14 +260,25 @@ def log_dist_once(
     *args: Any,
     ranks: Iterable[int] | None = None,
     level: int | str = logging.INFO,
+    group: Any = None,
+    exc_info: Any = None,
+    extra: Mapping[str, object] | None = None,
     stacklevel: int = 1,
-    **kwargs: Any,
 ) -> None:
     """Like `log_dist`, but the same message, ranks and level are logged once in a process.
 
     A message counts as logged only when it was: not while its level is off.
     """
-    log_dist(message, *args, ranks=ranks, level=level, once=True, stacklevel=stacklevel, **kwargs)
+    if ranks is None and group is None and not args and type(level) is int and level >= 0:  # as in log_dist
+        if _cached_level(level) is False:
+            return
+        shown = logger.shown_ranks
+        if shown is not None and current_rank() not in shown:
+            return
+    log_dist(
+        message, *args, ranks=ranks, level=level, once=True, group=group,
+        exc_info=exc_info, extra=extra, stacklevel=stacklevel,
+    )  # fmt: skip
 
 
 def _traced_warning_once(*args: Any, **kwargs: Any) -> None:
