@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ds_logging import _settings
+from ds_logging import _settings, comms_logging
 from ds_logging._launchers import LAUNCHERS
 from ds_logging._logger import DsLogger, logger
 
@@ -27,6 +27,8 @@ def untouched(monkeypatch):
     logger.setLevel(logging.NOTSET)
     logger.shown_ranks, logger.problems = DsLogger.shown_ranks, ()
     yield
+    for log in list(comms_logging._logs):
+        log.stop()
     logger.shown_ranks, logger.problems = DsLogger.shown_ranks, ()
     logger.handlers[:] = handlers
     logger.setLevel(level)

@@ -15,9 +15,7 @@ from ds_logging.errors import ArgumentError
 
 @pytest.fixture
 def comms():
-    made = CommsLogger()
-    yield made
-    made.stop()
+    return CommsLogger()
 
 
 def test_defaults(comms):

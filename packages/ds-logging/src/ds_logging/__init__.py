@@ -10,7 +10,15 @@ from ds_logging.__about__ import __version__
 from ds_logging._configure import configure
 from ds_logging._handlers import RankFilter
 from ds_logging._step import current_step, set_step
-from ds_logging.comms_logging import CommsLogger, calc_bw_log, convert_size, get_caller_func, print_rank_0
+from ds_logging.comms_logging import (
+    CommsLogger,
+    GroupReport,
+    Wait,
+    calc_bw_log,
+    convert_size,
+    get_caller_func,
+    print_rank_0,
+)
 from ds_logging.errors import (
     ArgumentError,
     LogLevelError,
@@ -42,6 +50,7 @@ __all__ = [
     "ArgumentError",
     "CommsLogger",
     "CudaEventTimer",
+    "GroupReport",
     "LogLevelError",
     "LoggerFactory",
     "MissingExtraError",
@@ -54,6 +63,7 @@ __all__ = [
     "ThroughputTimer",
     "TimerError",
     "UnknownOperationError",
+    "Wait",
     "__version__",
     "calc_bw_log",
     "comms_logging",

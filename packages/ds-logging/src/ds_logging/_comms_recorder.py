@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -457,5 +456,4 @@ def _c10d() -> Any:
 
 
 recorder = Recorder()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=recorder.after_fork)
+"""The one of this process."""

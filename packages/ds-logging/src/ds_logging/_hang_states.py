@@ -60,11 +60,7 @@ class RankState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RankState:
         """Return the state that `to_json` wrote."""
-        operations = []
-        for fields in data["operations"]:
-            ranks = fields["ranks"]
-            operations.append(Operation(**{**fields, "ranks": None if ranks is None else tuple(ranks)}))
-        return cls(tuple(operations), data["now_ns"], data["error"])
+        return cls(tuple(map(Operation.from_json, data["operations"])), data["now_ns"], data["error"])
 
 
 @dataclass(frozen=True, slots=True)

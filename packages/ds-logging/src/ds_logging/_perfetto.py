@@ -13,40 +13,16 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ds_logging._bandwidth import bandwidth, rule_of
 from ds_logging._files import write_atomically
 from ds_logging._operation import Operation
+from ds_logging._step import Step
+from ds_logging._timeline import LogRecord, Range
 
 Event = dict[str, Any]
-
-
-class Range(NamedTuple):
-    """A range of code, such as an NVTX range. Times are ``time.time_ns()``."""
-
-    name: str
-    start_ns: int
-    end_ns: int
-    thread: int
-
-
-class LogRecord(NamedTuple):
-    """A record of the log."""
-
-    time_ns: int
-    level: str
-    message: str
-    thread: int = 0
-    step: int | None = None
-
-
-class Step(NamedTuple):
-    """The moment at which a training step began."""
-
-    number: int
-    time_ns: int
 
 
 @dataclass(slots=True)
@@ -59,6 +35,22 @@ class Timeline:
     records: Sequence[LogRecord] = ()
     steps: Sequence[Step] = ()
     host: str = field(default_factory=socket.gethostname)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads, of JSON's types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Timeline:
+        """Return the timeline whose `to_json` went through JSON."""
+        return cls(
+            fields["rank"],
+            [Operation.from_json(one) for one in fields["operations"]],
+            [Range(*one) for one in fields["ranges"]],
+            [LogRecord(*one) for one in fields["records"]],
+            [Step(*one) for one in fields["steps"]],
+            fields["host"],
+        )
 
 
 def to_perfetto(path: str | os.PathLike[str], timelines: Iterable[Timeline]) -> None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import bisect
 import time
+from typing import NamedTuple
 
 from ds_logging.errors import ArgumentError
+
+
+class Step(NamedTuple):
+    """A training step and the moment at which it began, as ``time.time_ns`` gives it."""
+
+    number: int
+    time_ns: int
+
 
 _step: int | None = None
 _begun: list[tuple[int, int | None]] = []  # (time.time_ns() at set_step, the step), the last ones
@@ -38,9 +47,9 @@ def step_at(moment_ns: int) -> int | None:
     return _begun[place - 1][1] if place else None
 
 
-def begun_steps() -> list[tuple[int, int | None]]:
-    """Return when (``time.time_ns``) the last steps were set, oldest first."""
-    return list(_begun)
+def begun_steps() -> list[Step]:
+    """Return the last steps that were set, oldest first."""
+    return [Step(step, moment) for moment, step in list(_begun) if step is not None]
 
 
 def current_step() -> int | None:

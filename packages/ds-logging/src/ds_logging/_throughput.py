@@ -61,7 +61,7 @@ class ThroughputTimer:
         self.global_step_count = 0
         self._psutil = _import_psutil() if monitor_memory else None
         self._running: Interval | None = None
-        self._pending = DeviceTimer(limit=WINDOW)
+        self._pending = DeviceTimer()
         self._measured_steps = 0
         self._step = 0  # counts the measured steps that were begun
         self._folded = (0, 0.0)  # the step that the last folded interval is of, and its milliseconds

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ds_logging._step import current_step
+
 RangeListener = Callable[[str, int, int, int], None]
 """Called at the end of a range with its name, its start and its end (``time.time_ns``), and its thread's identifier."""
 
@@ -16,27 +18,27 @@ listener: RangeListener | None = None
 MOST_KEPT = 10_000
 
 
-class TimedRange(NamedTuple):
-    """An NVTX range that ended. Times as ``time.time_ns`` gives them."""
+class Range(NamedTuple):
+    """A range of code, such as an NVTX range. Times as ``time.time_ns`` gives them."""
 
     name: str
-    started_ns: int
-    ended_ns: int
+    start_ns: int
+    end_ns: int
     thread: int
 
 
-class TimedRecord(NamedTuple):
-    """A log record. The time is as ``time.time_ns`` gives it."""
+class LogRecord(NamedTuple):
+    """A record of the log. The time is as ``time.time_ns`` gives it."""
 
-    moment_ns: int
+    time_ns: int
     level: str
-    logger: str
     message: str
-    thread: int
+    thread: int = 0
+    step: int | None = None
 
 
-ranges: deque[TimedRange] = deque(maxlen=MOST_KEPT)
-records: deque[TimedRecord] = deque(maxlen=MOST_KEPT)
+ranges: deque[Range] = deque(maxlen=MOST_KEPT)
+records: deque[LogRecord] = deque(maxlen=MOST_KEPT)
 _logs = 0
 
 
@@ -49,8 +51,9 @@ class _RecordKeeper(logging.NullHandler):
             message = record.getMessage()
         except Exception as error:  # the handler that shows the record reports it
             message = f"{record.msg!r} ({type(error).__name__})"
-        moment = int(record.created * 1e9)
-        records.append(TimedRecord(moment, record.levelname, record.name, message, record.thread or 0))
+        moment, step = int(record.created * 1e9), getattr(record, "step", None)
+        step = current_step() if step is None else step
+        records.append(LogRecord(moment, record.levelname, message, record.thread or 0, step))
         return True
 
 
@@ -78,4 +81,4 @@ def end() -> None:
 
 
 def _keep_range(name: str, started_ns: int, ended_ns: int, thread: int) -> None:
-    ranges.append(TimedRange(name, started_ns, ended_ns, thread))
+    ranges.append(Range(name, started_ns, ended_ns, thread))

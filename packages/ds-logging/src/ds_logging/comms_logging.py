@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_logging import _timeline
 from ds_logging._bandwidth import (
@@ -27,20 +30,37 @@ from ds_logging._bandwidth import (
 from ds_logging._caller import get_caller_func
 from ds_logging._comms_config import operation_names, read_options
 from ds_logging._comms_dict import CommsDict
+from ds_logging._comms_jsonl import to_jsonl
+from ds_logging._comms_plot import plot_bandwidth
 from ds_logging._comms_recorder import recorder
 from ds_logging._comms_table import straggler_table, summary_table
 from ds_logging._compiling import is_compiling
 from ds_logging._device_timer import DeviceTimer, choose_device
+from ds_logging._exchange import decode, encode, gather_bytes
 from ds_logging._hang_watch import HangWatch
-from ds_logging._op_stats import OpKey, OpStats, by_record, summarize_all
+from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, summarize_all
 from ds_logging._op_table import OpTable
 from ds_logging._operation import Operation
+from ds_logging._perfetto import Timeline, to_perfetto
 from ds_logging._rank import current_position
+from ds_logging._step import begun_steps
 from ds_logging._straggler import analyze, exchange
+from ds_logging._straggler_report import GroupReport, Wait, straggler_report
 from ds_logging.errors import ArgumentError
 from ds_logging.logging import log_dist, warning_once
 
-__all__ = ["CommsLogger", "calc_bw_log", "convert_size", "get_caller_func", "print_rank_0"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CommsLogger",
+    "GroupReport",
+    "Wait",
+    "calc_bw_log",
+    "convert_size",
+    "get_caller_func",
+    "print_rank_0",
+]
 
 _FOLD_AFTER = 256  # operations that wait to be counted
 
@@ -105,6 +125,7 @@ class CommsLogger:
         self.debug = False
         self._timing = timing
         self._recording = False
+        self._attached = False  # to torch; False also while it records, in a process without torch
         self._began_ns = 0
         self._seen: deque[tuple[OpKey, float | None]] = deque()  # not counted yet; appending needs no lock
         self._history: deque[Operation] = deque(maxlen=history)
@@ -113,6 +134,7 @@ class CommsLogger:
         self._lock = threading.RLock()
         self._folding = False
         self._watch = HangWatch(hang_after=hang_after, hang_signal=hang_signal)
+        _logs.add(self)
 
     # ---- recording
 
@@ -125,17 +147,19 @@ class CommsLogger:
         if not self._recording:
             self._recording = True
             self._began_ns = time.time_ns()
-            _timeline.begin()
-            if recorder.add(self._note, timing=self._timing):
+            self._attached = recorder.add(self._note, timing=self._timing)
+            if self._attached:
+                _timeline.begin()
                 self._watch.start()
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. The last log that stops puts torch back as it was."""
         if self._recording:
-            self._watch.stop()
-            recorder.remove(self._note)
-            _timeline.end()
-            self._recording = False
+            if self._attached:
+                self._watch.stop()
+                recorder.remove(self._note)
+                _timeline.end()
+            self._recording = self._attached = False
 
     def __enter__(self) -> CommsLogger:
         self.start()
@@ -185,6 +209,14 @@ class CommsLogger:
         """Take these operations out of ``prof_ops``."""
         dropped = operation_names(op_name_list, "op_name_list")
         self.prof_ops = [name for name in self.prof_ops if name not in dropped]
+
+    def _after_fork(self) -> None:
+        """Record nothing in a forked child: it has neither the threads nor the process groups of its parent."""
+        self._lock = threading.RLock()  # a thread that the child does not have may hold the old one
+        self._folding = False
+        if self._attached:
+            _timeline.end()
+        self._recording = self._attached = False
 
     def _note(self, operation: Operation) -> None:
         if not (self.prof_all or operation.name in self.prof_ops or operation.kind in self.prof_ops):
@@ -379,6 +411,102 @@ class CommsLogger:
         """
         return summarize_all(self._snapshot()).get(operation_name)
 
+    def summary(self, *, merge: bool = True, show: bool = True) -> dict[str, Any]:
+        """Return what was counted, of all ranks together, and log a table of at most one screen on rank 0.
+
+        Args:
+            merge: join the ranks. **All ranks of the default group must call it then**; it makes one exchange. Without
+                it, or without a process group, this rank stands alone, and any rank may call.
+            show: log the table, at INFO.
+
+        Returns:
+            ``{"world_size", "operations", "records", "not_seen"}``. ``records`` is {record name: {message size:
+            statistics}} as in `log_all`; its counts are of all ranks, so a collective of n ranks counts n times.
+            ``not_seen`` names what torch could not show to some rank, a sentence each.
+        """
+        snapshot, not_seen = self._snapshot(), recorder.not_seen()
+        everyone: list[Any] = [[[one.to_json() for one in snapshot], not_seen]]
+        if merge:
+            everyone = self._exchange(everyone[0])
+        stats = merge_stats([OpStats.from_json(one) for one in each] for each, _ in everyone)
+        records = summarize_all(stats)
+        unseen = list(dict.fromkeys(text for _, texts in everyone for text in texts))
+        if show:
+            rest = "".join(f"\nnot seen: {text}" for text in unseen)
+            log_dist(f"communication of {len(everyone)} ranks\n{summary_table(records)}{rest}", stacklevel=2)
+        return {
+            "world_size": len(everyone),
+            "operations": sum(one.count for one in stats),
+            "records": records,
+            "not_seen": unseen,
+        }
+
+    def stragglers(self) -> list[GroupReport]:
+        """Return who waited how long for whom, a report for each process group, that with most waiting first.
+
+        The last operations that each rank keeps are compared by (group, sequence). Waits are differences of durations,
+        so the ranks' clocks need not agree. **All ranks of the default group must call it**; it makes one exchange.
+        """
+        self._snapshot()
+        everyone = self._exchange([asdict(operation) for operation in list(self._history)])
+        return straggler_report({rank: map(Operation.from_json, given) for rank, given in enumerate(everyone)})
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write a line for every kind of operation and one for each of the last operations of this rank.
+
+        No communication. The file appears whole or not at all.
+
+        Args:
+            path: the file; ``{rank}`` in it becomes this rank. Ranks that write one path overwrite each other.
+        """
+        snapshot = self._snapshot()
+        path = os.fspath(path).replace("{rank}", str(current_position().rank))
+        to_jsonl(path, list(self._history), snapshot)
+
+    def to_perfetto(self, path: str | os.PathLike[str], *, merge: bool = True) -> None:
+        """Write the last operations, NVTX ranges, log records and steps as a trace that ui.perfetto.dev opens.
+
+        Ranges are those of functions that `instrument_w_nvtx` decorated while a log recorded, or while a tool is
+        attached, and of its blocks; records are those of the logger "ds" and of all below it.
+
+        Args:
+            path: the file; ``{rank}`` in it becomes this rank.
+            merge: write one file of all ranks, on rank 0. **All ranks of the default group must call it then**; it
+                makes one exchange. Without it each rank writes its own, so ``path`` needs ``{rank}``.
+        """
+        self._snapshot()
+        began, rank = self._began_ns, current_position().rank
+        own = Timeline(
+            rank,
+            list(self._history),
+            [one for one in list(_timeline.ranges) if one.start_ns >= began],
+            [one for one in list(_timeline.records) if one.time_ns >= began],
+            [one for one in begun_steps() if one.time_ns >= began],
+        )
+        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json())] if merge else [own]
+        if rank == 0 or not merge:
+            to_perfetto(os.fspath(path).replace("{rank}", str(rank)), timelines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw this rank's bus bandwidth by message size, a line for each operation of each group. No communication.
+
+        Args:
+            path: where to save the picture; ``{rank}`` in it becomes this rank. ``None`` saves nothing.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed (``pip install ds-logging[plot]``).
+        """
+        if path is not None:
+            path = os.fspath(path).replace("{rank}", str(current_position().rank))
+        return plot_bandwidth(self._snapshot(), path)
+
+    def _exchange(self, own: object) -> list[Any]:
+        with recorder.span(hidden=True):  # the exchange is none of the program's operations
+            return [decode(given) for given in gather_bytes(encode(own))]
+
     def log_all(
         self, print_log: bool = True, show_straggler: bool = False, return_dict: bool = False
     ) -> dict[str, Any] | None:
@@ -455,3 +583,14 @@ class _Timed:
         elif not self._captured:
             self._end.record()
             log._timer.add(self._start, self._end, lambda milliseconds: log._count(key, milliseconds))
+
+
+def _after_fork() -> None:
+    recorder.after_fork()
+    for log in list(_logs):
+        log._after_fork()
+
+
+_logs: weakref.WeakSet[CommsLogger] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

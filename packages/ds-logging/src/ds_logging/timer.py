@@ -107,7 +107,7 @@ class SynchronizedWallClockTimer:
             self._running: Interval | None = None
             self._total = 0.0  # ms
             self._records: deque[float] = deque(maxlen=WINDOW)  # ms
-            self._pending = DeviceTimer(limit=WINDOW)
+            self._pending = DeviceTimer()
 
         @property
         def started_(self) -> bool:
