@@ -41,7 +41,7 @@ REST, LONG_REST = 20, 100
 It rests long where Python issued everything: then nothing is lost but sequence numbers and the device's times.
 """
 SETTLE_SECONDS = 1.0
-"""A report waits so long, at most, for torch's watchdog to note the device's time of what is over."""
+"""A report waits so long, at most, for the device's times; a quarter of it for the ends of what C++ issued."""
 UNNUMBERED = frozenset({"send", "recv", "barrier", *COMPOSITES})
 """What torch gives no number among a group's collectives, or not always."""
 MOST_WAITING = 50_000
@@ -185,13 +185,24 @@ class Recorder:
     # ---- joining
 
     def settle(self, *, final: bool = False) -> None:
-        """`collect`, and wait a moment for the device's times of operations that are over."""
-        deadline = time.monotonic() + SETTLE_SECONDS
+        """`collect`, and wait a moment for what torch notes a little after an operation has ended.
+
+        Its watchdog notes the device's time; a thread of gloo notes the end of what C++ issued and waited for.
+        """
         self.collect()
-        while self._timing and any(map(_awaits_time, list(self._joined))) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        began = time.monotonic()
+        while self._is_late(time.monotonic() - began):
+            time.sleep(0.01)
             self.collect()
         self.collect(final=final, untimed=True)
+
+    def _is_late(self, waited: float) -> bool:
+        timed = self._timing and waited < SETTLE_SECONDS
+        ended = waited < SETTLE_SECONDS / 4
+        return any(
+            (timed and _awaits_time(one)) or (ended and one.call is None and not one.operation.completed)
+            for one in list(self._joined)
+        )
 
     def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0) -> None:
         """Join what there is and give the operations that are over to the sinks.
