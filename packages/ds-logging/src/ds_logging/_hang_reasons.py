@@ -159,8 +159,8 @@ class _Survey:
             longest = max(waiting, key=lambda rank: self._waited(entered[rank], rank))
             text = (
                 f"Every rank of group {group.name} entered {_name(example)} ({_size(example)}){passed}, and "
-                f"{_wait(waiting)}, rank {longest} for {self._waited(entered[longest], longest):.0f} s: for the "
-                f"network or the device."
+                f"{_wait(waiting)} for the network or the device "
+                f"(rank {longest} for {self._waited(entered[longest], longest):.0f} s)."
             )
             yield Finding("network", (), waiting, group.name, sequence, text)
 
