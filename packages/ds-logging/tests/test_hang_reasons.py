@@ -65,6 +65,15 @@ def test_many_ranks_behind_are_said_in_one_sentence():
     assert "Ranks 100-1023 never entered" in found.text
 
 
+def test_scattered_ranks_are_said_in_short():
+    ranks = tuple(range(1024))
+    states = {rank: state(op(ranks=ranks)) if rank % 8 else state() for rank in ranks}
+    found = only(states, "behind")
+    assert found.ranks == ranks[::8]
+    assert found.text.startswith("Ranks 0, 8, 16, 24, 32, 40, ..., 1016 (128 ranks) never entered all_reduce 812")
+    assert len(found.text) < 300
+
+
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_another_operation_at_the_same_place(odd):
     states = {rank: state(op("broadcast" if rank == odd else "all_reduce")) for rank in range(3)}

@@ -25,3 +25,10 @@ def test_a_state_is_small_and_has_what_is_in_flight():
     assert len(kept) < 60
     assert ("tp", 7) in {(one.group, one.sequence) for one in kept}
     assert {("tp", 999), ("dp", 0), ("dp", 499)} <= {(one.group, one.sequence) for one in kept}
+
+
+def test_a_state_is_small_in_a_large_job():
+    ranks = tuple(range(8192))
+    text = json.dumps(RankState(tuple(op(sequence=number, ranks=ranks) for number in range(10)), NOW).to_json())
+    assert len(text) < 4000
+    assert RankState.from_json(json.loads(text)).operations[3].ranks == ranks

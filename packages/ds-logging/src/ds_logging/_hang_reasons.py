@@ -18,6 +18,7 @@ from ds_logging._hang_states import RankState
 from ds_logging._operation import Operation
 
 MAX_FINDINGS = 25
+_RUNS = 8  # of ranks that a sentence names
 _PAIRED = {"send": "recv", "recv": "send"}
 _PARTIAL = ("batch_isend_irecv", "send_object_list", "recv_object_list")  # not every rank of the group takes part
 _UNEVEN = ("all_to_all", "gather", "scatter", "barrier", "coalesced")  # ranks may pass in different numbers of bytes
@@ -354,7 +355,11 @@ def _size(op: Operation) -> str:
 def _ranks(ranks: Iterable[int], *, capital: bool = True) -> str:
     several = sorted(set(ranks))
     word = "rank" if len(several) == 1 else "ranks"
-    return f"{word.capitalize() if capital else word} {format_ranks(several)}"
+    runs = format_ranks(several).split(", ")
+    if len(runs) > _RUNS:
+        runs[_RUNS - 2 : -1] = ["..."]
+        runs[-1] += f" ({len(several)} ranks)"
+    return f"{word.capitalize() if capital else word} {', '.join(runs)}"
 
 
 def _wait(ranks: Iterable[int], *, name: bool = True) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ds_logging._operation import Operation
+from ds_logging._operations_json import read_operations, write_operations
 
 _KEPT = 8  # operations of a group that a state names, beside those in flight
 _KEPT_IN_FLIGHT = 32
@@ -32,16 +33,12 @@ class RankState:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads, of JSON's types only."""
-        return {"operations": [asdict(op) for op in self.operations], "now_ns": self.now_ns, "error": self.error}
+        return {**write_operations(self.operations), "now_ns": self.now_ns, "error": self.error}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RankState:
         """Return the state that `to_json` wrote."""
-        operations = []
-        for fields in data["operations"]:
-            ranks = fields["ranks"]
-            operations.append(Operation(**{**fields, "ranks": None if ranks is None else tuple(ranks)}))
-        return cls(tuple(operations), data["now_ns"], data["error"])
+        return cls(tuple(read_operations(data)), data["now_ns"], data["error"])
 
 
 def state_of(operations: Iterable[Operation], now_ns: int) -> RankState:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ds_logging._bandwidth import bandwidth, rule_of
 from ds_logging._files import write_atomically
 from ds_logging._operation import Operation
+from ds_logging._operations_json import read_operations, write_operations
 
 Event = dict[str, Any]
 
@@ -59,6 +60,23 @@ class Timeline:
     records: Sequence[LogRecord] = ()
     steps: Sequence[Step] = ()
     host: str = field(default_factory=socket.gethostname)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads, of JSON's types only."""
+        events = {"ranges": [*self.ranges], "records": [*self.records], "steps": [*self.steps]}
+        return {**write_operations(self.operations), **events, "rank": self.rank, "host": self.host}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timeline:
+        """Return the timeline that `to_json` wrote, on this rank or another one."""
+        return cls(
+            data["rank"],
+            read_operations(data),
+            [Range(*one) for one in data["ranges"]],
+            [LogRecord(*one) for one in data["records"]],
+            [Step(*one) for one in data["steps"]],
+            data["host"],
+        )
 
 
 def to_perfetto(path: str | os.PathLike[str], timelines: Iterable[Timeline]) -> None:
