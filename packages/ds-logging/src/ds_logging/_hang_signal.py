@@ -86,7 +86,7 @@ class SignalListener:
         self._thread = self._sender = self._receiver = None
 
     def forget(self) -> None:
-        """Listen no more in a forked child, whose signals are not its parent's (a data loader's worker gets them too)."""
+        """Listen no more, in a forked child: its signals are not its parent's (workers of a data loader get some)."""
         if self._sender is not None:
             current = signal.set_wakeup_fd(-1)
             if current not in (-1, self._sender.fileno()):
