@@ -38,7 +38,7 @@ def read_state():
                 group=f"{name}:{description}",
                 ranks=(0, 1, 2),
                 sequence=entry["collective_seq_id"],
-                nbytes=elements,
+                nbytes=4 * elements,
                 dtype=",".join(entry["input_dtypes"]),
                 started_ns=entry["time_created_ns"],
                 latency_ms=None,
@@ -70,8 +70,9 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def in_flight():
-    return any(not op.completed for op in read_state().operations)
+def in_second():
+    """Say whether this rank is in the second operation. The recorder may learn late that the first one is over."""
+    return any(op.sequence == 2 and not op.completed for op in read_state().operations)
 
 
 def hang_until(rank, folder, act):
@@ -86,7 +87,7 @@ def hang_until(rank, folder, act):
     dist.all_reduce(tensor)  # one that works
 
     def when_waiting():
-        wait_for(in_flight)
+        wait_for(in_second)
         act()
 
     if rank == 2:

@@ -181,3 +181,26 @@ assert found == [False]
 """
     )
     assert "main thread" in done.stderr
+
+
+def test_a_forked_child_does_not_wake_its_parent(run_script):
+    run_script(
+        START
+        + """
+import warnings
+assert listener.start()
+r, w = os.pipe()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # fork beside a thread
+    child = os.fork()
+if child == 0:
+    assert signal.set_wakeup_fd(-1) == -1
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert not came.wait(0.2)
+send()
+assert came.wait(20)
+listener.stop()
+"""
+    )

@@ -4,7 +4,7 @@ import statistics
 from collections import deque
 
 import pytest
-from ds_logging._op_stats import OpKey, OpStats, merge, summarize, summarize_all, trimmed_mean
+from ds_logging._op_stats import OpKey, OpStats, merge, pack, summarize, summarize_all, trimmed_mean, unpack
 from ds_logging.comms_logging import calc_bw_log
 
 
@@ -122,6 +122,19 @@ def test_json_round_trip():
     assert again.to_json() == stats.to_json()
     assert again.key == stats.key
     assert summarize([again]) == summarize([stats])
+
+
+def test_packing_names_the_ranks_of_a_group_once():
+    world = tuple(range(1000))
+    snapshot = [filled([1.0, None], size=size) for size in range(50)]
+    for stats in snapshot[:-1]:
+        stats.key = stats.key._replace(ranks=world, group="0", dtype="float32")
+    text = json.dumps(pack(snapshot))
+    assert "[0, 1000, 1]" in text
+    assert "998" not in text
+    again = unpack(json.loads(text))
+    assert [json.dumps(stats.to_json()) for stats in again] == [json.dumps(stats.to_json()) for stats in snapshot]
+    assert [stats.key for stats in again] == [stats.key for stats in snapshot]
 
 
 def test_merging_ranks_is_counting_all_at_once():

@@ -159,6 +159,15 @@ def test_ranges_records_and_steps(tmp_path):
     assert (events["step 4"]["ph"], events["step 4"]["s"], events["step 4"]["args"]) == ("i", "p", {"step": 4})
 
 
+def test_a_timeline_travels_as_json():
+    timeline = Timeline(
+        *(5, [op(0), op(1, None, ranks=None, done=False, step=3)], [Range("r", 1, 2, 3)]),
+        *([LogRecord(1, "INFO", "x", 2)], [Step(1, 2)], "node7"),
+    )
+    again = Timeline.from_json(json.loads(json.dumps(timeline.to_json())))
+    assert again == timeline
+
+
 def test_nothing_is_a_trace_too(tmp_path):
     assert check_structure(load(tmp_path)) == []
     assert check_structure(load(tmp_path, Timeline(0))) == []

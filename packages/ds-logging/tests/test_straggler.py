@@ -189,7 +189,7 @@ def test_one_exchange_whatever_the_keys(monkeypatch, keys):
 
     def gather_bytes(data):
         calls.append(data)
-        return [data, encode({"groups": [], "rows": []})]
+        return [data, encode({"ranks": [], "rows": []})]
 
     monkeypatch.setattr("ds_logging._straggler.gather_bytes", gather_bytes)
     monkeypatch.setitem(sys.modules, "torch.distributed", SimpleNamespace(get_rank=lambda: 0))

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from ds_logging._hang_reasons import explain_states
 from ds_logging._hang_signal import SignalListener
-from ds_logging._hang_states import RankState, explain_states
+from ds_logging._hang_states import RankState
 from ds_logging._logger import logger
 from ds_logging._operation import Operation
 from ds_logging.errors import ArgumentError

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
@@ -40,6 +41,7 @@ class SignalListener:
         self._receiver: socket.socket | None = None
         self._sender: socket.socket | None = None
         self._thread: threading.Thread | None = None
+        _listeners.add(self)
 
     def start(self) -> bool:
         """Listen, and say whether it is possible: on the main thread, where no C code has taken the signal."""
@@ -83,6 +85,14 @@ class SignalListener:
         self._receiver.close()
         self._thread = self._sender = self._receiver = None
 
+    def forget(self) -> None:
+        """Listen no more, in a forked child: its signals are not its parent's (workers of a data loader get some)."""
+        if self._sender is not None:
+            current = signal.set_wakeup_fd(-1)
+            if current not in (-1, self._sender.fileno()):
+                signal.set_wakeup_fd(current)
+        self._thread = self._sender = self._receiver = None
+
     def _listen(self) -> None:
         receiver = self._receiver
         assert receiver is not None
@@ -98,6 +108,18 @@ class SignalListener:
                     os.write(self._old_fd, numbers)
             if self._number in numbers:
                 self._callback()
+
+
+_listeners: weakref.WeakSet[SignalListener] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for listener in list(_listeners):
+        listener.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _caught_in_c(number: int) -> bool:

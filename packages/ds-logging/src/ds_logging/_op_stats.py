@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ds_logging._bandwidth import bandwidth, convert_size, rule_of
 from ds_logging._histogram import Histogram
+from ds_logging._rank_sets import RankSets, read_rank_sets
 
 PERCENTILES = (50, 90, 99)
 
@@ -86,6 +87,25 @@ class OpStats:
         key = key._replace(ranks=None if key.ranks is None else tuple(key.ranks))
         sums = (data["count"], data["total_bytes"], data["timed_bytes"], Histogram.from_json(data["latencies"]))
         return cls(key, deque(data["recent"]), *sums)
+
+
+def pack(snapshot: Iterable[OpStats]) -> dict[str, Any]:
+    """Return what `unpack` reads, of JSON's types only. The ranks of a group are written once, not once a key."""
+    sets = RankSets()
+    rows = [
+        {**stats.to_json(), "key": [*stats.key._replace(ranks=None)], "ranks": sets.number(stats.key.ranks)}
+        for stats in snapshot
+    ]
+    return {"ranks": sets.to_json(), "rows": rows}
+
+
+def unpack(packed: Mapping[str, Any]) -> list[OpStats]:
+    """Return the statistics that `pack` wrote."""
+    sets = read_rank_sets(packed["ranks"])
+    found = [OpStats.from_json(row) for row in packed["rows"]]
+    for stats, row in zip(found, packed["rows"], strict=True):
+        stats.key = stats.key._replace(ranks=sets[row["ranks"]])
+    return found
 
 
 def merge(snapshots: Iterable[Iterable[OpStats]]) -> list[OpStats]:

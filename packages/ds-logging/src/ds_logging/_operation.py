@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(slots=True)
@@ -45,9 +43,3 @@ class Operation:
     peer: int | None = None
     step: int | None = None
     thread: int = 0
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Operation:
-        """Return the operation whose ``dataclasses.asdict`` went through JSON."""
-        ranks = fields["ranks"]
-        return cls(**{**fields, "ranks": None if ranks is None else tuple(ranks)})

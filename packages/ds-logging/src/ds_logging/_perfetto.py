@@ -13,12 +13,13 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ds_logging._bandwidth import bandwidth, rule_of
 from ds_logging._files import write_atomically
 from ds_logging._operation import Operation
+from ds_logging._operations_json import read_operations, write_operations
 from ds_logging._step import Step
 from ds_logging._timeline import LogRecord, Range
 
@@ -38,18 +39,19 @@ class Timeline:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads, of JSON's types only."""
-        return asdict(self)
+        events = {"ranges": [*self.ranges], "records": [*self.records], "steps": [*self.steps]}
+        return {**write_operations(self.operations), **events, "rank": self.rank, "host": self.host}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Timeline:
-        """Return the timeline whose `to_json` went through JSON."""
+    def from_json(cls, data: Mapping[str, Any]) -> Timeline:
+        """Return the timeline that `to_json` wrote, on this rank or another one."""
         return cls(
-            fields["rank"],
-            [Operation.from_json(one) for one in fields["operations"]],
-            [Range(*one) for one in fields["ranges"]],
-            [LogRecord(*one) for one in fields["records"]],
-            [Step(*one) for one in fields["steps"]],
-            fields["host"],
+            data["rank"],
+            read_operations(data),
+            [Range(*one) for one in data["ranges"]],
+            [LogRecord(*one) for one in data["records"]],
+            [Step(*one) for one in data["steps"]],
+            data["host"],
         )
 
 

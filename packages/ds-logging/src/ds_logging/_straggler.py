@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ds_logging._bandwidth import canonical_name, convert_size
 from ds_logging._exchange import decode, encode, gather_bytes
 from ds_logging._op_stats import OpKey, OpStats, trimmed_mean
+from ds_logging._rank_sets import RankSets, read_rank_sets
 
 # How many operations there were, and the last latencies in ms (``None``: unknown).
 Report = Mapping[OpKey, tuple[int, Sequence["float | None"]]]
@@ -41,18 +42,17 @@ def exchange(snapshot: Iterable[OpStats]) -> tuple[int, list[Report]]:
 
 
 def _pack(snapshot: Iterable[OpStats]) -> dict[str, Any]:
-    # A group of a thousand ranks has hundreds of keys: its ranks are written once.
-    groups: dict[tuple[int, ...] | None, int] = {}
+    sets = RankSets()
     rows = [
-        [*stats.key._replace(ranks=None), groups.setdefault(stats.key.ranks, len(groups)), stats.count, [*stats.recent]]
+        [*stats.key._replace(ranks=None), sets.number(stats.key.ranks), stats.count, [*stats.recent]]
         for stats in snapshot
     ]
-    return {"groups": list(groups), "rows": rows}
+    return {"ranks": sets.to_json(), "rows": rows}
 
 
 def _unpack(packed: Mapping[str, Any]) -> Report:
-    groups = [None if ranks is None else tuple(ranks) for ranks in packed["groups"]]
-    return {OpKey(*key)._replace(ranks=groups[which]): (count, row) for *key, which, count, row in packed["rows"]}
+    sets = read_rank_sets(packed["ranks"])
+    return {OpKey(*key)._replace(ranks=sets[which]): (count, row) for *key, which, count, row in packed["rows"]}
 
 
 class Match(NamedTuple):

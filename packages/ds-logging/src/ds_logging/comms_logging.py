@@ -12,7 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +40,7 @@ from ds_logging._hang_watch import HangWatch
 from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, summarize_all
 from ds_logging._op_table import OpTable
 from ds_logging._operation import Operation
+from ds_logging._operations_json import read_operations, write_operations
 from ds_logging._perfetto import Timeline, to_perfetto
 from ds_logging._rank import current_position
 from ds_logging._step import begun_steps
@@ -448,8 +448,8 @@ class CommsLogger:
         so the ranks' clocks need not agree. **All ranks of the default group must call it**; it makes one exchange.
         """
         self._snapshot()
-        everyone = self._exchange([asdict(operation) for operation in list(self._history)])
-        return straggler_report({rank: map(Operation.from_json, given) for rank, given in enumerate(everyone)})
+        everyone = self._exchange(write_operations(list(self._history)))
+        return straggler_report({rank: read_operations(given) for rank, given in enumerate(everyone)})
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write a line for every kind of operation and one for each of the last operations of this rank.
