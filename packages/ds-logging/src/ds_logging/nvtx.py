@@ -140,9 +140,10 @@ def instrument_w_nvtx(
     communication log records its timeline, functions are wrapped too, and it gets their ranges.
 
     A range ends when the function raises, too. For async functions and generators it is open while their own body runs,
-    and closed while they are suspended. A class stays a class whose ``__init__`` is ranged, a property stays a property
-    whose functions are. Under ``torch.compile`` nothing is drawn and no graph breaks; as a context manager, write the
-    call in the ``with`` statement, because the compiler enters nothing that was made outside what it compiles.
+    and closed while they are suspended. A class stays the same class with a ranged ``__init__``, an ``nn.Module`` the
+    same module with a ranged ``forward``, a property a property whose functions are ranged. Under ``torch.compile``
+    nothing is drawn and no graph breaks; as a context manager, write the call in the ``with`` statement, because the
+    compiler enters nothing that was made outside what it compiles.
 
     As a context manager in an async function or a generator, it is open over an ``await`` or a ``yield`` in the block:
     ranges of what runs in between are then closed in the wrong order. Decorate the function.
