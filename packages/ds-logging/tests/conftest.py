@@ -9,7 +9,12 @@ from ds_logging._levels import LEVEL_VARIABLE
 from ds_logging._logger import fallback, logger
 from ds_logging._rank import LAUNCHERS
 
-VARIABLES = [LEVEL_VARIABLE, *(name for pair in LAUNCHERS for name in pair if name is not None)]
+VARIABLES = [
+    LEVEL_VARIABLE,
+    "DS_NVTX",
+    "NVTX_INJECTION64_PATH",
+    *(name for pair in LAUNCHERS for name in pair if name is not None),
+]
 
 
 @pytest.fixture(autouse=True)
