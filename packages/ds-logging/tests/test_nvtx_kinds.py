@@ -247,8 +247,17 @@ def test_partial_objects(recorder, ranged):
 
 def test_bound_methods(recorder, ranged):
     class A:
+        async def later(self, x):
+            await asyncio.sleep(0)
+            return x
+
         def method(self):
             return self
+
+    for later in (ranged(A().later, message="l"), ranged(functools.partial(A().later), message="l")):
+        assert asyncio.run(later(1)) == 1
+        assert recorder.events == ["+l", "-"] * 2
+        recorder.events.clear()
 
     a = A()
     method = ranged(a.method, message="m")

@@ -61,11 +61,12 @@ def instrument(func: Any, span_for: SpanFor, switch: ModuleType) -> Any:
         return func
     if inspect.isfunction(func):
         return wrap(func, span, switch)
-    if isinstance(func, functools.partial) and inspect.isfunction(func.func):
-        # Only a partial object of such a function is taken for one by inspect.
+    if isinstance(func, functools.partial):
+        # Only a partial object of a function that suspends is taken for one by inspect.
         suspends = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
         if any(kind(func.func) for kind in suspends):
-            return type(func)(wrap(func.func, span, switch), *func.args, **func.keywords)
+            inner = instrument(func.func, lambda name: span, switch)
+            return type(func)(inner, *func.args, **func.keywords)
     return RangedCallable(func, span, switch)
 
 
