@@ -1,7 +1,8 @@
 """What stands between a record and a terminal or a file.
 
-[Note: once] A record is shown exactly once, in whatever order the application and this package are configured. There is
-one handler of ours, `LogHandler`. It looks at the other handlers that the record reaches, with their levels and filters:
+[Note: once] A record is shown exactly once, in whatever order the application and this package are configured.
+There is one handler of ours, `LogHandler`. It looks at the other handlers that the record reaches, with their levels
+and filters:
 
 * Nobody called `configure`: it is silent for a record that any other handler takes.
 * Somebody did: it writes to its stream unless another handler writes the record to the same stream; for a standard

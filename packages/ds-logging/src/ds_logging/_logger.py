@@ -1,9 +1,9 @@
 """The logger "ds", and what happens where nobody configured logging.
 
-[Note: nothing configured] Under Python's defaults (level WARNING, no handler) an INFO line is shown nowhere. In a script
-whose author configured nothing that is a surprise. So the level of the logger "ds" is INFO while nobody chose one: no
-level of its own, none on the root logger, no handler that takes INFO. And the first record that no handler takes adds a
-`LogHandler`, configured by the environment. Importing adds one only if the environment asks for it.
+[Note: nothing configured] Under Python's defaults (level WARNING, no handler) an INFO line is shown nowhere. In a
+script whose author configured nothing that is a surprise. So the level of the logger "ds" is INFO while nobody chose
+one: no level of its own, none on the root logger, no handler that takes INFO. And the first record that no handler
+takes adds a `LogHandler`, configured by the environment. Importing adds one only if the environment asks for it.
 
 [Note: hidden lines] ``isEnabledFor`` says no on a rank that does not show a line, too. So a hidden line is neither made
 nor formatted, whichever call it was: level and rank are all that is looked at.
@@ -37,7 +37,7 @@ class DsLogger(logging.Logger):
     problems: tuple[str, ...] = ()  # of the environment, not yet reported
     _disabled = False
 
-    @property  # type: ignore[override]
+    @property
     def disabled(self) -> bool:
         """Whether everything is off. ``dictConfig`` and ``fileConfig`` do not set it.
 

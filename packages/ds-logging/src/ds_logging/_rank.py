@@ -97,7 +97,7 @@ def _group_position(dist: Any) -> Position | None:
         return None
     position = Position(dist.get_rank(), dist.get_world_size()) if is_initialized() else None
     c10d = _module("torch.distributed.distributed_c10d")
-    world = getattr(c10d, "_world", None)
+    world: Any = getattr(c10d, "_world", None)
     if hasattr(world, "_default_pg") and getattr(c10d, "is_initialized", None) is is_initialized:
         group = world._default_pg
         reference = _no_group if group is None else weakref.ref(group)
@@ -127,7 +127,7 @@ def _environment_position(data: Any) -> Position:
         if _number(os.environ, launcher.rank) is not None:
             break
     if data is not None:
-        keys = tuple(map(os.environ.encodekey, names))  # type: ignore[attr-defined]
+        keys = tuple(map(os.environ.encodekey, names))
         _environment_cache = (data, keys, tuple(map(data.get, keys)), position)
     return position
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ds_logging._formatters import DEFAULT_FORMAT, RICH_FORMAT, ColorFormatter, JsonFormatter, fill_rank
 from ds_logging._handlers import LogHandler
@@ -133,7 +133,7 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
             rich.setFormatter(make_formatter(settings.format or RICH_FORMAT, settings.datefmt))
         elif settings.console is not None:
             # Off a terminal rich cuts lines at 80 columns: write plain ones, to where it writes.
-            writer = StreamWriter(console.file)
+            writer = StreamWriter(cast("TextIO", console.file))
     handler = LogHandler(writer, file=settings.file, rich=rich, explicit=explicit, ranks=settings.ranks)
     if settings.json:
         handler.setFormatter(JsonFormatter())
