@@ -91,17 +91,18 @@ class LogHandler(logging.Handler):
         before, self.before_first = self.before_first, None
         if before is not None:
             before()
-        if not self.filter(record):
+        if self.filters and not self.filter(record):
             return False
-        shown = self._is_shown_by(takers or [])
+        shown = bool(takers) and self._is_shown_by(takers or [])
         if shown and self.file is None:
             return True
-        try:
+        if "rank_tag" not in record.__dict__:
             fill_rank(record)
-            if self.file is not None:
+        if self.file is not None:
+            try:
                 self.file.write(self.format(record))
-        except Exception:
-            self.handleError(record)
+            except Exception:
+                self.handleError(record)
         if not shown and (self.collapser is None or not self.collapser.keep(record, self)):
             self.show(record)
         return True

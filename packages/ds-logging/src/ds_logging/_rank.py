@@ -84,6 +84,9 @@ def current_position(environ: Mapping[str, str] | None = None) -> Position:
         if len(keys) == 2:  # a launcher that is asked first: the usual case
             if values[0] == data.get(keys[0]) and values[1] == data.get(keys[1]):
                 return position
+        elif not values:
+            if data.keys().isdisjoint(keys):  # no launcher, as before
+                return position
         elif values == tuple(map(data.get, keys)):
             return position
     return _environment_position(data)
@@ -128,7 +131,9 @@ def _environment_position(data: Any) -> Position:
             break
     if data is not None:
         keys = tuple(map(os.environ.encodekey, names))
-        _environment_cache = (data, keys, tuple(map(data.get, keys)), position)
+        values = tuple(map(data.get, keys))
+        none_set = all(value is None for value in values)
+        _environment_cache = (data, keys, () if none_set else values, position)
     return position
 
 

@@ -142,7 +142,8 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
         handler.setFormatter(make_formatter(form, settings.datefmt))
         colored = make_formatter(form, settings.datefmt, kind=ColorFormatter)
         if settings.color is None:
-            handler.console_formatter = lambda: colored if _wants_color(writer.current()) else None
+            wants = _ColorChoice(writer)
+            handler.console_formatter = lambda: colored if wants() else None
         elif settings.color:
             handler.console_formatter = lambda: colored
     if settings.collapse:
@@ -150,6 +151,22 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
 
         handler.collapser = Collapser()
     return handler
+
+
+class _ColorChoice:
+    """Says whether the stream of a writer gets colour. It asks once for each stream."""
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+        self._known: tuple[Any, bool] = (None, False)
+
+    def __call__(self) -> bool:
+        stream = self._writer.current()
+        known, answer = self._known
+        if known is not stream:
+            answer = _wants_color(stream)
+            self._known = (stream, answer)
+        return answer
 
 
 def _wants_color(stream: Any) -> bool:
