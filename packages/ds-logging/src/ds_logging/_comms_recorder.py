@@ -194,7 +194,7 @@ class Recorder:
         while self._is_late(time.monotonic() - began):
             time.sleep(0.01)
             self.collect()
-        self.collect(final=final, untimed=True)
+        self.collect(final=final, untimed=True, read=False)
 
     def _is_late(self, waited: float) -> bool:
         timed = self._timing and waited < SETTLE_SECONDS
@@ -204,13 +204,14 @@ class Recorder:
             for one in list(self._joined)
         )
 
-    def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0) -> None:
+    def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0, read: bool = True) -> None:
         """Join what there is and give the operations that are over to the sinks.
 
         Args:
             final: also those that are not over.
             untimed: also those whose device time torch may still note.
             keep_ns: not those that are younger than this.
+            read: read torch's ring, which takes most of the time.
         """
         if self._hook is None:
             return
@@ -219,7 +220,8 @@ class Recorder:
                 return
             self._collecting = True
             try:
-                self._join(self._hook, final)
+                if read or final:
+                    self._join(self._hook, final, read)
                 self._deliver(final, untimed or not self._timing, keep_ns)
             finally:
                 self._collecting = False
@@ -239,11 +241,11 @@ class Recorder:
         if self.on_time_out is not None:
             self.on_time_out()
 
-    def _join(self, hook: Hook, final: bool) -> None:
+    def _join(self, hook: Hook, final: bool, read: bool) -> None:
         self._look_at_groups()
         began = time.time_ns()
         lost_before = sum(ring.lost for ring in self._rings)
-        entries = [entry for ring in self._rings for entry in ring.read()]
+        entries = [entry for ring in self._rings for entry in ring.read()] if read else []
         calls = self._calls + [hook.issued.popleft() for _ in range(len(hook.issued))]
         self._calls = []
 
