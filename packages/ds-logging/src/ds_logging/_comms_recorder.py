@@ -40,6 +40,8 @@ REST, LONG_REST = 20, 100
 
 It rests long where Python issued everything: then nothing is lost but sequence numbers and the device's times.
 """
+FIRST_SECONDS = 0.05
+"""How long a reading is taken to last before the first one."""
 SETTLE_SECONDS = 1.0
 """A report waits so long, at most, for the device's times; a quarter of it for the ends of what C++ issued."""
 UNNUMBERED = frozenset({"send", "recv", "barrier", *COMPOSITES})
@@ -411,20 +413,26 @@ class Recorder:
     # ---- the thread
 
     def _run(self, stopped: threading.Event) -> None:
-        read, rest_until = 0, 0.0
+        read = self._recorded()
+        ready, took = time.monotonic(), FIRST_SECONDS  # when the last reading ended, and how long it took
         while not stopped.wait(POLL_SECONDS):
             hook = self._hook
             if hook is None or stopped.is_set():
                 return
-            waiting = len(hook.issued)
-            recorded = sum(ring.enqueued() for ring in self._rings)
-            ripe = max(waiting, recorded - read) >= READ_AFTER and time.monotonic() >= rest_until
+            waiting, recorded = len(hook.issued), self._recorded()
+            rested = time.monotonic() - ready
+            only_torch_saw = recorded - read - waiting
+            ripe = (only_torch_saw >= READ_AFTER and rested >= REST * took) or (
+                max(waiting, recorded - read) >= READ_AFTER and rested >= LONG_REST * took
+            )
             if ripe or waiting >= MOST_WAITING:
                 began = time.monotonic()
                 self.collect(keep_ns=CLAIM_NS)
-                rest = REST if recorded - read > waiting else LONG_REST
-                rest_until = time.monotonic() + rest * (time.monotonic() - began)
-                read = recorded
+                ready = time.monotonic()
+                read, took = recorded, ready - began
+
+    def _recorded(self) -> int:
+        return sum(ring.enqueued() for ring in self._rings)
 
 
 def _awaits_time(joined: _Joined) -> bool:
