@@ -124,10 +124,15 @@ class DsLogger(logging.Logger):
         if self.problems:
             self.report_problems()
         first = self.handlers[0] if len(self.handlers) == 1 else None
-        if type(first) is LogHandler and self.parent is logging.root and not logging.root.handlers:
-            if record.levelno >= first.level and logging.Logger.callHandlers is _STDLIB_CALL_HANDLERS:
-                first.deliver(record)  # the usual case: there is nobody else
-                return
+        if (  # the usual case: there is nobody else
+            type(first) is LogHandler
+            and self.parent is logging.root
+            and not logging.root.handlers
+            and record.levelno >= first.level
+            and logging.Logger.callHandlers is _STDLIB_CALL_HANDLERS
+        ):
+            first.deliver(record)
+            return
         chain = list(handlers_above(self))
         if logging.Logger.callHandlers is not _STDLIB_CALL_HANDLERS:
             # Somebody (Sentry does) listens there: go through it, and ask who takes the record.
