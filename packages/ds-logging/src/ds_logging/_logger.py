@@ -194,6 +194,10 @@ def _make_logger() -> DsLogger:
     made = logging.getLogger("ds")
     if not isinstance(made, DsLogger):
         kind = type(made)
+        if any(base.__module__ == __name__ for base in kind.__mro__):  # this package was imported anew: start anew
+            kind = logging.Logger
+            for known in [known for known in made.handlers if type(known).__module__ == LogHandler.__module__]:
+                made.removeHandler(known)
         made.__dict__.pop("disabled", None)
         # An application may have a class of loggers of its own.
         made.__class__ = DsLogger if kind is logging.Logger else type("DsLogger", (DsLogger, kind), {})
