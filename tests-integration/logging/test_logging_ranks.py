@@ -144,7 +144,8 @@ def say_alike(rank, folder):
 
     _collapse.PATIENCE = 5.0  # a slow machine is no reason to show a line
     _collapse.ANSWER = 20.0
-    configure(file=None, stream=open(f"{folder}/{rank}", "w"), ranks="all", collapse=True, format="%(message)s")
+    stream = open(f"{folder}/{rank}", "w")  # noqa: SIM115  (lives as long as the process)
+    configure(stream=stream, ranks="all", collapse=True, format="%(message)s")
     log_dist("alike")
     logger.info("alike, too")
     log_dist(f"of rank {rank}")
