@@ -2,9 +2,11 @@ import io
 import logging
 import logging.handlers
 import queue
+import re
 
 import pytest
-from ds_logging._handlers import FallbackHandler, RankFilter, StreamHandler, handlers_above, is_configured
+from ds_logging._handlers import LogHandler, RankFilter, handlers_above, is_console
+from ds_logging._writer import StreamWriter
 from ds_logging.logging import log_dist, logger
 
 
@@ -53,16 +55,19 @@ def test_the_rank_is_written_once_also_behind_a_queue(monkeypatch):
     logger.addHandler(logging.handlers.QueueHandler(records))
     logger.setLevel("INFO")
     log_dist("tagged", ranks=[3])
-    logger.info("plain")
-    handler = StreamHandler(stream)
+    logger.warning("plain")
+    handler = LogHandler(StreamWriter(stream))
     while not records.empty():
         handler.handle(records.get())
     lines = stream.getvalue().splitlines()
-    assert [line.partition("] INFO ")[2].partition(" ")[2] for line in lines] == ["[Rank 3] tagged", "[Rank 3] plain"]
+    assert [re.split("] (?:INFO|WARNING) ", line)[1].partition(" ")[2] for line in lines] == [
+        "[Rank 3] tagged",
+        "[Rank 3] plain",
+    ]
 
 
 def test_the_stream_is_todays_stderr(capsys):
-    handler = StreamHandler()
+    handler = LogHandler()
     handler.handle(logging.makeLogRecord({"msg": "late"}))
     out, err = capsys.readouterr()
     assert "late" in err
@@ -72,7 +77,7 @@ def test_the_stream_is_todays_stderr(capsys):
 def test_a_process_without_stderr_is_quiet(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     monkeypatch.setattr(logging, "raiseExceptions", True)
-    handler = StreamHandler()
+    handler = LogHandler()
     monkeypatch.setattr(handler, "handleError", lambda record: pytest.fail("an error was reported"))
     handler.handle(logging.makeLogRecord({"msg": "nobody hears"}))
 
@@ -80,29 +85,65 @@ def test_a_process_without_stderr_is_quiet(monkeypatch):
 def test_a_failing_stream_is_the_handlers_problem(monkeypatch):
     closed, reported = io.StringIO(), []
     closed.close()
-    handler = StreamHandler(closed)
+    handler = LogHandler(StreamWriter(closed))
     monkeypatch.setattr(handler, "handleError", reported.append)
     record = logging.makeLogRecord({"msg": "lost"})
     handler.handle(record)
     assert reported == [record]
 
 
-def test_a_fallback_is_silent_beside_another_handler(lone):
+class Taker(logging.Handler):
+    def emit(self, record):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (lambda other: None, False),
+        (lambda other: other.setLevel(logging.ERROR), True),
+        (lambda other: other.addFilter(lambda record: "two" not in record.getMessage()), True),
+    ],
+    ids=["takes all", "takes errors", "filters"],
+)
+def test_it_is_silent_for_what_another_handler_takes(lone, change, shown):
     parent, child = lone()
     stream = io.StringIO()
-    child.addHandler(FallbackHandler(stream))
+    child.addHandler(LogHandler(StreamWriter(stream)))
     child.warning("one")
     parent.addHandler(logging.NullHandler())
+    child.warning("and one")
+    other = Taker()
+    change(other)
+    parent.addHandler(other)
     child.warning("two")
-    assert "one" in stream.getvalue()
-    assert "two" not in stream.getvalue()
+    assert [line.rpartition("] ")[2] for line in stream.getvalue().splitlines()] == ["one", "and one", "two"][
+        : 2 + shown
+    ]
+
+
+def test_a_standard_stream_or_a_terminal_is_the_console(tmp_path):
+    import os
+    import sys
+
+    assert is_console(sys.stderr)
+    assert is_console(sys.__stdout__)
+    assert not is_console(io.StringIO())
+    assert not is_console(None)
+    with open(tmp_path / "log", "w") as file:
+        assert not is_console(file)
+    if hasattr(os, "openpty"):
+        ends = os.openpty()
+        with os.fdopen(ends[1], "w") as terminal:
+            assert is_console(terminal)
+        os.close(ends[0])
 
 
 def test_of_two_fallbacks_the_nearest_writes(lone):
     parent, child = lone()
     near, far = io.StringIO(), io.StringIO()
-    child.addHandler(FallbackHandler(near))
-    parent.addHandler(FallbackHandler(far))
+    child.addHandler(LogHandler(StreamWriter(near)))
+    parent.addHandler(LogHandler(StreamWriter(far)))
     child.warning("one")
     assert ("one" in near.getvalue(), far.getvalue()) == (True, "")
 
@@ -110,7 +151,7 @@ def test_of_two_fallbacks_the_nearest_writes(lone):
 def test_a_fallback_on_an_unregistered_logger_writes(lone):
     stream = io.StringIO()
     private = logging.Logger("lone.child")  # not the one that getLogger returns, and without a parent
-    private.addHandler(FallbackHandler(stream))
+    private.addHandler(LogHandler(StreamWriter(stream)))
     lone()
     private.warning("one")
     assert "one" in stream.getvalue()
@@ -121,6 +162,3 @@ def test_handlers_above_stops_where_propagation_stops(lone):
     handler = logging.NullHandler()
     parent.addHandler(handler)
     assert list(handlers_above(child)) == [handler]
-    assert is_configured(child)
-    parent.handlers[:] = [FallbackHandler()]
-    assert not is_configured(child)

@@ -11,7 +11,7 @@ def test_import_prints_nothing_adds_no_handler_and_imports_no_torch(run_script):
     done = run_script("""
 import logging, sys
 root_before = (logging.root.level, list(logging.root.handlers))
-import ds_logging, ds_logging.comms_logging, ds_logging.nvtx, ds_logging.errors
+import ds_logging, ds_logging.comms_logging, ds_logging.nvtx, ds_logging.timer, ds_logging.errors
 assert (logging.root.level, logging.root.handlers) == root_before
 assert logging.getLogger("ds").handlers == []
 assert logging.getLogger("ds").level == logging.NOTSET
@@ -36,7 +36,7 @@ def test_dir_has_the_public_names_and_nothing_else_without_an_underscore():
     assert {"__version__", "__file__", "__doc__", "_levels"} <= set(dir(ds_logging))
 
 
-@pytest.mark.parametrize("module", ["logging", "comms_logging", "nvtx", "errors"])
+@pytest.mark.parametrize("module", ["logging", "comms_logging", "nvtx", "timer", "errors"])
 def test_every_public_function_and_class_is_at_the_top(module):
     home = importlib.import_module(f"ds_logging.{module}")
     defined = [name for name in home.__all__ if callable(getattr(home, name))]
@@ -47,7 +47,7 @@ def test_every_public_function_and_class_is_at_the_top(module):
 
 
 def test_the_modules_are_at_the_top_and_the_switch_is_not():
-    for module in ("logging", "comms_logging", "nvtx"):
+    for module in ("logging", "comms_logging", "nvtx", "timer"):
         assert module in ds_logging.__all__
         assert getattr(ds_logging, module) is importlib.import_module(f"ds_logging.{module}")
     assert not hasattr(ds_logging, "enable_nvtx")  # a copy that switches nothing
@@ -60,15 +60,16 @@ def test_every_error_class_is_listed():
     assert classes == set(errors.__all__)
 
 
-# The names and parameters that callers of deepspeed.utils.<module> rely on.
+# The names and parameters that callers of deepspeed.utils.<module> rely on. `log_dist(message, ranks, level)`, by
+# position, goes through *args; see test_logging.py.
 CONTRACT = {
     "logging": {
         "warning_once": "*args **kwargs",
         "print_configuration": "args name",
         "get_dist_msg": "message ranks=None",
-        "log_dist": "message ranks=None level=20",
+        "log_dist": "message *args",
         "print_dist": "message ranks=None",
-        "log_dist_once": "message ranks=None level=20",
+        "log_dist_once": "message *args",
         "print_json_dist": "message ranks=None path=None",
         "get_log_level_from_string": "log_level_str",
         "set_log_level_from_string": "log_level_str custom_logger=None",
@@ -97,6 +98,18 @@ CONTRACT = {
         "CommsLogger.log_all": "self print_log=True show_straggler=False return_dict=False",
     },
     "nvtx": {"instrument_w_nvtx": "func"},
+    "timer": {
+        "CudaEventTimer": "start_event end_event",
+        "SynchronizedWallClockTimer": "",
+        "SynchronizedWallClockTimer.Timer.start": "self",
+        "SynchronizedWallClockTimer.Timer.stop": "self reset=False record=False",
+        "SynchronizedWallClockTimer.Timer.elapsed": "self reset=True",
+        "SynchronizedWallClockTimer.log": "self names normalizer=1.0 reset=True memory_breakdown=False ranks=None",
+        "SynchronizedWallClockTimer.get_mean": "self names normalizer=1.0 reset=True",
+        "ThroughputTimer": "config batch_size start_step=2 steps_per_output=None monitor_memory=False logging_fn=None",
+        "ThroughputTimer.stop": "self global_step=False report_speed=True",
+        "trim_mean": "data trim_percent",
+    },
 }
 
 

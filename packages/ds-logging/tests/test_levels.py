@@ -35,3 +35,14 @@ def test_the_environment():
     assert level_from_environment({"DS_LOG_LEVEL": "Debug"}) == logging.DEBUG
     with pytest.raises(LogLevelError, match="DS_LOG_LEVEL='verbose'"):
         level_from_environment({"DS_LOG_LEVEL": "verbose"})
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("warn", 30), ("FATAL", 50), ("notset", 0), ("Trace5", 5), ("verbose", 15)]
+)
+def test_names_that_logging_knows_are_levels(monkeypatch, name, number):
+    for table in ("_levelToName", "_nameToLevel"):
+        monkeypatch.setattr(logging, table, dict(getattr(logging, table)))
+    logging.addLevelName(5, "TRACE5")
+    logging.addLevelName(15, "Verbose")
+    assert parse_level(name) == number

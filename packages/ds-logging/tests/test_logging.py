@@ -1,4 +1,5 @@
 import argparse
+import io
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import threading
 from dataclasses import dataclass
 
 import pytest
-from ds_logging import logging as dist_logging
+from ds_logging import configure, logging as dist_logging
 from ds_logging.errors import ArgumentError, LogLevelError, RanksError
 from ds_logging.logging import (
     get_current_level,
@@ -93,11 +94,115 @@ def test_who_logs(records, as_rank, ranks, logging_ranks):
 def test_a_wrong_selection_raises_on_ranks_that_would_not_log(records, as_rank):
     for rank in range(4):
         as_rank(rank)
-        with pytest.raises(RanksError, match="world size 4"):
-            log_dist("nobody", ranks=[4])
+        with pytest.raises(RanksError, match=r"ranks=\[-2\]"):
+            log_dist("nobody", ranks=[-2])
         with pytest.raises(LogLevelError):
             log_dist("nobody", ranks=[3], level="loud")
+        log_dist("some that are not there", ranks=[2, 4, 99])
+    assert [record.rank for record in records] == [2]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (("plain", [2]), "plain"),
+        (("plain", (1, 2), logging.ERROR), "plain"),
+        (("plain", [2], "error"), "plain"),
+        (("50% done", [2]), "50% done"),
+        (("100%", [-1]), "100%"),
+        (("one %s of two", [2], logging.ERROR), "one %s of two"),  # one placeholder, two arguments: ranks and level
+        (({"loss": 1}, [2]), "{'loss': 1}"),
+    ],
+)
+def test_deepspeeds_order_of_arguments(records, as_rank, call, wanted):
+    as_rank(2)
+    log_dist(*call)
+    log_dist(call[0], None, *call[2:])  # rank 0 only
+    assert [record.getMessage() for record in records] == [f"[Rank 2] {wanted}"]
+    assert records[0].levelno == (logging.ERROR if len(call) == 3 else logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (("loss %.2f", 1.234), "loss 1.23"),
+        (("shape %s", [4, 2]), "shape [4, 2]"),
+        (("%s and %d%%", "a", 3), "a and 3%"),
+        (("%(loss)s of %(step)s", {"loss": 1, "step": 2}), "1 of 2"),
+        (("value %s", None), "value None"),
+    ],
+)
+def test_percent_arguments(records, call, wanted):
+    log_dist(*call, level="error")
+    assert [record.getMessage() for record in records] == [f"[Rank 0] {wanted}"]
+
+
+@pytest.mark.parametrize(
+    ("call", "named", "error"),
+    [
+        (("x", 3), {}, RanksError),
+        (("x", [0], 20, 1), {}, ArgumentError),
+        (("x", [0]), {"ranks": [0]}, ArgumentError),
+        (("x", [0], 20), {"level": 30}, ArgumentError),
+    ],
+)
+def test_arguments_that_fit_nothing_are_errors(records, call, named, error):
+    with pytest.raises(error):
+        log_dist(*call, **named)
     assert records == []
+
+
+def test_a_list_that_could_be_ranks_is_taken_for_the_argument_with_a_warning(records):
+    for _ in range(2):
+        log_dist("what %s", [-1])
+    assert [record.levelname for record in records] == ["WARNING", "INFO", "INFO"]
+    assert "write ranks=[-1]" in records[0].getMessage()
+    assert records[1].getMessage() == "[Rank 0] what [-1]"
+
+
+class Explosive:
+    def __str__(self):
+        raise ValueError("boom")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("log", [log_dist, log_dist_once, logger.info, warning_once, logger.warning_once])
+def test_a_hidden_line_is_not_formatted(as_rank, log):
+    as_rank(1)
+    logger.setLevel(logging.CRITICAL)
+    log(Explosive())
+    log("%s", Explosive())
+    logger.setLevel(logging.INFO)
+    if log in (log_dist, log_dist_once, logger.info):
+        log(Explosive())
+        log("%s", Explosive())
+
+
+@pytest.mark.parametrize("log", [log_dist, log_dist_once, logger.error, warning_once])
+@pytest.mark.parametrize("arguments", [(Explosive(),), ("%s", Explosive()), ("%d", "three"), ("%s %s", "one")])
+def test_a_line_that_cannot_be_formatted_does_not_end_the_run(log, arguments, capsys, monkeypatch):
+    configure(stream=io.StringIO())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's handlers raise, for a test to fail
+    log(*arguments)
+    assert "was not written" in capsys.readouterr().err
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    log(*arguments, stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_extra_that_logging_refuses_is_renamed(records):
+    log_dist("x", extra={"message": 1, "loss": 2})
+    assert (records[0].extra_message, records[0].extra_loss) == (1, 2)
+
+
+def test_exceptions_and_extras_go_with_the_record(records):
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        log_dist("failed", level="error", exc_info=True, extra={"step": 3})
+    assert records[0].exc_info[0] is KeyError
+    assert records[0].step == 3
 
 
 def test_a_message_is_taken_literally(records):

@@ -2,11 +2,13 @@ import asyncio
 import functools
 import inspect
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
-from ds_logging import nvtx as ds_nvtx
-from ds_logging._nvtx_backends import NvtxPackage, TorchNvtx, _nvtx_package, find_backend
+from ds_logging import _nvtx_backends, _ranged, _timeline, nvtx as ds_nvtx
+from ds_logging._nvtx_backends import TorchNvtx, nvtx_package
 from ds_logging.errors import ArgumentError
 from ds_logging.nvtx import instrument_w_nvtx
 
@@ -135,7 +137,7 @@ def test_an_async_function_that_raises_or_is_cancelled(recorder, ranged):
             await task
 
     asyncio.run(main())
-    assert cleaned == [[("f", None)]]
+    assert cleaned == [[("f", "ds")]]
 
 
 def test_a_generator_is_ranged_only_while_it_runs(recorder, ranged):
@@ -177,9 +179,9 @@ def test_a_closed_generator_cleans_up_inside_its_range(recorder, ranged):
     steps = count()
     next(steps)
     steps.close()
-    assert seen == [[("f", None)]]
+    assert seen == [[("f", "ds")]]
     count().close()  # never started
-    assert seen == [[("f", None)]]
+    assert seen == [[("f", "ds")]]
 
 
 def test_generators_that_interleave_do_not_close_each_others_ranges(recorder):
@@ -236,7 +238,7 @@ def test_an_async_generator_passes_everything_through(recorder, ranged):
         return [item async for item in count()]
 
     assert asyncio.run(main()) == [1, 2, 4]
-    open_range = [("f", None)]
+    open_range = [("f", "ds")]
     assert seen == [("x", open_range), open_range, (None, open_range), open_range]
 
 
@@ -329,9 +331,8 @@ def test_methods_of_all_kinds(recorder):
 def test_other_callables(recorder):
     ranged = functools.partial(instrument_w_nvtx, backend=recorder)
     assert ranged(len)([1]) == 1
-    assert ranged(dict)(a=1) == {"a": 1}
     assert ranged(functools.partial(original, 1))(c=2.0) == "1x2.0"
-    assert recorder.events == ["+len", "-len", "+dict", "-dict", "+original", "-original"]
+    assert recorder.events == ["+len", "-len", "+original", "-original"]
 
 
 def test_an_instance_with_an_async_call(recorder, ranged):
@@ -340,7 +341,7 @@ def test_an_instance_with_an_async_call(recorder, ranged):
             await asyncio.sleep(0)
             return list(recorder.open)
 
-    assert asyncio.run(ranged(Client())()) == [("f", None)]
+    assert asyncio.run(ranged(Client())()) == [("f", "ds")]
 
 
 def test_the_domain_is_passed_on(recorder):
@@ -375,56 +376,175 @@ def fake_torch(compiling=False, with_nvtx=True):
     )
 
 
+def forget():
+    """Ask the environment, and for packages, anew."""
+    for cached in (_nvtx_backends._mode, _nvtx_backends._tool_is_named, nvtx_package):
+        cached.cache_clear()
+    _nvtx_backends._cached_span.cache_clear()
+    ds_nvtx._shared_ranges.cache_clear()
+
+
 @pytest.fixture
-def no_nvtx_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvtx", None)
-    _nvtx_package.cache_clear()
-    yield
-    _nvtx_package.cache_clear()
+def environment(monkeypatch):
+    """Set what decides whether functions are wrapped: the environment and the modules that are there."""
+
+    def change(*, modules=(), **variables):
+        for name in ("DS_NVTX", *_nvtx_backends.INJECTION_VARIABLES):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        for name, module in modules:
+            monkeypatch.setitem(sys.modules, name, module)
+        forget()
+
+    yield change
+    monkeypatch.undo()
+    forget()
+
+
+class DummyDomain:
+    """What the nvtx package gives for a domain that no tool looks at."""
+
+
+class FakePackage:
+    """The part of the nvtx package that is used, written down."""
+
+    def __init__(self, attached=True):
+        self.calls = []
+        self.made = []
+        self.attached = attached
+
+    def get_domain(self, name):
+        if not self.attached:
+            return DummyDomain()
+
+        def attributes(*values):
+            self.made.append(values)
+            return values
+
+        return SimpleNamespace(
+            get_event_attributes=attributes,
+            push_range=lambda values: self.calls.append(f"+{name}:{values[0]}"),
+            pop_range=lambda: self.calls.append(f"-{name}"),
+        )
+
+
+TOOL = {"NVTX_INJECTION64_PATH": "/a/tool.so"}
 
 
 def test_under_torch_compile_there_is_no_range(recorder, ranged, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch(compiling=True))
+    monkeypatch.setattr(_ranged, "is_compiling", lambda: True)
     ranged(original)(1)
+    with ranged():
+        pass
     assert recorder.events == []
 
 
-def test_the_nvtx_package_comes_first(monkeypatch):
-    calls = []
-    package = SimpleNamespace(
-        push_range=lambda message, domain: calls.append((message, domain)),
-        pop_range=lambda domain: calls.append(domain),
-    )
+def test_whether_torch_compiles_is_asked_of_torch_once_it_is_there(monkeypatch):
+    monkeypatch.setattr(_ranged, "is_compiling", _ranged._ask_whether_torch_compiles)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert not _ranged.is_compiling()
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(compiling=True))
+    assert _ranged.is_compiling()
+    assert _ranged.is_compiling is _ranged._ask_whether_torch_compiles  # nothing is stored while torch compiles
     torch = fake_torch()
-    monkeypatch.setitem(sys.modules, "nvtx", package)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    _nvtx_package.cache_clear()
-    try:
-        assert isinstance(find_backend(), NvtxPackage)
-        instrument_w_nvtx(original, domain="d")(1)
-    finally:
-        _nvtx_package.cache_clear()
-    assert calls == [("original", "d"), "d"]
+    assert not _ranged.is_compiling()
+    assert _ranged.is_compiling is torch.compiler.is_compiling
+
+
+@pytest.mark.parametrize(
+    ("variables", "package"),
+    [({}, FakePackage()), (TOOL, FakePackage(attached=False)), ({**TOOL, "DS_NVTX": "off"}, FakePackage())],
+)
+def test_where_nothing_is_drawn_a_function_stays_itself(environment, variables, package):
+    environment(modules=[("nvtx", package)], **variables)
+
+    class Kinds:
+        @property
+        def value(self):
+            return 1
+
+    partial, static = functools.partial(original, 1), staticmethod(original)
+    for kind in (original, coroutine, generator, len, partial, static, Kinds, vars(Kinds)["value"]):
+        assert instrument_w_nvtx(kind) is kind
+    with instrument_w_nvtx("block"):
+        pass
+    assert package.calls == package.made == []
+
+
+def test_the_nvtx_package_comes_first_and_is_prepared_once(environment):
+    package, torch = FakePackage(), fake_torch()
+    environment(modules=[("nvtx", package), ("torch", torch)], **TOOL)
+    step = instrument_w_nvtx(original, domain="d", color="red", category="c", payload=3)
+    for _ in range(2):
+        step(1)
+    assert package.calls == ["+d:original", "-d"] * 2
+    assert package.made == [("original", 0xFFFF0000, "c", 3)]
     assert torch.calls == []
 
 
-def test_torch_comes_second(no_nvtx_package, monkeypatch):
+def test_a_block_in_a_loop_is_prepared_once(environment):
+    package = FakePackage()
+    environment(modules=[("nvtx", package)], **TOOL)
+    for _ in range(3):
+        with instrument_w_nvtx("block"):
+            pass
+    assert package.calls == ["+ds:block", "-ds"] * 3
+    assert package.made == [("block", None, None, None)]
+
+
+def test_torch_comes_second(environment):
     torch = fake_torch()
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    assert isinstance(find_backend(), TorchNvtx)
+    environment(modules=[("nvtx", None), ("torch", torch)], **TOOL)
     instrument_w_nvtx(original, domain="not known to torch")(1)
     assert torch.calls == ["+original", "-"]
 
 
-@pytest.mark.parametrize("torch", [None, fake_torch(with_nvtx=False), SimpleNamespace()])
-def test_without_both_there_is_nothing(no_nvtx_package, monkeypatch, torch):
+def test_torch_that_is_imported_inside_a_range_does_not_end_it(monkeypatch):
+    backend, torch = TorchNvtx(), fake_torch()
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    backend.push("before", "ds")
     monkeypatch.setitem(sys.modules, "torch", torch)
-    assert find_backend() is None
-    assert instrument_w_nvtx(original)(1) == "1x1.0"
+    backend.push("after", "ds")
+    backend.pop("ds")
+    backend.pop("ds")
+    assert torch.calls == ["+after", "-"]
 
 
-def test_the_real_nvtx_package():
-    pytest.importorskip("nvtx")
-    assert isinstance(find_backend(), NvtxPackage)
-    assert instrument_w_nvtx(original, domain="ds tests")(1) == "1x1.0"
-    assert instrument_w_nvtx(original)(1) == "1x1.0"
+@pytest.mark.parametrize("torch", [None, fake_torch(with_nvtx=False), SimpleNamespace()])
+def test_without_both_a_function_stays_itself(environment, torch):
+    environment(modules=[("nvtx", None), ("torch", torch)], **TOOL)
+    assert instrument_w_nvtx(original) is original
+
+
+def test_the_environment_can_have_everything_wrapped(environment):
+    environment(modules=[("nvtx", None), ("torch", fake_torch())], DS_NVTX="on")
+    assert instrument_w_nvtx(original).__wrapped__ is original
+
+
+def test_an_unknown_mode(environment):
+    environment(DS_NVTX="yes")
+    with pytest.raises(ArgumentError, match="DS_NVTX='yes': give on, off or auto"):
+        instrument_w_nvtx(original)
+
+
+def test_a_listener_gets_every_range(environment, monkeypatch):
+    environment(modules=[("nvtx", None), ("torch", None)])
+    heard = []
+    assert instrument_w_nvtx(original) is original
+    monkeypatch.setattr(_timeline, "listener", lambda *what: heard.append(what))
+    step, steps = instrument_w_nvtx(original), instrument_w_nvtx(generator)
+    before = time.time_ns()
+    step(1)
+    list(steps())
+    with instrument_w_nvtx("block"), pytest.raises(KeyError), instrument_w_nvtx("inner"):
+        raise KeyError
+    after = time.time_ns()
+    assert [name for name, *_ in heard] == ["original", "generator", "generator", "inner", "block"]
+    for _, start, end, thread in heard:
+        assert before <= start <= end <= after
+        assert thread == threading.get_ident()
+    monkeypatch.setattr(_timeline, "listener", None)
+    step(1)
+    assert len(heard) == 5

@@ -3,89 +3,112 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ds_logging._handlers import DEFAULT_FORMAT, RankFilter, StreamHandler
-from ds_logging._levels import level_from_environment, parse_level
-from ds_logging._logger import fallback, logger
-from ds_logging.errors import ArgumentError, MissingExtraError
+from ds_logging._handlers import LogHandler
+from ds_logging._levels import parse_level
+from ds_logging._logger import logger
+from ds_logging._rank import parse_ranks
+from ds_logging._settings import from_environment, make_handler
+from ds_logging._writer import FileWriter
+from ds_logging.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-RICH_FORMAT = "%(rank_tag)s%(message)s"  # rich adds the time, the level and the place itself
-_MARK = "_ds_logging_configured"
 
 
 def configure(
     level: int | str | None = None,
     *,
+    ranks: str | Iterable[int] | None = None,
     stream: TextIO | None = None,
-    rich: bool = False,
-    console: Console | None = None,
+    file: str | os.PathLike[str] | None = None,
     format: str | None = None,
     datefmt: str | None = None,
+    json: bool | None = None,
+    color: bool | None = None,
+    rich: bool = False,
+    console: Console | None = None,
+    collapse: bool | None = None,
 ) -> logging.Handler:
     """Show the records of "ds" and of everything below it ("ds.groups", ...). Call it on every rank.
 
-    Calling it again replaces what it did before. It leaves propagation on: records still reach pytest and handlers
-    on the root logger, so configure the root logger or call this, not both, or each line is shown twice.
+    It does not communicate. Calling it again replaces what it did before. What is ``None`` follows the environment:
+    ``DS_LOG_LEVEL``, ``DS_LOG_RANKS``, ``DS_LOG_STREAM`` (``stderr`` or ``stdout``), ``DS_LOG_FILE``, ``DS_LOG_FORMAT``
+    (a format, or ``json``), ``DS_LOG_COLOR`` and ``DS_LOG_COLLAPSE``. A variable that is wrong is named in a warning.
+
+    Records propagate, so pytest and handlers on the root logger get them, too. None is shown twice: a record that
+    another handler writes to the same stream, or to the terminal, is not written there again.
 
     Args:
         level: a name or a number. ``None`` keeps a level that was set before, by DS_LOG_LEVEL or in code; INFO if none.
+        ranks: who shows what is below WARNING, of `log_dist` without ``ranks`` and of ``logger.info`` alike: ``"0"``
+            (as if nothing is given), ``"all"``, ``"0,8,16-23"``, or ranks. Warnings and errors of ``logger`` come from
+            every rank.
         stream: where to write; standard error (whatever ``sys.stderr`` is when a record comes) unless given.
-        rich: write through rich (``pip install ds-logging[rich]``).
-        console: the rich console to write to; implies ``rich``. Give the one that a progress bar is shown on, and the
-            lines appear above the bar.
+        file: a file to append to as well, always. ``{rank}``, ``{local_rank}``, ``{host}`` and ``{pid}`` are filled
+            in and folders are made. Ranks that share a file append whole lines.
         format: a ``logging.Formatter`` format; may use ``%(rank)s`` and ``%(rank_tag)s``, see `RankFilter`.
         datefmt: how to write ``%(asctime)s``, as for ``logging.Formatter``.
+        json: write one JSON object a line, with rank, step (see `set_step`), place, host and the record's extras.
+        color: colour the level's name; ``None``: on a terminal, unless ``NO_COLOR`` is set.
+        rich: write through rich (``pip install ds-logging[rich]``); plain lines where the stream is no terminal.
+        console: the rich console to write to; implies ``rich``. Give the one that a progress bar is shown on, and the
+            lines appear above the bar.
+        collapse: with ``ranks="all"``, show a line that several ranks say alike once, and one line that names the
+            others. Needs torch.distributed; without it every rank shows its own.
 
     Returns:
         The handler, attached to the logger "ds" already. It has no level of its own.
 
     Raises:
-        LogLevelError: ``level``, or DS_LOG_LEVEL where it counts, is no level.
-        ArgumentError: ``format`` cannot be used, or both ``stream`` and ``console`` are given.
+        LogLevelError: ``level`` is no level.
+        RanksError: ``ranks`` names no ranks.
+        ArgumentError: ``format`` or ``file`` cannot be used, or two arguments contradict each other.
         MissingExtraError: rich is asked for and not installed.
     """
-    if stream is not None and console is not None:
-        raise ArgumentError(f"stream={stream!r} and console={console!r}: give one of them")
-    asked = level_from_environment() if level is None else parse_level(level)
-    use_rich = rich or console is not None
-    formatter = _formatter(format or (RICH_FORMAT if use_rich else DEFAULT_FORMAT), datefmt)
-    handler = _rich_handler(stream, console, datefmt) if use_rich else StreamHandler(stream)
-    handler.setFormatter(formatter)
-    setattr(handler, _MARK, True)
+    _exclude(stream=stream, console=console)
+    _exclude(json=json or None, format=format)
+    _exclude(json=json or None, rich=rich or None)
+    _exclude(json=json or None, console=console)
+    if stream is not None and not callable(getattr(stream, "write", None)):
+        raise ArgumentError(f"stream={stream!r} has no write(); give an open text file, or file='run-{{rank}}.log'")
+    settings, problems = from_environment()
+    given: dict[str, Any] = {"datefmt": datefmt, "rich": rich, "console": console}
+    if level is not None:
+        given["level"] = parse_level(level)
+    if ranks is not None:
+        given["ranks"] = parse_ranks(ranks)
+    if stream is not None:
+        given["stream"] = stream
+    if file is not None:
+        given["file"] = FileWriter(file)
+    if format is not None:
+        given |= {"format": format, "json": False}
+    if json is not None:
+        given["json"] = bool(json)
+    if color is not None:
+        given["color"] = bool(color)
+    if collapse is not None:
+        given["collapse"] = bool(collapse)
+    settings = replace(settings, **given)
+    handler = make_handler(settings, explicit=True)
 
-    fallback.step_back()
-    for old in [known for known in logger.handlers if getattr(known, _MARK, False)]:
+    for old in [known for known in logger.handlers if isinstance(known, LogHandler)]:
         logger.removeHandler(old)
+        old.close()
+    logger.shown_ranks = settings.ranks
+    logger.problems = problems
     logger.addHandler(handler)
     if level is not None or logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO if asked is None else asked)
+        logger.setLevel(logging.INFO if settings.level is None else settings.level)
     return handler
 
 
-def _formatter(format: str, datefmt: str | None) -> logging.Formatter:
-    record = logging.makeLogRecord({"msg": "", "levelname": "INFO"})
-    RankFilter().filter(record)
-    try:
-        formatter = logging.Formatter(format, datefmt)
-        formatter.format(record)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ArgumentError(f"format={format!r}, datefmt={datefmt!r}: {error}; see logging.Formatter") from None
-    return formatter
-
-
-def _rich_handler(stream: TextIO | None, console: Console | None, datefmt: str | None) -> logging.Handler:
-    try:
-        from rich.console import Console
-        from rich.logging import RichHandler
-    except ImportError as error:
-        raise MissingExtraError(f"rich=True: {error}; pip install 'ds-logging[rich]'") from None
-    if console is None:
-        console = Console(file=stream, stderr=stream is None)
-    times: dict[str, Any] = {} if datefmt is None else {"log_time_format": datefmt}
-    handler = RichHandler(console=console, **times)
-    handler.addFilter(RankFilter())
-    return handler
+def _exclude(**arguments: object) -> None:
+    (first, one), (second, other) = arguments.items()
+    if one is not None and other is not None:
+        raise ArgumentError(f"{first}={one!r} and {second}={other!r}: give one of them")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
@@ -35,39 +34,35 @@ def choose_device(device: str | None) -> Device:
 class DeviceTimer:
     """Pairs of events on a stream, read when the device has passed them.
 
-    Args:
-        limit: how many pairs may wait; past it the host waits for the oldest one.
+    The host waits in `flush` only. There is no limit to how many pairs may wait: a stream's own queue is one, and the
+    driver makes the host wait when that is full. It has no lock, so that a signal handler may use it.
     """
 
-    def __init__(self, limit: int = 1024) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._pending: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
-        self._lock = threading.Lock()
 
     def add(self, start: Any, end: Any, report: Callable[[float], None]) -> None:
         """Call ``report(milliseconds)`` some time after the device has passed both events."""
-        with self._lock:
-            self._pending.append((start, end, report))
-        self._collect(lambda pending: pending > self._limit)
+        self._pending.append((start, end, report))
+        self._collect(wait=False)
 
     def flush(self) -> None:
         """Wait for the device and report everything."""
-        self._collect(lambda pending: True)
+        self._collect(wait=True)
 
     def clear(self) -> None:
         """Forget what was not reported yet."""
-        with self._lock:
-            self._pending.clear()
+        self._pending.clear()
 
-    def _collect(self, wait: Callable[[int], bool]) -> None:
+    def _collect(self, *, wait: bool) -> None:
         while True:
-            with self._lock:
-                if not self._pending:
+            try:
+                start, end, report = self._pending.popleft()
+            except IndexError:
+                return
+            if not end.query():
+                if not wait:
+                    self._pending.appendleft((start, end, report))
                     return
-                start, end, report = self._pending[0]
-                if not end.query():
-                    if not wait(len(self._pending)):
-                        return
-                    end.synchronize()
-                self._pending.popleft()
+                end.synchronize()
             report(start.elapsed_time(end))

@@ -41,9 +41,22 @@ def parse_level(level: int | str, argument: str = "level") -> int:
             return LEVELS[text]
         if text.isdecimal():
             return int(text)
+        known = _registered(text)
+        if known is not None:
+            return known
     elif isinstance(level, int) and not isinstance(level, bool) and level >= 0:
         return level
     raise LogLevelError(f"{argument}={level!r} is no logging level; use one of {', '.join(LEVELS)}, or a number")
+
+
+def _registered(text: str) -> int | None:
+    """Look a name up among those of logging: "warn", "fatal", "notset", and what `logging.addLevelName` added."""
+    for name in (text.upper(), text):
+        number = logging.getLevelName(name)
+        if isinstance(number, int):
+            return number
+    added: dict[str, int] = getattr(logging, "_nameToLevel", {})  # in whatever case it was added
+    return next((number for name, number in added.items() if name.lower() == text), None)
 
 
 def level_from_environment(environ: Mapping[str, str] | None = None) -> int | None:

@@ -1,97 +1,191 @@
-"""The logger object, and its output in a program that configured no logging.
+"""The logger "ds", and what happens where nobody configured logging.
 
-[Note: nothing configured] ``log_dist("x")`` at INFO shows nothing under Python's defaults (level WARNING, no handler).
-In a script whose author configured nothing that is a surprise. So the first `log_dist` that finds no handler at all
-on "ds" or above it adds a `FallbackHandler` and, if nobody chose a level, sets INFO. Both are taken back by the next
-`log_dist` that finds another handler. Nothing happens at import.
+[Note: nothing configured] Under Python's defaults (level WARNING, no handler) an INFO line is shown nowhere. In a script
+whose author configured nothing that is a surprise. So the level of the logger "ds" is INFO while nobody chose one: no
+level of its own, none on the root logger, no handler that takes INFO. And the first record that no handler takes adds a
+`LogHandler`, configured by the environment. Importing adds one only if the environment asks for it.
+
+[Note: hidden lines] ``isEnabledFor`` says no on a rank that does not show a line, too. So a hidden line is neither made
+nor formatted, whichever call it was: level and rank are all that is looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from types import FrameType
+from typing import Any, cast
 
-from ds_logging._handlers import FallbackHandler, RankFilter, is_configured
-from ds_logging._levels import level_from_environment, parse_level
-from ds_logging.errors import ArgumentError, LogLevelError
+from ds_logging import _compiled
+from ds_logging._formatters import fill_rank
+from ds_logging._handlers import LogHandler, handlers_above, our_handler, takes
+from ds_logging._levels import parse_level
+from ds_logging._rank import current_rank
+from ds_logging._settings import any_set, from_environment, make_handler
+from ds_logging.errors import ArgumentError
 
-if TYPE_CHECKING:
+_STDLIB_CALL_HANDLERS = logging.Logger.callHandlers
+# Frames of these files are not the place that logged; ``logging.py`` adds itself.
+INTERNAL_FILES = {logging.Logger.info.__code__.co_filename, logging.LoggerAdapter.log.__code__.co_filename}
 
-    class DsLogger(logging.Logger):
-        """The logger "ds": a plain one with two functions more."""
 
-        def warning_once(self, *args: Any, **kwargs: Any) -> None:
-            """See `ds_logging.warning_once`."""
+class DsLogger(logging.Logger):
+    """The logger "ds": `logging.getLogger` returns it. See [Note: nothing configured] and [Note: hidden lines]."""
 
-        def log_dist_once(self, message: object, ranks: Iterable[int] | None = None, level: int | str = 20) -> None:
-            """See `ds_logging.log_dist_once`."""
+    shown_ranks: frozenset[int] | None = frozenset({0})  # who shows what is below WARNING; None is everybody
+    problems: tuple[str, ...] = ()  # of the environment, not yet reported
+    _disabled = False
+
+    @property  # type: ignore[override]
+    def disabled(self) -> bool:
+        """Whether everything is off. ``dictConfig`` and ``fileConfig`` do not set it.
+
+        Their ``disable_existing_loggers`` is on by default, and meant for nobody's lines to be lost.
+        """
+        return self._disabled
+
+    @disabled.setter
+    def disabled(self, value: bool) -> None:
+        if sys._getframe(1).f_globals.get("__name__") != "logging.config":
+            self._disabled = bool(value)
+
+    def getEffectiveLevel(self) -> int:
+        """Return the level that counts."""
+        if self.level:
+            return self.level
+        inherited = super().getEffectiveLevel()
+        if inherited != logging.WARNING:  # other than Python's default: somebody chose it
+            return inherited
+        for handler in handlers_above(self):
+            if handler.level <= logging.INFO and not isinstance(handler, (LogHandler, logging.NullHandler)):
+                return inherited
+        return logging.INFO
+
+    def level_is_on(self, level: int) -> bool:
+        """Say whether a level is on, whatever the rank."""
+        if self._disabled:
+            return False
+        if self.level:
+            return super().isEnabledFor(level)
+        # Depends on handlers, which come and go without a word: not cached.
+        if level < logging.INFO and logging.root.level == logging.WARNING and self.parent is logging.root:
+            return False
+        return self.manager.disable < level and level >= self.getEffectiveLevel()
+
+    def isEnabledFor(self, level: int) -> bool:
+        """Say whether a record of this level is shown by this rank."""
+        if self._cache.get(level) is False:  # type: ignore[attr-defined]
+            return False
+        if level < logging.WARNING:
+            shown = self.shown_ranks
+            if shown is not None and current_rank() not in shown:
+                return False
+        return self.level_is_on(level)
+
+    def findCaller(self, stack_info: bool = False, stacklevel: int = 1) -> tuple[str, int, str, str | None]:
+        """Return the place that logged: the nearest frame outside of logging and of this package's log functions."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename in INTERNAL_FILES:
+            frame = frame.f_back
+        for _ in range(stacklevel - 1):
+            if frame is None or frame.f_back is None:
+                break
+            frame = frame.f_back
+        if frame is None:
+            return "(unknown file)", 0, "(unknown function)", None
+        code = frame.f_code
+        return code.co_filename, frame.f_lineno, code.co_name, _stack(frame) if stack_info else None
+
+    def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        """Make a record that knows its rank."""
+        record = super().makeRecord(*args, **kwargs)
+        fill_rank(record)
+        return record
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        """Hand a record to the application's handlers, then to ours, which knows who took it."""
+        if self.problems:
+            self.report_problems()
+        chain = list(handlers_above(self))
+        if logging.Logger.callHandlers is not _STDLIB_CALL_HANDLERS:
+            # Somebody (Sentry does) listens there: go through it, and ask who takes the record.
+            if our_handler(chain) is None and not any(takes(handler, record) for handler in chain):
+                self.install_default()
+            super().callHandlers(record)
+            return
+        takers = []
+        for handler in chain:
+            if isinstance(handler, LogHandler) or record.levelno < handler.level:
+                continue
+            taken: bool | None = handler.handle(record)  # None: a handle() of its own that says nothing
+            if taken is not False and not isinstance(handler, logging.NullHandler):
+                takers.append(handler)
+        ours = our_handler(chain)
+        if ours is None and not takers:
+            ours = self.install_default()
+        if ours is not None and record.levelno >= ours.level:
+            ours.deliver(record, takers)
+
+    def install_default(self) -> LogHandler:
+        """Add the handler that the environment asks for, or the plain one."""
+        settings, problems = from_environment()
+        self.problems = problems
+        self.shown_ranks = settings.ranks
+        if settings.level is not None and self.level == logging.NOTSET:
+            self.setLevel(settings.level)
+        handler = make_handler(settings, explicit=False)
+        if problems:
+            handler.before_first = self.report_problems
+        self.addHandler(handler)
+        return handler
+
+    def report_problems(self) -> None:
+        """Warn of every variable of the environment that is wrong, once."""
+        problems, self.problems = self.problems, ()
+        for problem in problems:
+            self.warning("%s; it is ignored", problem)
+
+    def warning_once(self, *args: Any, **kwargs: Any) -> None:
+        """See `ds_logging.warning_once`."""
+
+    def log_dist_once(
+        self, message: object, *args: Any, ranks: Iterable[int] | None = None, level: int | str = 20, **kwargs: Any
+    ) -> None:
+        """See `ds_logging.log_dist_once`."""
+
+    def _log(self, level: int, msg: object, args: Any, *more: Any, **kwargs: Any) -> None:
+        try:
+            super()._log(level, msg, args, *more, **kwargs)
+        except KeyError as error:  # logging refuses an extra that is called as one of its own fields
+            extra = kwargs.get("extra")
+            if not isinstance(extra, dict) or "overwrite" not in str(error):
+                raise
+            kwargs["extra"] = {f"extra_{name}": value for name, value in extra.items()}
+            super()._log(level, msg, args, *more, **kwargs)
+
+
+INTERNAL_FILES.add(DsLogger.findCaller.__code__.co_filename)
+
+
+def _stack(frame: FrameType) -> str:
+    import traceback
+
+    return "Stack (most recent call last):\n" + "".join(traceback.format_stack(frame)).rstrip("\n")
 
 
 def _make_logger() -> DsLogger:
     made = logging.getLogger("ds")
-    if not any(isinstance(known, RankFilter) for known in made.filters):
-        made.addFilter(RankFilter())
-    if made.level == logging.NOTSET:
-        with contextlib.suppress(LogLevelError):  # importing stays silent; `Fallback.settle` and `configure` report it
-            made.setLevel(level_from_environment() or logging.NOTSET)
-    return cast("DsLogger", made)
-
-
-class Fallback:
-    """Shows a logger's records while nobody else does. See [Note: nothing configured]."""
-
-    def __init__(self, target: logging.Logger) -> None:
-        self._target = target
-        self._handler = FallbackHandler()
-        self._raised_level = False
-        self._checked_environment = False
-        self._lock = threading.Lock()
-
-    def settle(self) -> None:
-        """Step in where there is no handler, step back where there is one."""
-        installed = self._handler in self._target.handlers
-        if installed == is_configured(self._target):
-            with self._lock:
-                if installed:
-                    self._step_back()
-                else:
-                    self._step_in()
-        if not self._checked_environment:
-            self._checked_environment = True
-            try:
-                level_from_environment()
-            except LogLevelError as error:
-                self._target.warning("%s; it is ignored", error)
-
-    def step_back(self) -> None:
-        """Take back the handler and the level, whatever else there is."""
-        with self._lock:
-            self._step_back()
-
-    def effective_level(self) -> int:
-        """Return the level from which on `log_dist` logs, settled or not. Changes nothing."""
-        raises = not is_configured(self._target) and self._wants_level()
-        return logging.INFO if raises else self._target.getEffectiveLevel()
-
-    def _wants_level(self) -> bool:
-        # A root level other than Python's default was chosen by somebody: leave it in force.
-        target = self._target
-        return target.level == logging.NOTSET and target.getEffectiveLevel() == logging.WARNING
-
-    def _step_in(self) -> None:
-        if self._wants_level():
-            self._target.setLevel(logging.INFO)
-            self._raised_level = True
-        self._target.addHandler(self._handler)
-
-    def _step_back(self) -> None:
-        self._target.removeHandler(self._handler)
-        if self._raised_level and self._target.level == logging.INFO:
-            self._target.setLevel(logging.NOTSET)
-        self._raised_level = False
+    if not isinstance(made, DsLogger):
+        kind = type(made)
+        made.__dict__.pop("disabled", None)
+        # An application may have a class of loggers of its own.
+        made.__class__ = DsLogger if kind is logging.Logger else type("DsLogger", (DsLogger, kind), {})
+    found = cast("DsLogger", made)
+    _compiled.install_methods(found, INTERNAL_FILES)
+    if any_set() and our_handler(found.handlers) is None:
+        found.install_default()
+    return found
 
 
 class LoggerFactory:
@@ -116,10 +210,9 @@ class LoggerFactory:
         number = parse_level(level)
         made = logging.getLogger(name)
         made.setLevel(number)
-        if not any(isinstance(handler, FallbackHandler) for handler in made.handlers):
-            made.addHandler(FallbackHandler())
+        if not any(isinstance(handler, LogHandler) for handler in made.handlers):
+            made.addHandler(LogHandler())
         return made
 
 
 logger = _make_logger()
-fallback = Fallback(logger)

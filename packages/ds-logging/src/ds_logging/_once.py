@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
 
 
 class Once:
-    """A set of keys that says whether a key is new. Threads may share it."""
+    """A set of keys that says whether a key is new. Threads and signal handlers may share it: it has no lock."""
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
-        self._lock = threading.Lock()
+        self._seen: dict[Hashable, object] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._seen
 
     def first(self, key: Hashable) -> bool:
         """Say whether this is the first time that ``key`` is asked for, and remember it.
@@ -20,8 +21,5 @@ class Once:
         >>> once.first("a"), once.first("a"), once.first("b")
         (True, False, True)
         """
-        with self._lock:
-            if key in self._seen:
-                return False
-            self._seen.add(key)
-            return True
+        mine = object()
+        return self._seen.setdefault(key, mine) is mine  # one atomic operation

@@ -8,7 +8,6 @@ same.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 
 from ds_logging._logger import logger
@@ -20,7 +19,7 @@ MAX_KEYS = 4096
 
 
 class OpTable:
-    """Statistics by key. Threads may share it.
+    """Statistics by key. Of several threads one at a time may use it: the owner holds a lock.
 
     Args:
         window: how many latencies are kept for each key.
@@ -35,17 +34,15 @@ class OpTable:
         self._stats: dict[OpKey, OpStats] = {}
         self._sizes: dict[str, set[int]] = {}  # by record name
         self._warned = Once()
-        self._lock = threading.Lock()
 
     def add(self, wanted: OpKey, latency: float | None) -> OpKey:
         """Count one operation of ``wanted.msg_size`` bytes and return the key that it is counted under."""
-        with self._lock:
-            key = self._key_to_count(wanted)
-            stats = self._stats.get(key)
-            if stats is None:
-                stats = self._stats[key] = OpStats(key, deque(maxlen=self._window))
-                self._sizes.setdefault(key.record_name, set()).add(key.msg_size)
-            stats.add(latency, wanted.msg_size)
+        key = self._key_to_count(wanted)
+        stats = self._stats.get(key)
+        if stats is None:
+            stats = self._stats[key] = OpStats(key, deque(maxlen=self._window))
+            self._sizes.setdefault(key.record_name, set()).add(key.msg_size)
+        stats.add(latency, wanted.msg_size)
         if key.record_name == OTHER and wanted.record_name != OTHER:
             self._warn(key)
         return key
@@ -77,11 +74,9 @@ class OpTable:
 
     def snapshot(self) -> list[OpStats]:
         """Return copies of all statistics, in the order of their first operation."""
-        with self._lock:
-            return [stats.copy() for stats in self._stats.values()]
+        return [stats.copy() for stats in self._stats.values()]
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
-            self._stats.clear()
-            self._sizes.clear()
+        self._stats.clear()
+        self._sizes.clear()

@@ -10,8 +10,8 @@ class Operation:
     """One operation of one process group, seen from one rank.
 
     ``(group, sequence)`` names the same collective on every rank: torch names a group alike on all its ranks, and every
-    rank of a group counts its collectives. Of a point-to-point operation ``sequence`` counts those from the same sender to
-    the same receiver in the group.
+    rank of a group counts its collectives. Of a point-to-point operation ``sequence`` counts those from the same sender
+    to the same receiver in the group.
 
     Attributes:
         kind: its canonical name, see ``_bandwidth.canonical_name``, for example ``"all_reduce"``.

@@ -14,40 +14,16 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_logging._bandwidth import bandwidth, rule_of
 from ds_logging._files import write_atomically
 from ds_logging._operation import Operation
 from ds_logging._operations_json import read_operations, write_operations
+from ds_logging._step import Step
+from ds_logging._timeline import LogRecord, Range
 
 Event = dict[str, Any]
-
-
-class Range(NamedTuple):
-    """A range of code, such as an NVTX range. Times are ``time.time_ns()``."""
-
-    name: str
-    start_ns: int
-    end_ns: int
-    thread: int
-
-
-class LogRecord(NamedTuple):
-    """A record of the log."""
-
-    time_ns: int
-    level: str
-    message: str
-    thread: int = 0
-    step: int | None = None
-
-
-class Step(NamedTuple):
-    """The moment at which a training step began."""
-
-    number: int
-    time_ns: int
 
 
 @dataclass(slots=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+from ds_logging import _timeline
 from ds_logging._bandwidth import (
-    bandwidth,
     calc_bw_log,
+    canonical_name,
     check_group_size,
     check_latency,
     check_size,
@@ -22,16 +29,40 @@ from ds_logging._bandwidth import (
 from ds_logging._caller import get_caller_func
 from ds_logging._comms_config import operation_names, read_options
 from ds_logging._comms_dict import CommsDict
+from ds_logging._comms_jsonl import to_jsonl
+from ds_logging._comms_plot import plot_bandwidth
+from ds_logging._comms_recorder import recorder
 from ds_logging._comms_table import straggler_table, summary_table
+from ds_logging._compiling import is_compiling
 from ds_logging._device_timer import DeviceTimer, choose_device
-from ds_logging._op_stats import OpKey, OpStats, by_record, summarize_all
+from ds_logging._exchange import decode, encode, gather_bytes
+from ds_logging._hang_watch import HangWatch
+from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
 from ds_logging._op_table import OpTable
+from ds_logging._operation import Operation
+from ds_logging._operations_json import read_operations, write_operations
+from ds_logging._perfetto import Timeline, to_perfetto
 from ds_logging._rank import current_position
+from ds_logging._step import begun_steps
 from ds_logging._straggler import analyze, exchange
+from ds_logging._straggler_report import GroupReport, Wait, straggler_report
 from ds_logging.errors import ArgumentError
 from ds_logging.logging import log_dist, warning_once
 
-__all__ = ["CommsLogger", "calc_bw_log", "convert_size", "get_caller_func", "print_rank_0"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CommsLogger",
+    "GroupReport",
+    "Wait",
+    "calc_bw_log",
+    "convert_size",
+    "get_caller_func",
+    "print_rank_0",
+]
+
+_FOLD_AFTER = 256  # operations that wait to be counted
 
 
 def print_rank_0(message: object) -> None:
@@ -41,15 +72,29 @@ def print_rank_0(message: object) -> None:
 
 
 class CommsLogger:
-    """Counts communication operations by name, message size and group size. Threads may share it.
+    """Records every collective and point-to-point operation of this process, whoever issued it.
 
-    The attributes ``enabled``, ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time.
+    It records between `start` and `stop`, in a ``with`` block, or while ``enabled`` is true: what torch.distributed's
+    functions, FSDP2, DDP, DeepSpeed, compiled code or anything else give to a process group, synchronous or not. Sizes,
+    dtypes and groups are the operations' own. The host never waits for a device. Memory is bounded.
+
+    Latency is the device's own time where the backend measures it (NCCL), else the host's time from the call to the end
+    of waiting. Where nobody saw an operation end, it is counted without a latency. What torch cannot show is named by
+    `summary` under ``"not_seen"``.
+
+    ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time. Threads may share it.
 
     Args:
         window: how many latencies are kept for each kind of operation, see [Note: window] in ``_op_stats``.
         max_sizes: how many different message sizes of a record are told apart; further ones are rounded up to a power
             of two (their bytes are still counted exactly).
-        max_names: how many record names are told apart; further ones are counted as "(other)", and one warning says so.
+        max_names: how many record names are told apart; further ones are counted under ``"(other)"``.
+        history: how many of the last operations are kept one by one, for `to_jsonl`, `to_perfetto` and `stragglers`.
+        timing: ask the backend to measure operations on the device where it offers that (NCCL: two events each).
+        hang_after: seconds after which an operation that is not over counts as a hang: then one rank logs what
+            `explain` says, at ERROR. ``None``: only where a wait times out.
+        hang_signal: a signal at which this process writes what `explain` says to standard error, also while its main
+            thread is stuck in a collective; a handler that the program has for it runs as ever. ``None``: none.
 
     >>> comms = CommsLogger()
     >>> comms.append("all_reduce", "all_reduce", latency=2.0, msg_size=1_000_000, group_size=4)
@@ -57,17 +102,83 @@ class CommsLogger:
     6.0
     """
 
-    def __init__(self, *, window: int = 256, max_sizes: int = 1024, max_names: int = 1024) -> None:
-        for name, value in (("window", window), ("max_sizes", max_sizes), ("max_names", max_names)):
-            if not isinstance(value, int) or value < 1:
+    def __init__(
+        self,
+        *,
+        window: int = 256,
+        max_sizes: int = 1024,
+        max_names: int = 1024,
+        history: int = 10_000,
+        timing: bool = True,
+        hang_after: float | None = None,
+        hang_signal: int | None = getattr(signal, "SIGUSR1", None),
+    ) -> None:
+        counts = {"window": window, "max_sizes": max_sizes, "max_names": max_names, "history": history}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{name}={value!r}: give an integer, 1 or more")
-        self.enabled = False
+        if hang_after is not None and not 0 < hang_after < math.inf:
+            raise ArgumentError(f"hang_after={hang_after!r}: give seconds, more than 0, or None")
         self.prof_all = True
         self.prof_ops: list[str] = []
         self.verbose = False
         self.debug = False
+        self._timing = timing
+        self._recording = False
+        self._attached = False  # to torch; False also while it records, in a process without torch
+        self._began_ns = 0
+        self._seen: deque[tuple[OpKey, float | None]] = deque()  # not counted yet; appending needs no lock
+        self._history: deque[Operation] = deque(maxlen=history)
         self._table = OpTable(window=window, max_sizes=max_sizes, max_names=max_names)
         self._timer = DeviceTimer()
+        self._lock = threading.RLock()
+        self._folding = False
+        self._watch = HangWatch(hang_after=hang_after, hang_signal=hang_signal)
+        _logs.add(self)
+
+    # ---- recording
+
+    def start(self) -> None:
+        """Record from now on. No communication; the ranks need not agree. Starting twice is starting once.
+
+        It works before ``init_process_group`` and for groups that are made later. Without torch there is nothing to
+        record: `append` and `timed` count all the same.
+        """
+        if not self._recording:
+            self._recording = True
+            self._began_ns = time.time_ns()
+            self._attached = recorder.add(self._note, timing=self._timing)
+            if self._attached:
+                _timeline.begin()
+                self._watch.start()
+
+    def stop(self) -> None:
+        """Record no more; what was recorded stays. The last log that stops puts torch back as it was."""
+        if self._recording:
+            if self._attached:
+                self._watch.stop()
+                recorder.remove(self._note)
+                _timeline.end()
+            self._recording = self._attached = False
+
+    def __enter__(self) -> CommsLogger:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it records. Assigning is `start` or `stop`."""
+        return self._recording
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if value:
+            self.start()
+        else:
+            self.stop()
 
     def configure(self, comms_config: object) -> None:
         """Take settings from DeepSpeed's configuration object or a mapping. What is not mentioned stays.
@@ -99,10 +210,65 @@ class CommsLogger:
         dropped = operation_names(op_name_list, "op_name_list")
         self.prof_ops = [name for name in self.prof_ops if name not in dropped]
 
+    def _after_fork(self) -> None:
+        """Record nothing in a forked child: it has neither the threads nor the process groups of its parent."""
+        self._lock = threading.RLock()  # a thread that the child does not have may hold the old one
+        self._folding = False
+        if self._attached:
+            _timeline.end()
+        self._recording = self._attached = False
+
+    def _note(self, operation: Operation) -> None:
+        if not (self.prof_all or operation.name in self.prof_ops or operation.kind in self.prof_ops):
+            return
+        self._history.append(operation)
+        size = len(operation.ranks) if operation.ranks else check_group_size(None)
+        key = OpKey(
+            operation.name, operation.kind, operation.nbytes, size, operation.group, operation.ranks, operation.dtype
+        )
+        self._count(key, operation.latency_ms)
+
+    def _count(self, key: OpKey, latency: float | None) -> None:
+        self._seen.append((key, latency))
+        if len(self._seen) > _FOLD_AFTER:
+            self._fold()
+        if self.verbose:
+            one = OpStats(key, deque())
+            one.add(latency, key.msg_size)
+            time, rates = "time unknown", ""
+            if latency is not None:
+                algorithm, bus = one.bandwidth(latency)
+                time, rates = f"{latency:.2f} ms", f", algbw {algorithm:.2f} Gbps, busbw {bus:.2f} Gbps"
+            size = convert_size(key.msg_size)
+            log_dist(f"{key.record_name}: {time}, {size}, {key.group_size} ranks{rates}", ranks=[0])
+
+    def _fold(self) -> None:
+        with self._lock:
+            if self._folding:  # a signal handler interrupted us in this thread
+                return
+            self._folding = True
+            try:
+                for _ in range(len(self._seen)):
+                    self._table.add(*self._seen.popleft())
+            finally:
+                self._folding = False
+
+    def _snapshot(self) -> list[OpStats]:
+        self._timer.flush()
+        recorder.settle()
+        self._fold()
+        with self._lock:
+            return self._table.snapshot()
+
+    # ---- operations that the caller measures or names
+
     def append(
         self, raw_name: str, record_name: str, latency: float, msg_size: int, *, group_size: int | None = None
     ) -> None:
-        """Count one operation, whether the log is enabled or not.
+        """Count one operation that the caller measured, whether the log is enabled or not.
+
+        While the log records it has seen the operation itself: then ``record_name`` becomes the name of the last
+        operation of this kind that this thread issued, and its own latency counts, or this one where it has none.
 
         Args:
             raw_name: the operation, which chooses the formula. One without a formula is counted all the same: its bus
@@ -118,73 +284,70 @@ class CommsLogger:
         size, latency, n = check_size(msg_size, "msg_size"), check_latency(latency), check_group_size(group_size)
         if rule_of(raw_name) is None:
             warning_once("no bandwidth formula for the operation %r: its bus bandwidth is not computed", raw_name)
-        self._table.add(OpKey(record_name, raw_name, size, n), latency)
-        if self.verbose:
-            algorithm, bus = bandwidth(rule_of(raw_name), size, latency, n)
-            log_dist(
-                f"{record_name}: {latency:.2f} ms, {convert_size(size)}, {n} ranks, "
-                f"algbw {algorithm:.2f} Gbps, busbw {bus:.2f} Gbps",
-                ranks=[0],
-            )
+        if not (self._recording and recorder.claim(canonical_name(raw_name), record_name, latency)):
+            self._count(OpKey(record_name, raw_name, size, n), latency)
 
-    @contextmanager
     def timed(
         self,
         raw_name: str,
-        msg_size: int,
+        msg_size: int | Any,
         *,
         record_name: str | None = None,
         group_size: int | None = None,
+        group: Any = None,
         device: str | None = None,
-    ) -> Iterator[None]:
-        """Time the operation in a ``with`` block and count it, if the log is enabled and selects it.
+    ) -> AbstractContextManager[None]:
+        """Name the operations in a ``with`` block, if the log is enabled and selects them.
 
-        The host never waits: on CUDA two events are put on the current stream and read once the device has passed
-        them, at the latest when a result is asked for. Wait for an ``async_op=True`` handle inside the block. A block
-        that raises, or that is captured into a CUDA graph, is not counted.
+        What torch.distributed issues in the block is recorded as ever, with its own size, group and time, also where it
+        is asynchronous; ``record_name`` is its name. Of a block without such an operation the block itself is timed: on
+        CUDA by two events on the current stream, which the host does not wait for. A block that raises is counted
+        without a latency. A block that is captured into a CUDA graph, or compiled by torch.compile, is not counted.
 
         Args:
             raw_name: the operation.
-            msg_size: bytes of the tensor that this rank passes in.
+            msg_size: bytes of the tensor that this rank passes in, or the tensor.
             record_name: the name to count it under, ``raw_name`` unless given. With ``debug`` the calling function's
                 name is added.
             group_size: number of ranks that take part; the world size unless given.
+            group: the process group, instead of ``group_size``.
             device: "cuda" or "cpu"; unless given, "cuda" if this process uses CUDA. Say "cpu" for gloo beside CUDA.
 
         Raises:
-            ArgumentError: a number is out of range, or ``device`` cannot be used.
+            ArgumentError: a number is out of range, ``device`` cannot be used, or both ``group`` and ``group_size`` are
+                given.
         """
         name = raw_name if record_name is None else record_name
-        if not (self.enabled and (self.prof_all or name in self.prof_ops or raw_name in self.prof_ops)):
-            yield
-            return
-        size, n = check_size(msg_size, "msg_size"), check_group_size(group_size)
+        if not self._recording or is_compiling():
+            return nullcontext()
+        if not (self.prof_all or name in self.prof_ops or raw_name in self.prof_ops):
+            return nullcontext()
+        if group is not None and group_size is not None:
+            raise ArgumentError(f"group={group!r} and group_size={group_size!r}: give one of them")
+        size = check_size(getattr(msg_size, "nbytes", msg_size), "msg_size")
+        n = check_group_size(group.size() if group is not None else group_size)
         if self.debug:
-            name = f"{name} | [Caller Func: {get_caller_func()}]"
-        count = partial(self.append, raw_name, name, msg_size=size, group_size=n)
-        if choose_device(device) == "cpu":
-            started = time.perf_counter()
-            yield
-            count((time.perf_counter() - started) * 1e3)
-            return
-        cuda: Any = sys.modules["torch"].cuda
-        if cuda.is_current_stream_capturing():
-            yield
-            return
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record()
-        yield
-        end.record()
-        self._timer.add(start, end, count)
+            name = f"{name} | [Caller Func: {get_caller_func(2)}]"
+        return _Timed(self, OpKey(name, raw_name, size, n), choose_device(device))
 
-    def _snapshot(self) -> list[OpStats]:
-        self._timer.flush()
-        return self._table.snapshot()
+    def explain(self, timeout: float | None = None) -> str:
+        """Say who waits for whom: which ranks entered which operation of which group, and which did not.
+
+        Any rank may call it alone, from any thread, while others are stuck. Ranks that record answer from a thread,
+        through the store; one that does not answer is named, too.
+
+        Args:
+            timeout: seconds to wait for the answers, 3 unless given.
+        """
+        return self._watch.explain(timeout)
+
+    # ---- results
 
     def get_raw_data(self) -> dict[str, dict[int, list[Any]]]:
         """Return {record name: {message size: [count, latencies, algorithm bandwidths, bus bandwidths]}}.
 
-        The lists hold the last operations only, as many as ``window`` for each group size; the count is of all.
+        The lists hold the last operations only, as many as ``window`` for each kind, and those only whose latency is
+        known; the count is of all.
         """
         raw: dict[str, dict[int, list[Any]]] = {}
         for name, sizes in by_record(self._snapshot()).items():
@@ -227,7 +390,11 @@ class CommsLogger:
     def reset_data(self) -> None:
         """Forget every operation; the settings stay."""
         self._timer.clear()
-        self._table.clear()
+        recorder.collect()
+        with self._lock:
+            self._seen.clear()
+            self._history.clear()
+            self._table.clear()
 
     def get_operation_names(self) -> list[str]:
         """Return the record names in the order of their first operation."""
@@ -243,6 +410,102 @@ class CommsLogger:
         The statistics are those of `log_all`.
         """
         return summarize_all(self._snapshot()).get(operation_name)
+
+    def summary(self, *, merge: bool = True, show: bool = True) -> dict[str, Any]:
+        """Return what was counted, of all ranks together, and log a table of at most one screen on rank 0.
+
+        Args:
+            merge: join the ranks. **All ranks of the default group must call it then**; it makes one exchange. Without
+                it, or without a process group, this rank stands alone, and any rank may call.
+            show: log the table, at INFO.
+
+        Returns:
+            ``{"world_size", "operations", "records", "not_seen"}``. ``records`` is {record name: {message size:
+            statistics}} as in `log_all`; its counts are of all ranks, so a collective of n ranks counts n times.
+            ``not_seen`` names what torch could not show to some rank, a sentence each.
+        """
+        snapshot, not_seen = self._snapshot(), recorder.not_seen()
+        everyone: list[Any] = [[pack(snapshot), not_seen]]
+        if merge:
+            everyone = self._exchange(everyone[0])
+        stats = merge_stats(unpack(each) for each, _ in everyone)
+        records = summarize_all(stats)
+        unseen = list(dict.fromkeys(text for _, texts in everyone for text in texts))
+        if show:
+            rest = "".join(f"\nnot seen: {text}" for text in unseen)
+            log_dist(f"communication of {len(everyone)} ranks\n{summary_table(records)}{rest}", stacklevel=2)
+        return {
+            "world_size": len(everyone),
+            "operations": sum(one.count for one in stats),
+            "records": records,
+            "not_seen": unseen,
+        }
+
+    def stragglers(self) -> list[GroupReport]:
+        """Return who waited how long for whom, a report for each process group, that with most waiting first.
+
+        The last operations that each rank keeps are compared by (group, sequence). Waits are differences of durations,
+        so the ranks' clocks need not agree. **All ranks of the default group must call it**; it makes one exchange.
+        """
+        self._snapshot()
+        everyone = self._exchange(write_operations(list(self._history)))
+        return straggler_report({rank: read_operations(given) for rank, given in enumerate(everyone)})
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write a line for every kind of operation and one for each of the last operations of this rank.
+
+        No communication. The file appears whole or not at all.
+
+        Args:
+            path: the file; ``{rank}`` in it becomes this rank. Ranks that write one path overwrite each other.
+        """
+        snapshot = self._snapshot()
+        path = os.fspath(path).replace("{rank}", str(current_position().rank))
+        to_jsonl(path, list(self._history), snapshot)
+
+    def to_perfetto(self, path: str | os.PathLike[str], *, merge: bool = True) -> None:
+        """Write the last operations, NVTX ranges, log records and steps as a trace that ui.perfetto.dev opens.
+
+        Ranges are those of functions that `instrument_w_nvtx` decorated while a log recorded, or while a tool is
+        attached, and of its blocks; records are those of the logger "ds" and of all below it.
+
+        Args:
+            path: the file; ``{rank}`` in it becomes this rank.
+            merge: write one file of all ranks, on rank 0. **All ranks of the default group must call it then**; it
+                makes one exchange. Without it each rank writes its own, so ``path`` needs ``{rank}``.
+        """
+        self._snapshot()
+        began, rank = self._began_ns, current_position().rank
+        own = Timeline(
+            rank,
+            list(self._history),
+            [one for one in list(_timeline.ranges) if one.start_ns >= began],
+            [one for one in list(_timeline.records) if one.time_ns >= began],
+            [one for one in begun_steps() if one.time_ns >= began],
+        )
+        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json())] if merge else [own]
+        if rank == 0 or not merge:
+            to_perfetto(os.fspath(path).replace("{rank}", str(rank)), timelines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw this rank's bus bandwidth by message size, a line for each operation of each group. No communication.
+
+        Args:
+            path: where to save the picture; ``{rank}`` in it becomes this rank. ``None`` saves nothing.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed (``pip install ds-logging[plot]``).
+        """
+        if path is not None:
+            path = os.fspath(path).replace("{rank}", str(current_position().rank))
+        return plot_bandwidth(self._snapshot(), path)
+
+    def _exchange(self, own: object) -> list[Any]:
+        with recorder.span(hidden=True):  # the exchange is none of the program's operations
+            return [decode(given) for given in gather_bytes(encode(own))]
 
     def log_all(
         self, print_log: bool = True, show_straggler: bool = False, return_dict: bool = False
@@ -265,7 +528,10 @@ class CommsLogger:
         """
         snapshot = self._snapshot()
         summary = summarize_all(snapshot)
-        analysis = analyze(*exchange(snapshot)) if show_straggler else None
+        analysis = None
+        if show_straggler:
+            with recorder.span(hidden=True):  # the exchange is none of the program's operations
+                analysis = analyze(*exchange(snapshot))
         if print_log:
             table = summary_table(summary)
             if analysis is not None:
@@ -283,3 +549,48 @@ class CommsLogger:
                 "timestamp": datetime.now().astimezone().isoformat(),
             },
         }
+
+
+class _Timed:
+    """The block of `CommsLogger.timed`."""
+
+    def __init__(self, log: CommsLogger, key: OpKey, device: str) -> None:
+        self._log = log
+        self._key = key
+        self._device = device
+        self._span = recorder.span(key.record_name)
+
+    def __enter__(self) -> None:
+        self._noted = self._span.__enter__()
+        if self._device == "cuda":
+            cuda: Any = sys.modules["torch"].cuda
+            self._captured = cuda.is_current_stream_capturing()
+            if not self._captured:
+                self._start, self._end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+                self._start.record()
+        self._began = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        took = (time.perf_counter() - self._began) * 1e3
+        self._span.__exit__(None, None, None)
+        log, key = self._log, self._key
+        if self._noted.count:  # the recorder saw what was issued
+            return
+        if error is not None:
+            log._count(key, None)
+        elif self._device == "cpu":
+            log._count(key, took)
+        elif not self._captured:
+            self._end.record()
+            log._timer.add(self._start, self._end, lambda milliseconds: log._count(key, milliseconds))
+
+
+def _after_fork() -> None:
+    recorder.after_fork()
+    for log in list(_logs):
+        log._after_fork()
+
+
+_logs: weakref.WeakSet[CommsLogger] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,6 +8,7 @@ __all__ = [
     "MissingExtraError",
     "RanksError",
     "ReadOnlyError",
+    "TimerError",
     "UnknownOperationError",
 ]
 
@@ -30,6 +31,10 @@ class UnknownOperationError(ArgumentError):
 
 class ReadOnlyError(TypeError):
     """Something that is only to be read was changed."""
+
+
+class TimerError(RuntimeError):
+    """A timer was started twice, or stopped without being started."""
 
 
 class MissingExtraError(ImportError):

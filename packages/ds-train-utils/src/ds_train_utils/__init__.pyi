@@ -130,5 +130,6 @@ from . import (
     module_utils as module_utils,
     numa as numa,
     nvtx as nvtx,
+    timer as timer,
     zero_to_fp32 as zero_to_fp32,
 )

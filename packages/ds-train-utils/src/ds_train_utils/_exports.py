@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # A frozen application holds the modules that import statemen
         numa,
         nvtx,
         tensor_fragment,
+        timer,
         z3_leaf_module,
         zero_to_fp32,
     )
@@ -45,6 +46,7 @@ MODULES = {
     "numa": "ds_numa.numactl",
     "nvtx": "ds_logging.nvtx",
     "tensor_fragment": "ds_fragment.tensor_fragment",
+    "timer": "ds_logging.timer",
     "z3_leaf_module": "ds_z3leaf.leaf",
     "zero_to_fp32": "ds_fragment.zero_checkpoint.zero_to_fp32",
 }

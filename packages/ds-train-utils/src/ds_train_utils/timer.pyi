@@ -1,0 +1,1 @@
+from ds_logging.timer import *
