@@ -1,7 +1,9 @@
 """instrument_w_nvtx with a real torch: under torch.compile, and with torch's own backend."""
 
+import copy
 import functools
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -135,7 +137,9 @@ def test_blocks_and_classes_inside_a_graph():
     assert recorder.events == []
 
 
-@pytest.mark.parametrize("kind", ["builtin", "partial", "bound method", "module", "inner", "property"])
+@pytest.mark.parametrize(
+    "kind", ["builtin", "partial", "torch function", "bound method", "module", "inner", "property"]
+)
 def test_every_kind_inside_a_graph(kind):
     recorder = Recorder()
     ranged = functools.partial(instrument_w_nvtx, backend=recorder)
@@ -160,6 +164,7 @@ def test_every_kind_inside_a_graph(kind):
 
     doubles = {
         "builtin": ranged(functools.partial(torch.mul, 2)),
+        "torch function": lambda x, add=ranged(torch.add): add(x, x),  # noqa: B008
         "partial": ranged(functools.partial(lambda a, b: a * b, 2)),
         "bound method": ranged(module.forward),
         "module": ranged(module),
@@ -171,6 +176,31 @@ def test_every_kind_inside_a_graph(kind):
     torch.testing.assert_close(compiled(torch.ones(2)), torch.full((2,), 2.0))
     assert len(graphs) == 1
     assert recorder.events == []
+
+
+def test_a_module_inside_a_module_stays_a_part_of_it():
+    recorder = Recorder()
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = instrument_w_nvtx(torch.nn.Linear(2, 2), message="part", backend=recorder)
+
+        def forward(self, x):
+            return self.part(x)
+
+    net = Net()
+    assert sorted(net.state_dict()) == ["part.bias", "part.weight"]
+    assert len(list(net.parameters())) == 2
+    twin = copy.deepcopy(net)
+    torch.nn.init.zeros_(twin.part.weight)
+    torch.nn.init.zeros_(twin.part.bias)
+    x = torch.ones(1, 2)
+    assert twin(x).tolist() == [[0.0, 0.0]]
+    assert net(x).tolist() != [[0.0, 0.0]]
+    assert recorder.events == ["+part", "-"] * 2
+    loaded = pickle.loads(pickle.dumps(instrument_w_nvtx(torch.nn.Linear(2, 2))))
+    assert loaded(x).shape == (1, 2)
 
 
 def test_an_autograd_function():

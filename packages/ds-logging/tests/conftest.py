@@ -12,6 +12,8 @@ from ds_logging._logger import DsLogger, logger
 VARIABLES = [
     *_settings.VARIABLES,
     "NO_COLOR",
+    "DS_NVTX",
+    "NVTX_INJECTION64_PATH",
     *(name for launcher in LAUNCHERS for name in launcher[1:] if name is not None),
 ]
 

@@ -185,7 +185,7 @@ def test_rich_on_a_stream_and_on_stderr(capsys):
 
 
 def shown(stream):
-    return [line.rpartition("] ")[2] for line in stream.getvalue().splitlines()]
+    return [line.partition("[Rank ")[2].partition("] ")[2] for line in stream.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_dataclass_is_decorated_from_above(recorder, ranged):
     assert D(3) == D(x=3)
     assert recorder.events == ["+D", "-"] * 2
 
-    with pytest.raises(ArgumentError, match="decorate above @dataclass"):
+    with pytest.raises(ArgumentError, match="above @dataclass"):
 
         @dataclasses.dataclass
         @instrument_w_nvtx
@@ -247,8 +247,17 @@ def test_partial_objects(recorder, ranged):
 
 def test_bound_methods(recorder, ranged):
     class A:
+        async def later(self, x):
+            await asyncio.sleep(0)
+            return x
+
         def method(self):
             return self
+
+    for later in (ranged(A().later, message="l"), ranged(functools.partial(A().later), message="l")):
+        assert asyncio.run(later(1)) == 1
+        assert recorder.events == ["+l", "-"] * 2
+        recorder.events.clear()
 
     a = A()
     method = ranged(a.method, message="m")
@@ -282,6 +291,7 @@ def test_an_object_passes_its_attributes_through(recorder, ranged):
 
     model = Model()
     wrapped = ranged(model, message="m")
+    assert isinstance(wrapped, Model)
     assert wrapped(1) == 2
     assert wrapped.training
     wrapped.training = False

@@ -144,7 +144,7 @@ def test_every_launcher_is_known_by_its_own_variables():
 
 def test_a_launcher_inside_a_batch_job_is_not_hidden_by_what_it_inherits():
     ranks = [launcher.rank for launcher in LAUNCHERS]
-    inherited = {name: "0" for name in ("SLURM_PROCID", "FLUX_TASK_RANK")}
+    inherited = dict.fromkeys(("SLURM_PROCID", "FLUX_TASK_RANK"), "0")
     for name in (
         "OMPI_COMM_WORLD_RANK",
         "MV2_COMM_WORLD_RANK",

@@ -156,9 +156,9 @@ class Collapser:
         while self._read < reports and self._store.check([f"report/{self._read + 1}"]):
             self._read += 1
             key, _, rank = self._store.get(f"report/{self._read}").decode().partition(" ")
-            line = self._lines.get(key)
-            if line is not None:  # else it was forgotten: no answer, and the rank shows it
-                line.ranks[int(rank)] = self._read
+            found = self._lines.get(key)
+            if found is not None:  # else it was forgotten: no answer, and the rank shows it
+                found.ranks[int(rank)] = self._read
         waiting = [line for line in self._lines.values() if line.ranks]
         complete = waiting and all(len(line.ranks) == self._world_size - 1 for line in waiting)
         late = waiting and now - min(line.since for line in waiting) > 2 * PATIENCE

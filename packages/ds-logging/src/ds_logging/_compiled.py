@@ -17,28 +17,29 @@ import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from ds_logging._logger import DsLogger
 
 _REMARK = " (while torch.compile traces; not when the compiled code runs)"
 _UNKNOWN = object()
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def traced_as(stand_in: Callable[..., Any]) -> Callable[[Any], Any]:
+def traced_as(stand_in: Callable[..., Any]) -> Callable[[_F], _F]:
     """Have Dynamo trace ``stand_in``, of the same parameters, in the place of the decorated function."""
 
-    def decorate(function: Any) -> Any:
-        function._torchdynamo_inline = stand_in
+    def decorate(function: _F) -> _F:
+        function._torchdynamo_inline = stand_in  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
-def constant(function: Any) -> Any:
+def constant(function: _F) -> _F:
     """Have Dynamo call the function while it traces, and take its result for a constant."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

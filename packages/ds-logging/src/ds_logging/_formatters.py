@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import datetime
+import datetime as dt
 import json
 import logging
 import os
@@ -63,7 +63,7 @@ class JsonFormatter(logging.Formatter):
             text = f"<message cannot be formatted: {type(error).__name__}>"
         size = current_position().world_size
         line: dict[str, Any] = {
-            "time": datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="microseconds"),
+            "time": dt.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="microseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": text,

@@ -1,7 +1,8 @@
 """What stands between a record and a terminal or a file.
 
-[Note: once] A record is shown exactly once, in whatever order the application and this package are configured. There is
-one handler of ours, `LogHandler`. It looks at the other handlers that the record reaches, with their levels and filters:
+[Note: once] A record is shown exactly once, in whatever order the application and this package are configured.
+There is one handler of ours, `LogHandler`. It looks at the other handlers that the record reaches, with their levels
+and filters:
 
 * Nobody called `configure`: it is silent for a record that any other handler takes.
 * Somebody did: it writes to its stream unless another handler writes the record to the same stream; for a standard
@@ -90,17 +91,18 @@ class LogHandler(logging.Handler):
         before, self.before_first = self.before_first, None
         if before is not None:
             before()
-        if not self.filter(record):
+        if self.filters and not self.filter(record):
             return False
-        shown = self._is_shown_by(takers or [])
+        shown = bool(takers) and self._is_shown_by(takers or [])
         if shown and self.file is None:
             return True
-        try:
+        if "rank_tag" not in record.__dict__:
             fill_rank(record)
-            if self.file is not None:
+        if self.file is not None:
+            try:
                 self.file.write(self.format(record))
-        except Exception:
-            self.handleError(record)
+            except Exception:
+                self.handleError(record)
         if not shown and (self.collapser is None or not self.collapser.keep(record, self)):
             self.show(record)
         return True

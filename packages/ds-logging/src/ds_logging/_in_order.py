@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import datetime as dt
 import sys
 import threading
 from collections import Counter
@@ -50,11 +51,9 @@ def _wait(store: Any, key: str, rank: int) -> None:
     from ds_logging._logger import logger
 
     try:
-        store.wait([key], datetime.timedelta(seconds=PATIENCE))
+        store.wait([key], dt.timedelta(seconds=PATIENCE))
     except Exception as error:
         logger.warning("log_dist(in_order=True): rank %d did not come in %g s: %s", rank, PATIENCE, error)
         return
-    try:
+    with contextlib.suppress(Exception):  # a store that cannot delete keeps a few bytes
         store.delete_key(key)  # nobody else waits for it
-    except Exception:  # a store that cannot delete keeps a few bytes
-        pass

@@ -1,9 +1,9 @@
 """Puts a range around whatever can be decorated, and leaves it what it is: a class, a property, a method, a function.
 
 [Note: kinds] A Python function becomes a function (`_ranged.wrap`). What holds functions (a class, a property, a bound
-method, ``functools.partial``) holds ranged ones afterwards. Everything else that can be called, such as a builtin, a
+method, an ``nn.Module``) holds ranged ones afterwards. Everything else that can be called, such as a builtin, a
 function behind ``functools.lru_cache`` or an object with ``__call__``, becomes a `RangedCallable`, which passes every
-attribute through.
+attribute through, its class too: a program must not take another way because a tool is attached.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from types import MethodType, ModuleType
 from typing import Any, cast
@@ -54,13 +55,18 @@ def instrument(func: Any, span_for: SpanFor, switch: ModuleType) -> Any:
     span = span_for(_name_of(func))
     if span is None:
         return func
+    if isinstance(func, _module_class()):
+        # A proxy would not be found among the parts of the module that holds it.
+        func.forward = instrument(func.forward, lambda name: span, switch)
+        return func
     if inspect.isfunction(func):
         return wrap(func, span, switch)
-    if isinstance(func, functools.partial) and inspect.isfunction(func.func):
-        # Only a partial object of such a function is taken for one by inspect.
+    if isinstance(func, functools.partial):
+        # Only a partial object of a function that suspends is taken for one by inspect.
         suspends = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
         if any(kind(func.func) for kind in suspends):
-            return type(func)(wrap(func.func, span, switch), *func.args, **func.keywords)
+            inner = instrument(func.func, lambda name: span, switch)
+            return type(func)(inner, *func.args, **func.keywords)
     return RangedCallable(func, span, switch)
 
 
@@ -73,6 +79,11 @@ class RangedCallable:
         fields = (wrap(call, span, switch), span, switch, func, func.__doc__, getattr(func, "__module__", None))
         for name, value in zip(_FIELDS_OF_PROXY, fields, strict=True):
             object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # Of builtins torch.compile knows each by itself, and would not look into this one.
+        return RangedCallable if inspect.isroutine(self.__wrapped__) else type(self.__wrapped__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ranged_call(*args, **kwargs)
@@ -157,7 +168,9 @@ def _class(cls: Any, span_for: SpanFor, switch: ModuleType) -> Any:
     own = cls.__dict__.get("__init__")
     if own is None and inspect.get_annotations(cls):
         # A decorator above this one, such as dataclass, makes an __init__ only where there is none.
-        raise ArgumentError(f"func={cls!r} has fields and no __init__ yet: decorate above @dataclass")
+        raise ArgumentError(
+            f"func={cls!r} has fields and no __init__ of its own: put instrument_w_nvtx above @dataclass, or write one"
+        )
     span = span_for(cls.__qualname__)
     if span is not None:
         plain = _inherited_init(cls) if own is None else own
@@ -185,6 +198,11 @@ def _inherited_init(cls: Any) -> Callable[..., None]:
     if cls.__init__ is object.__init__:
         made.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)])
     return cast("Callable[..., None]", made)
+
+
+def _module_class() -> Any:
+    """Return ``torch.nn.Module``, or what nothing is an instance of while torch is not imported."""
+    return getattr(getattr(sys.modules.get("torch"), "nn", None), "Module", ())
 
 
 def _name_of(func: Any) -> str:

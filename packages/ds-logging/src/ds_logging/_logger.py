@@ -1,9 +1,9 @@
 """The logger "ds", and what happens where nobody configured logging.
 
-[Note: nothing configured] Under Python's defaults (level WARNING, no handler) an INFO line is shown nowhere. In a script
-whose author configured nothing that is a surprise. So the level of the logger "ds" is INFO while nobody chose one: no
-level of its own, none on the root logger, no handler that takes INFO. And the first record that no handler takes adds a
-`LogHandler`, configured by the environment. Importing adds one only if the environment asks for it.
+[Note: nothing configured] Under Python's defaults (level WARNING, no handler) an INFO line is shown nowhere. In a
+script whose author configured nothing that is a surprise. So the level of the logger "ds" is INFO while nobody chose
+one: no level of its own, none on the root logger, no handler that takes INFO. And the first record that no handler
+takes adds a `LogHandler`, configured by the environment. Importing adds one only if the environment asks for it.
 
 [Note: hidden lines] ``isEnabledFor`` says no on a rank that does not show a line, too. So a hidden line is neither made
 nor formatted, whichever call it was: level and rank are all that is looked at.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ class DsLogger(logging.Logger):
     problems: tuple[str, ...] = ()  # of the environment, not yet reported
     _disabled = False
 
-    @property  # type: ignore[override]
+    @property
     def disabled(self) -> bool:
         """Whether everything is off. ``dictConfig`` and ``fileConfig`` do not set it.
 
@@ -97,9 +97,25 @@ class DsLogger(logging.Logger):
         code = frame.f_code
         return code.co_filename, frame.f_lineno, code.co_name, _stack(frame) if stack_info else None
 
-    def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+    def makeRecord(  # as in logging, which passes them by position
+        self,
+        name: str,
+        level: int,
+        fn: str,
+        lno: int,
+        msg: object,
+        args: Any,
+        exc_info: Any,
+        func: str | None = None,
+        extra: Mapping[str, object] | None = None,
+        sinfo: str | None = None,
+    ) -> logging.LogRecord:
         """Make a record that knows its rank."""
-        record = super().makeRecord(*args, **kwargs)
+        try:
+            record = super().makeRecord(name, level, fn, lno, msg, args, exc_info, func, extra, sinfo)
+        except KeyError:  # logging refuses an extra that is called as one of its own fields
+            extra = {f"extra_{field}": value for field, value in (extra or {}).items()}
+            record = super().makeRecord(name, level, fn, lno, msg, args, exc_info, func, extra, sinfo)
         fill_rank(record)
         return record
 
@@ -107,6 +123,11 @@ class DsLogger(logging.Logger):
         """Hand a record to the application's handlers, then to ours, which knows who took it."""
         if self.problems:
             self.report_problems()
+        first = self.handlers[0] if len(self.handlers) == 1 else None
+        if type(first) is LogHandler and self.parent is logging.root and not logging.root.handlers:
+            if record.levelno >= first.level and logging.Logger.callHandlers is _STDLIB_CALL_HANDLERS:
+                first.deliver(record)  # the usual case: there is nobody else
+                return
         chain = list(handlers_above(self))
         if logging.Logger.callHandlers is not _STDLIB_CALL_HANDLERS:
             # Somebody (Sentry does) listens there: go through it, and ask who takes the record.
@@ -153,16 +174,6 @@ class DsLogger(logging.Logger):
         self, message: object, *args: Any, ranks: Iterable[int] | None = None, level: int | str = 20, **kwargs: Any
     ) -> None:
         """See `ds_logging.log_dist_once`."""
-
-    def _log(self, level: int, msg: object, args: Any, *more: Any, **kwargs: Any) -> None:
-        try:
-            super()._log(level, msg, args, *more, **kwargs)
-        except KeyError as error:  # logging refuses an extra that is called as one of its own fields
-            extra = kwargs.get("extra")
-            if not isinstance(extra, dict) or "overwrite" not in str(error):
-                raise
-            kwargs["extra"] = {f"extra_{name}": value for name, value in extra.items()}
-            super()._log(level, msg, args, *more, **kwargs)
 
 
 INTERNAL_FILES.add(DsLogger.findCaller.__code__.co_filename)

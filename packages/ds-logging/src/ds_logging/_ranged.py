@@ -126,7 +126,8 @@ def _wrap_generator(func: Callable[..., Any], span: Span, switch: ModuleType) ->
         return (yield from (steps if held is None else _drive(steps, held)))
 
     # Generators of types.coroutine may be awaited.
-    return types.coroutine(run_generator) if func.__code__.co_flags & inspect.CO_ITERABLE_COROUTINE else run_generator
+    flags = getattr(getattr(func, "__code__", None), "co_flags", 0)
+    return types.coroutine(run_generator) if flags & inspect.CO_ITERABLE_COROUTINE else run_generator
 
 
 def _wrap_async_generator(func: Callable[..., Any], span: Span, switch: ModuleType) -> Callable[..., Any]:

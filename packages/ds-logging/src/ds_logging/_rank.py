@@ -84,6 +84,9 @@ def current_position(environ: Mapping[str, str] | None = None) -> Position:
         if len(keys) == 2:  # a launcher that is asked first: the usual case
             if values[0] == data.get(keys[0]) and values[1] == data.get(keys[1]):
                 return position
+        elif not values:
+            if data.keys().isdisjoint(keys):  # no launcher, as before
+                return position
         elif values == tuple(map(data.get, keys)):
             return position
     return _environment_position(data)
@@ -97,7 +100,7 @@ def _group_position(dist: Any) -> Position | None:
         return None
     position = Position(dist.get_rank(), dist.get_world_size()) if is_initialized() else None
     c10d = _module("torch.distributed.distributed_c10d")
-    world = getattr(c10d, "_world", None)
+    world: Any = getattr(c10d, "_world", None)
     if hasattr(world, "_default_pg") and getattr(c10d, "is_initialized", None) is is_initialized:
         group = world._default_pg
         reference = _no_group if group is None else weakref.ref(group)
@@ -127,8 +130,10 @@ def _environment_position(data: Any) -> Position:
         if _number(os.environ, launcher.rank) is not None:
             break
     if data is not None:
-        keys = tuple(map(os.environ.encodekey, names))  # type: ignore[attr-defined]
-        _environment_cache = (data, keys, tuple(map(data.get, keys)), position)
+        keys = tuple(map(os.environ.encodekey, names))
+        values = tuple(map(data.get, keys))
+        none_set = all(value is None for value in values)
+        _environment_cache = (data, keys, () if none_set else values, position)
     return position
 
 

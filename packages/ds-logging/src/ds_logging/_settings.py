@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ds_logging._formatters import DEFAULT_FORMAT, RICH_FORMAT, ColorFormatter, JsonFormatter, fill_rank
 from ds_logging._handlers import LogHandler
@@ -133,7 +133,7 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
             rich.setFormatter(make_formatter(settings.format or RICH_FORMAT, settings.datefmt))
         elif settings.console is not None:
             # Off a terminal rich cuts lines at 80 columns: write plain ones, to where it writes.
-            writer = StreamWriter(console.file)
+            writer = StreamWriter(cast("TextIO", console.file))
     handler = LogHandler(writer, file=settings.file, rich=rich, explicit=explicit, ranks=settings.ranks)
     if settings.json:
         handler.setFormatter(JsonFormatter())
@@ -142,7 +142,8 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
         handler.setFormatter(make_formatter(form, settings.datefmt))
         colored = make_formatter(form, settings.datefmt, kind=ColorFormatter)
         if settings.color is None:
-            handler.console_formatter = lambda: colored if _wants_color(writer.current()) else None
+            wants = _ColorChoice(writer)
+            handler.console_formatter = lambda: colored if wants() else None
         elif settings.color:
             handler.console_formatter = lambda: colored
     if settings.collapse:
@@ -150,6 +151,22 @@ def make_handler(settings: Settings, *, explicit: bool) -> LogHandler:
 
         handler.collapser = Collapser()
     return handler
+
+
+class _ColorChoice:
+    """Says whether the stream of a writer gets colour. It asks once for each stream."""
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+        self._known: tuple[Any, bool] = (None, False)
+
+    def __call__(self) -> bool:
+        stream = self._writer.current()
+        known, answer = self._known
+        if known is not stream:
+            answer = _wants_color(stream)
+            self._known = (stream, answer)
+        return answer
 
 
 def _wants_color(stream: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_logging._device_memory import device_memory
 from ds_logging._device_timer import DeviceTimer
-from ds_logging._interval import WINDOW, Interval
+from ds_logging._interval import Interval
 from ds_logging.errors import ArgumentError, MissingExtraError
 from ds_logging.logging import log_dist
 

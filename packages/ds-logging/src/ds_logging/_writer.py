@@ -30,6 +30,7 @@ class StreamWriter:
     def __init__(self, stream: TextIO | None, name: str = "stderr") -> None:
         self._stream = stream
         self._name = name
+        self._known: tuple[Any, int] | None = None  # a stream and its file descriptor
         if stream is not None:
             with contextlib.suppress(Exception):
                 stream.flush()  # what the caller wrote before stands before the first line
@@ -44,7 +45,12 @@ class StreamWriter:
         if stream is None:
             return
         text = line + "\n"
-        descriptor = _descriptor(stream)
+        known = self._known
+        if known is not None and known[0] is stream and not stream.closed and "write" not in vars(stream):
+            descriptor: int | None = known[1]
+        else:
+            descriptor = _descriptor(stream)
+            self._known = None if descriptor is None else (stream, descriptor)
         if descriptor is not None:
             if stream is sys.stdout:  # print() fills its buffer; keep the order. No lock is waited for elsewhere.
                 with contextlib.suppress(RuntimeError):  # a signal handler in the middle of a print()

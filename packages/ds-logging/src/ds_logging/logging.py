@@ -1,8 +1,8 @@
 """Log and print on chosen ranks. The names of ``deepspeed.utils.logging``.
 
 In every function here ``ranks`` means the same: ``None`` the ranks of `configure` (rank 0 unless it says others),
-``[-1]`` every rank, ``[]`` no rank, else ranks; one that the job does not have is simply not there. Only `log_dist` with
-``in_order=True`` communicates; all others may be called by any subset of the ranks. All check ``ranks`` first.
+``[-1]`` every rank, ``[]`` no rank, else ranks; one that the job does not have is simply not there. Only `log_dist`
+with ``in_order=True`` communicates; all others may be called by any subset of the ranks. All check ``ranks`` first.
 """
 
 from __future__ import annotations
@@ -59,20 +59,17 @@ def _selected(ranks: Iterable[int] | None) -> bool:
 
 
 @_compiled.constant
-def _rank_and_tag() -> tuple[int, str]:
-    rank = current_rank()
-    return rank, rank_tag(rank)
+def _traced_selected(ranks: Iterable[int] | None) -> bool:
+    return _selected(ranks)
 
 
 @_compiled.constant
-def _shown_ranks() -> tuple[int, ...] | None:
-    return None if logger.shown_ranks is None else tuple(sorted(logger.shown_ranks))
+def _traced_tag() -> str:
+    return rank_tag(current_rank())
 
 
 def _traced_dist_msg(message: object, ranks: Iterable[int] | None = None) -> str | None:
-    rank, tag = _rank_and_tag()
-    shown = _shown_ranks() if ranks is None else ranks
-    return f"{tag}{message}" if shown is None or is_selected(shown, rank) else None
+    return f"{_traced_tag()}{message}" if _traced_selected(ranks) else None
 
 
 @_compiled.traced_as(_traced_dist_msg)
@@ -182,7 +179,8 @@ def log_dist(
                 return
         elif ranks is not None and not isinstance(ranks, (list, tuple)):
             ranks = _listed(ranks)
-        if not is_selected(ranks, rank if group is None else group_rank(group)):
+        member = rank if group is None else group_rank(group)
+        if not is_selected(ranks, member) or member < 0:
             return
     if _cached_level(number) is False or not logger.level_is_on(number):
         return
@@ -425,7 +423,7 @@ def should_log_le(max_log_level_str: str) -> bool:
 
 # Callers of DeepSpeed find these two on the logger itself.
 logger.warning_once = warning_once  # type: ignore[method-assign]
-logger.log_dist_once = log_dist_once  # type: ignore[method-assign]
+logger.log_dist_once = log_dist_once  # type: ignore[method-assign, assignment]
 _compiled.ignore(warning_once, _show_warning)
 _compiled.ignore(log_dist_once, lambda args: _show_traced_once(*args))
 

@@ -30,7 +30,10 @@ F = TypeVar("F", bound="Callable[..., Any] | property | staticmethod[..., Any] |
 
 
 class _Ranges:
-    """What ``instrument_w_nvtx`` is without a function: a decorator and a context manager. Threads may share it."""
+    """What ``instrument_w_nvtx`` is without a function: a decorator and a context manager. Threads may share it.
+
+    The compiler never enters it, because `instrument_w_nvtx` gives it `_NoRanges`.
+    """
 
     __slots__ = ("_asked", "_backend", "_open", "_span", "_style")
 
@@ -52,8 +55,6 @@ class _Ranges:
         return make_span(named, self._backend)
 
     def __enter__(self) -> _Ranges:
-        if _ranged.is_compiling():
-            return self
         if not self._asked:
             if self._style.message is None:
                 raise ArgumentError(
@@ -77,7 +78,7 @@ class _Ranges:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self._open or _ranged.is_compiling():
+        if not self._open:
             return
         thread = threading.get_ident()
         held, before = self._open.pop(thread, (None, None))
@@ -140,9 +141,10 @@ def instrument_w_nvtx(
     communication log records its timeline, functions are wrapped too, and it gets their ranges.
 
     A range ends when the function raises, too. For async functions and generators it is open while their own body runs,
-    and closed while they are suspended. A class stays a class whose ``__init__`` is ranged, a property stays a property
-    whose functions are. Under ``torch.compile`` nothing is drawn and no graph breaks; as a context manager, write the
-    call in the ``with`` statement, because the compiler enters nothing that was made outside what it compiles.
+    and closed while they are suspended. A class stays the same class with a ranged ``__init__``, an ``nn.Module`` the
+    same module with a ranged ``forward``, a property a property whose functions are ranged. Under ``torch.compile``
+    nothing is drawn and no graph breaks; as a context manager, write the call in the ``with`` statement, because the
+    compiler enters nothing that was made outside what it compiles.
 
     As a context manager in an async function or a generator, it is open over an ``await`` or a ``yield`` in the block:
     ranges of what runs in between are then closed in the wrong order. Decorate the function.

@@ -34,8 +34,8 @@ def install() -> None:
     From then on ``import deepspeed`` finds the modules of this package where it looks for ``deepspeed.utils.groups``,
     ``logging``, ``comms_logging``, ``nvtx``, ``init_on_device``, ``tensor_fragment``, ``mixed_precision_linkage``,
     ``module_utils``, ``timer``, ``z3_leaf_module``, ``numa`` and ``zero_to_fp32``. Every rank calls it; it does not
-    communicate. A second call does nothing. `RepeatingLoader` stays DeepSpeed's own, because this package's gives every epoch an
-    order of its own, and a pipeline engine would train on other batches.
+    communicate. A second call does nothing. `RepeatingLoader` stays DeepSpeed's own, because this package's gives every
+    epoch an order of its own, and a pipeline engine would train on other batches.
 
     Warns:
         UserWarning: the DeepSpeed that is installed is not one that this was verified on (0.16.9, 0.17.6, 0.18.9,
