@@ -308,9 +308,9 @@ class Hook:
                     operation.latency_ms = (time.time_ns() - operation.began_ns) / 1e6
                 return finished
             except BaseException as error:
-                operation.failed = True
                 if self.on_time_out is not None and _is_time_out(error):
-                    self.on_time_out()
+                    self.on_time_out()  # the operation counts as in flight until then
+                operation.failed = True
                 raise
             finally:
                 operation.over = True

@@ -363,7 +363,8 @@ class Recorder:
                 operation.name = call.span.name or operation.name
             if call is not None and call.name is not None:
                 operation.name = call.name
-            self._last.append(operation)
+            if operation.completed:  # the others failed, or nobody saw their end: they hold up nobody
+                self._last.append(operation)
             for sink in self._sinks:
                 sink(operation)
         self._joined = still

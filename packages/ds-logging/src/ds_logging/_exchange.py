@@ -19,15 +19,16 @@ def decode(data: bytes) -> Any:
     return json.loads(zlib.decompress(data))
 
 
-def gather_bytes(data: bytes, group: Any = None) -> list[bytes]:
-    """Return the bytes of every rank, in order of group rank, on every rank.
+def gather_bytes(data: bytes, group: Any = None, *, dst: int | None = None) -> list[bytes]:
+    """Return the bytes of every rank, in order of group rank, on every rank or on one.
 
-    **All ranks of the group must call it.** It makes two all-gathers: of the lengths, and of the
-    bytes, padded to the longest.
+    **All ranks of the group must call it.** It makes an all-gather of the lengths, and one of the bytes, padded to the
+    longest; with ``dst`` a gather instead.
 
     Args:
         data: of this rank; lengths may differ.
         group: the process group, the default one unless given. Where no process group was made, this rank is alone.
+        dst: the global rank that gets them; the others get an empty list. ``None``: every rank.
     """
     dist: Any = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
@@ -44,8 +45,14 @@ def gather_bytes(data: bytes, group: Any = None) -> list[bytes]:
         return [b""] * count
     # bytearray: a tensor over read-only memory warns.
     padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+    if dst is not None and dist.get_rank() != dst:
+        dist.gather(padded, dst=dst, group=group)
+        return []
     gathered = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather(gathered, padded, group=group)
+    if dst is None:
+        dist.all_gather(gathered, padded, group=group)
+    else:
+        dist.gather(padded, gathered, dst=dst, group=group)
     return [_read(tensor, size) for tensor, size in zip(gathered, sizes, strict=True)]
 
 

@@ -441,14 +441,22 @@ class CommsLogger:
             "not_seen": unseen,
         }
 
-    def stragglers(self) -> list[GroupReport]:
+    def stragglers(self, *, last: int = 1000) -> list[GroupReport]:
         """Return who waited how long for whom, a report for each process group, that with most waiting first.
 
-        The last operations that each rank keeps are compared by (group, sequence). Waits are differences of durations,
-        so the ranks' clocks need not agree. **All ranks of the default group must call it**; it makes one exchange.
+        Operations are compared by (group, sequence). Waits are differences of durations, so the ranks' clocks need not
+        agree. **All ranks of the default group must call it**; it makes one exchange.
+
+        Args:
+            last: how many of its last operations each rank sends to all others.
+
+        Raises:
+            ArgumentError: ``last`` is no such number.
         """
+        if not isinstance(last, int) or last < 1:
+            raise ArgumentError(f"last={last!r}: give an integer, 1 or more")
         self._snapshot()
-        everyone = self._exchange(write_operations(list(self._history)))
+        everyone = self._exchange(write_operations(list(self._history)[-last:]))
         return straggler_report({rank: read_operations(given) for rank, given in enumerate(everyone)})
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
@@ -471,8 +479,8 @@ class CommsLogger:
 
         Args:
             path: the file; ``{rank}`` in it becomes this rank.
-            merge: write one file of all ranks, on rank 0. **All ranks of the default group must call it then**; it
-                makes one exchange. Without it each rank writes its own, so ``path`` needs ``{rank}``.
+            merge: write one file of all ranks, on rank 0, which gathers them. **All ranks of the default group must
+                call it then.** Without it each rank writes its own, so ``path`` needs ``{rank}``.
         """
         self._snapshot()
         began, rank = self._began_ns, current_position().rank
@@ -483,7 +491,7 @@ class CommsLogger:
             [one for one in list(_timeline.records) if one.time_ns >= began],
             [one for one in begun_steps() if one.time_ns >= began],
         )
-        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json())] if merge else [own]
+        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json(), dst=0)] if merge else [own]
         if rank == 0 or not merge:
             to_perfetto(os.fspath(path).replace("{rank}", str(rank)), timelines)
 
@@ -503,9 +511,9 @@ class CommsLogger:
             path = os.fspath(path).replace("{rank}", str(current_position().rank))
         return plot_bandwidth(self._snapshot(), path)
 
-    def _exchange(self, own: object) -> list[Any]:
+    def _exchange(self, own: object, *, dst: int | None = None) -> list[Any]:
         with recorder.span(hidden=True):  # the exchange is none of the program's operations
-            return [decode(given) for given in gather_bytes(encode(own))]
+            return [decode(given) for given in gather_bytes(encode(own), dst=dst)]
 
     def log_all(
         self, print_log: bool = True, show_straggler: bool = False, return_dict: bool = False
