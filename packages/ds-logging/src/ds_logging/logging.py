@@ -155,9 +155,11 @@ def log_dist(
     """
     if args:
         args, ranks, level = _positional(message, args, ranks, level)
-    number = level if type(level) is int else log_levels.get(level) if type(level) is str else None
-    if number is None or number < 0:
-        number = parse_level(level)
+    if type(level) is int and level >= 0:  # the usual case
+        number = level
+    else:
+        known = log_levels.get(level) if type(level) is str else None
+        number = parse_level(level) if known is None else known
     if in_order:
         with in_rank_order(group):
             log_dist(
@@ -165,17 +167,15 @@ def log_dist(
                 exc_info=exc_info, extra=extra, stacklevel=stacklevel,
             )  # fmt: skip
         return
+    rank = current_rank()
     if group is None and ranks is None:
-        if _cached_level(number) is False:
-            return
-        rank = current_rank()
         shown = logger.shown_ranks
         if shown is not None and rank not in shown:
             return
     else:
-        rank = current_rank()
-        if group is None and type(ranks) is list and len(ranks) == 1 and type(ranks[0]) is int and ranks[0] >= 0:
-            if ranks[0] != rank:
+        if group is None and type(ranks) is list and len(ranks) == 1:  # DeepSpeed's ranks=[0]
+            only = ranks[0]
+            if only != rank and type(only) is int and only >= 0:
                 return
         elif ranks is not None and not isinstance(ranks, (list, tuple)):
             ranks = _listed(ranks)
