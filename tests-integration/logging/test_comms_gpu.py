@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from ds_logging import CommsLogger
-from ds_logging._comms_recorder import recorder
+from ds_logging._comms.recorder import recorder
 from ranks import run_ranks
 
 torch = pytest.importorskip("torch")

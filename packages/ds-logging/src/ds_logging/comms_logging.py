@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ds_logging import _timeline
-from ds_logging._bandwidth import (
+from ds_logging._caller import get_caller_func
+from ds_logging._comms.bandwidth import (
     calc_bw_log,
     canonical_name,
     check_group_size,
@@ -26,26 +27,25 @@ from ds_logging._bandwidth import (
     convert_size,
     rule_of,
 )
-from ds_logging._caller import get_caller_func
-from ds_logging._comms_config import operation_names, read_options
-from ds_logging._comms_dict import CommsDict
-from ds_logging._comms_jsonl import to_jsonl
-from ds_logging._comms_plot import plot_bandwidth
-from ds_logging._comms_recorder import recorder
-from ds_logging._comms_table import straggler_table, summary_table
+from ds_logging._comms.comms_dict import CommsDict
+from ds_logging._comms.config import operation_names, read_options
+from ds_logging._comms.exchange import decode, encode, gather_bytes
+from ds_logging._comms.jsonl import to_jsonl
+from ds_logging._comms.op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
+from ds_logging._comms.op_table import OpTable
+from ds_logging._comms.operation import Operation
+from ds_logging._comms.operations_json import read_operations, write_operations
+from ds_logging._comms.perfetto import Timeline, to_perfetto
+from ds_logging._comms.plot import plot_bandwidth
+from ds_logging._comms.recorder import recorder
+from ds_logging._comms.straggler_report import GroupReport, Wait, straggler_report
+from ds_logging._comms.table import straggler_table, summary_table
 from ds_logging._compiling import is_compiling
-from ds_logging._device_timer import DeviceTimer, choose_device
-from ds_logging._exchange import decode, encode, gather_bytes
-from ds_logging._hang_watch import HangWatch
-from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
-from ds_logging._op_table import OpTable
-from ds_logging._operation import Operation
-from ds_logging._operations_json import read_operations, write_operations
-from ds_logging._perfetto import Timeline, to_perfetto
+from ds_logging._hang.watch import HangWatch
 from ds_logging._rank import current_position
 from ds_logging._step import begun_steps
 from ds_logging._straggler import analyze, exchange
-from ds_logging._straggler_report import GroupReport, Wait, straggler_report
+from ds_logging._timers.device_timer import DeviceTimer, choose_device
 from ds_logging.errors import ArgumentError
 from ds_logging.logging import log_dist, warning_once
 
@@ -85,7 +85,7 @@ class CommsLogger:
     ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time. Threads may share it.
 
     Args:
-        window: how many latencies are kept for each kind of operation, see [Note: window] in ``_op_stats``.
+        window: how many latencies are kept for each kind of operation, see [Note: window] in ``_comms.op_stats``.
         max_sizes: how many different message sizes of a record are told apart; further ones are rounded up to a power
             of two (their bytes are still counted exactly).
         max_names: how many record names are told apart; further ones are counted under ``"(other)"``.

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_logging import _compiled
-from ds_logging._in_order import in_rank_order
-from ds_logging._levels import LEVELS as log_levels, get_log_level_from_string, parse_level
-from ds_logging._logger import INTERNAL_FILES, LoggerFactory, logger
-from ds_logging._message import RankedMessage, TaggedText
-from ds_logging._once import Once
+from ds_logging._log import compiled as _compiled
+from ds_logging._log.in_order import in_rank_order
+from ds_logging._log.levels import LEVELS as log_levels, get_log_level_from_string, parse_level
+from ds_logging._log.logger import INTERNAL_FILES, LoggerFactory, logger
+from ds_logging._log.message import RankedMessage, TaggedText
+from ds_logging._log.once import Once
 from ds_logging._rank import checked_ranks, current_rank, group_rank, is_selected, rank_tag
 from ds_logging.errors import ArgumentError, LogLevelError, RanksError
 
