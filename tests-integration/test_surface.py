@@ -42,6 +42,8 @@ NEWEST_ONLY = {
     "groups._create_expert_and_data_parallel": "after 0.18.9 three parameters came before the last of its two",
     "logging.LoggerFactory.create_logger": "after 0.16.9 the default level is WARNING, not INFO",
 }
+# Ours take theirs' later positional parameters as ``*args``, beside the arguments of placeholders; a test calls them.
+THROUGH_ARGS = ("logging.log_dist", "logging.log_dist_once")
 # The modules of deepspeed.utils whose names the contracts do not hold; timer and zero_to_fp32 are offered here.
 OTHER_MODULES = {
     "bwc": "old names of Megatron's mpu, for DeepSpeed's groups",
@@ -141,7 +143,9 @@ def changes(full: str, theirs: list[str], function: Any) -> list[str]:
     """The line about a function that cannot be called as theirs, if it cannot."""
     ours = tool.parameters(function)
     known = all_parameters(full)
-    if full in NEWEST_ONLY and theirs != known[-1]:
+    if full in THROUGH_ARGS:
+        fit = "*args" in ours and set(theirs) <= set(ours)
+    elif full in NEWEST_ONLY and theirs != known[-1]:
         fit = set(named(theirs)) <= set(named(ours))
     else:
         fit = fits(theirs, ours, known)
@@ -204,6 +208,23 @@ def test_functions(version: str) -> None:
     for full, function, entry in present(version, "function"):
         lines += changes(full, entry["parameters"], function)
     report(lines)
+
+
+@pytest.mark.parametrize("full", THROUGH_ARGS)
+def test_what_takes_positional_parameters_through_args_takes_them(full: str, caplog: pytest.LogCaptureFixture) -> None:
+    function = found(*full.split("."))
+    for theirs in all_parameters(full):
+        assert positional(theirs) == ["message", "ranks", "level"]
+    for number, arguments in enumerate([([0], 50), ([0, 1], 40), ([1], 50), (None, 40)]):
+        function(f"{full} {number}", *arguments)
+    function("100% done", [0], 50)
+    said = [(record.getMessage(), record.levelno) for record in caplog.records]
+    assert said == [
+        (f"[Rank 0] {full} 0", 50),
+        (f"[Rank 0] {full} 1", 40),
+        (f"[Rank 0] {full} 3", 40),
+        ("[Rank 0] 100% done", 50),
+    ]
 
 
 @every_version

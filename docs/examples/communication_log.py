@@ -14,6 +14,7 @@ whose data come late. The log names it, and shows what the step communicates. Th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 WIDTHS = (64, 128, 256, 512, 1024, 2048)  # each layer has a message size of its own
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, delay: float) -> None:
     """Train, saying which step it is, what it does and what the loss is."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(steps):
@@ -38,7 +39,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         with instrument_w_nvtx("data"):
             batch = torch.randn(32, WIDTHS[0])
             if rank == world_size - 1:
-                time.sleep(0.02)
+                time.sleep(delay)
         with instrument_w_nvtx("forward"):
             loss = model(batch).square().mean()
         with instrument_w_nvtx("backward"):
@@ -52,11 +53,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
     set_step(None)
 
 
-def run(steps: int, out: Path) -> None:
+def run(steps: int, delay: float, out: Path) -> None:
     """Everything that one rank does."""
     configure("info", format="%(rank_tag)s%(message)s", stream=sys.stdout)
     torch.manual_seed(0)
-    layers = [layer for a, b in zip(WIDTHS, WIDTHS[1:], strict=False) for layer in (nn.Linear(a, b), nn.GELU())]
+    layers = [layer for a, b in itertools.pairwise(WIDTHS) for layer in (nn.Linear(a, b), nn.GELU())]
     model = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], 1))
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -65,16 +66,16 @@ def run(steps: int, out: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     with CommsLogger(hang_after=60) as comms:
-        train(model, optimizer, steps)
+        train(model, optimizer, steps, delay)
 
     # All ranks make these calls; they print and write on rank 0.
     comms.summary()
     for report in comms.stragglers():
-        late = max(report.times_last, key=lambda rank: report.times_last[rank])
-        waited = sum(by_rank.get(late, 0.0) for by_rank in report.waited_for.values())
+        waits = {rank: sum(each.get(rank, 0.0) for each in report.waited_for.values()) for rank in report.ranks}
+        late = max(waits, key=lambda rank: waits[rank])
         log_dist(
-            f"group {report.group}: rank {late} came last in {report.times_last[late]} of {report.compared} "
-            f"operations; the others waited {waited:.0f} ms for it"
+            f"group {report.group}: the others waited {waits[late]:.0f} ms for rank {late}, "
+            f"which came last in {report.times_last[late]} of {report.compared} operations"
         )
     comms.to_perfetto(out / "trace.json")
     # These are each rank's own.
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
     parser.add_argument("--steps", type=int, default=8, help="training steps (8)")
+    parser.add_argument("--delay", type=float, default=0.02, help="seconds that the slow rank sleeps in a step (0.02)")
     parser.add_argument("--out", type=Path, default=Path("communication-log"), help="folder for the results")
     options = parser.parse_args()
     if options.ranks < 2 or options.steps < 2:
@@ -132,7 +134,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], environment)
     dist.init_process_group("gloo")
     try:
-        run(options.steps, options.out)
+        run(options.steps, options.delay, options.out)
     finally:
         dist.destroy_process_group()
 
