@@ -144,16 +144,17 @@ def say_alike(rank, folder):
 
     _collapse.PATIENCE = 5.0  # a slow machine is no reason to show a line
     _collapse.ANSWER = 20.0
-    configure(file=None, stream=open(f"{folder}/{rank}", "w"), ranks="all", collapse=True, format="%(message)s")
-    log_dist("alike")
-    logger.info("alike, too")
-    log_dist(f"of rank {rank}")
-    if rank < 2:
-        log_dist("of two")
-    logger.error("an error")
-    log_dist("for oneself", ranks=[2])
-    for handler in list(logger.handlers):
-        handler.close()  # what exit does: everything is shown
+    with open(f"{folder}/{rank}", "w") as stream:
+        configure(file=None, stream=stream, ranks="all", collapse=True, format="%(message)s")
+        log_dist("alike")
+        logger.info("alike, too")
+        log_dist(f"of rank {rank}")
+        if rank < 2:
+            log_dist("of two")
+        logger.error("an error")
+        log_dist("for oneself", ranks=[2])
+        for handler in list(logger.handlers):
+            handler.close()  # what exit does: everything is shown
 
 
 def test_lines_that_ranks_say_alike_are_shown_once(tmp_path):
@@ -170,9 +171,10 @@ def test_lines_that_ranks_say_alike_are_shown_once(tmp_path):
 
 
 def say_in_order_and_alike(rank, path):
-    configure(stream=open(path, "a"), ranks="all", collapse=True, format="%(message)s")
-    for turn in range(2):
-        log_dist("turn %d", turn, ranks=[-1], in_order=True)
+    with open(path, "a") as stream:
+        configure(stream=stream, ranks="all", collapse=True, format="%(message)s")
+        for turn in range(2):
+            log_dist("turn %d", turn, ranks=[-1], in_order=True)
 
 
 def test_lines_in_the_order_of_the_ranks_are_not_held_back(tmp_path):
