@@ -144,17 +144,17 @@ def say_alike(rank, folder):
 
     _collapse.PATIENCE = 5.0  # a slow machine is no reason to show a line
     _collapse.ANSWER = 20.0
-    with open(f"{folder}/{rank}", "w") as stream:
-        configure(file=None, stream=stream, ranks="all", collapse=True, format="%(message)s")
-        log_dist("alike")
-        logger.info("alike, too")
-        log_dist(f"of rank {rank}")
-        if rank < 2:
-            log_dist("of two")
-        logger.error("an error")
-        log_dist("for oneself", ranks=[2])
-        for handler in list(logger.handlers):
-            handler.close()  # what exit does: everything is shown
+    stream = open(f"{folder}/{rank}", "w")  # noqa: SIM115  (lives as long as the process)
+    configure(stream=stream, ranks="all", collapse=True, format="%(message)s")
+    log_dist("alike")
+    logger.info("alike, too")
+    log_dist(f"of rank {rank}")
+    if rank < 2:
+        log_dist("of two")
+    logger.error("an error")
+    log_dist("for oneself", ranks=[2])
+    for handler in list(logger.handlers):
+        handler.close()  # what exit does: everything is shown
 
 
 def test_lines_that_ranks_say_alike_are_shown_once(tmp_path):

@@ -118,21 +118,24 @@ def shown(count: int, rounds: int) -> dict[str, float]:
     root = logging.getLogger("standard_shown")
     root.propagate = False
     root.setLevel(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/theirs", "w") as theirs, open(f"{folder}/ours", "w") as ours:
-            handler = logging.StreamHandler(theirs)
-            handler.setFormatter(logging.Formatter(form))
-            root.addHandler(handler)
-            configure("info", stream=ours, format=form)
-            return interleaved(
-                {
-                    "standard library's StreamHandler": lambda: root.info("step %d", 3),
-                    "logger.info": lambda: logger.info("step %d", 3),
-                    "log_dist": lambda: log_dist("step %d", 3),
-                },
-                count,
-                rounds,
-            )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(f"{folder}/theirs", "w") as theirs,
+        open(f"{folder}/ours", "w") as ours,
+    ):
+        handler = logging.StreamHandler(theirs)
+        handler.setFormatter(logging.Formatter(form))
+        root.addHandler(handler)
+        configure("info", stream=ours, format=form)
+        return interleaved(
+            {
+                "standard library's StreamHandler": lambda: root.info("step %d", 3),
+                "logger.info": lambda: logger.info("step %d", 3),
+                "log_dist": lambda: log_dist("step %d", 3),
+            },
+            count,
+            rounds,
+        )
 
 
 def main() -> None:

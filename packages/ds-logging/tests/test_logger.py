@@ -173,3 +173,19 @@ def test_create_logger_checks_the_level_first():
     with pytest.raises(LogLevelError):
         LoggerFactory.create_logger("wrong level", "loud")
     assert "wrong level" not in logging.root.manager.loggerDict
+
+
+def test_importing_the_package_anew_starts_anew(run_script):
+    done = run_script("""
+import sys
+import ds_logging
+ds_logging.configure("info")
+for name in [name for name in sys.modules if name.split(".")[0] == "ds_logging"]:
+    del sys.modules[name]
+import ds_logging
+assert ds_logging.logger.handlers == []
+ds_logging.configure("info")
+ds_logging.log_dist("one")
+ds_logging.logger.info("two")
+""")
+    assert [line.partition("] ")[2].rpartition("] ")[2] for line in done.stderr.splitlines()] == ["one", "two"]

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 from ds_logging._operation import Operation
-from ds_logging._perfetto import LogRecord, Range, Step, Timeline, to_perfetto, trace_events
+from ds_logging._perfetto import Timeline, to_perfetto, trace_events
+from ds_logging._step import Step
+from ds_logging._timeline import LogRecord, Range
 
 MS = 10**6
 START = 1_700_000_000 * 10**9

@@ -40,6 +40,8 @@ REST, LONG_REST = 20, 100
 
 It rests long where Python issued everything: then nothing is lost but sequence numbers and the device's times.
 """
+FIRST_SECONDS = 0.05
+"""How long a reading is taken to last before the first one."""
 SETTLE_SECONDS = 1.0
 """A report waits so long, at most, for the device's times; a quarter of it for the ends of what C++ issued."""
 UNNUMBERED = frozenset({"send", "recv", "barrier", *COMPOSITES})
@@ -194,7 +196,7 @@ class Recorder:
         while self._is_late(time.monotonic() - began):
             time.sleep(0.01)
             self.collect()
-        self.collect(final=final, untimed=True)
+        self.collect(final=final, untimed=True, read=False)
 
     def _is_late(self, waited: float) -> bool:
         timed = self._timing and waited < SETTLE_SECONDS
@@ -204,13 +206,14 @@ class Recorder:
             for one in list(self._joined)
         )
 
-    def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0) -> None:
+    def collect(self, *, final: bool = False, untimed: bool = False, keep_ns: int = 0, read: bool = True) -> None:
         """Join what there is and give the operations that are over to the sinks.
 
         Args:
             final: also those that are not over.
             untimed: also those whose device time torch may still note.
             keep_ns: not those that are younger than this.
+            read: read torch's ring, which takes most of the time.
         """
         if self._hook is None:
             return
@@ -219,7 +222,8 @@ class Recorder:
                 return
             self._collecting = True
             try:
-                self._join(self._hook, final)
+                if read or final:
+                    self._join(self._hook, final, read)
                 self._deliver(final, untimed or not self._timing, keep_ns)
             finally:
                 self._collecting = False
@@ -239,11 +243,11 @@ class Recorder:
         if self.on_time_out is not None:
             self.on_time_out()
 
-    def _join(self, hook: Hook, final: bool) -> None:
+    def _join(self, hook: Hook, final: bool, read: bool) -> None:
         self._look_at_groups()
         began = time.time_ns()
         lost_before = sum(ring.lost for ring in self._rings)
-        entries = [entry for ring in self._rings for entry in ring.read()]
+        entries = [entry for ring in self._rings for entry in ring.read()] if read else []
         calls = self._calls + [hook.issued.popleft() for _ in range(len(hook.issued))]
         self._calls = []
 
@@ -409,20 +413,26 @@ class Recorder:
     # ---- the thread
 
     def _run(self, stopped: threading.Event) -> None:
-        read, rest_until = 0, 0.0
+        read = self._recorded()
+        ready, took = time.monotonic(), FIRST_SECONDS  # when the last reading ended, and how long it took
         while not stopped.wait(POLL_SECONDS):
             hook = self._hook
             if hook is None or stopped.is_set():
                 return
-            waiting = len(hook.issued)
-            recorded = sum(ring.enqueued() for ring in self._rings)
-            ripe = max(waiting, recorded - read) >= READ_AFTER and time.monotonic() >= rest_until
+            waiting, recorded = len(hook.issued), self._recorded()
+            rested = time.monotonic() - ready
+            only_torch_saw = recorded - read - waiting
+            ripe = (only_torch_saw >= READ_AFTER and rested >= REST * took) or (
+                max(waiting, recorded - read) >= READ_AFTER and rested >= LONG_REST * took
+            )
             if ripe or waiting >= MOST_WAITING:
                 began = time.monotonic()
                 self.collect(keep_ns=CLAIM_NS)
-                rest = REST if recorded - read > waiting else LONG_REST
-                rest_until = time.monotonic() + rest * (time.monotonic() - began)
-                read = recorded
+                ready = time.monotonic()
+                read, took = recorded, ready - began
+
+    def _recorded(self) -> int:
+        return sum(ring.enqueued() for ring in self._rings)
 
 
 def _awaits_time(joined: _Joined) -> bool:

@@ -124,10 +124,15 @@ class DsLogger(logging.Logger):
         if self.problems:
             self.report_problems()
         first = self.handlers[0] if len(self.handlers) == 1 else None
-        if type(first) is LogHandler and self.parent is logging.root and not logging.root.handlers:
-            if record.levelno >= first.level and logging.Logger.callHandlers is _STDLIB_CALL_HANDLERS:
-                first.deliver(record)  # the usual case: there is nobody else
-                return
+        if (  # the usual case: there is nobody else
+            type(first) is LogHandler
+            and self.parent is logging.root
+            and not logging.root.handlers
+            and record.levelno >= first.level
+            and logging.Logger.callHandlers is _STDLIB_CALL_HANDLERS
+        ):
+            first.deliver(record)
+            return
         chain = list(handlers_above(self))
         if logging.Logger.callHandlers is not _STDLIB_CALL_HANDLERS:
             # Somebody (Sentry does) listens there: go through it, and ask who takes the record.
@@ -189,6 +194,10 @@ def _make_logger() -> DsLogger:
     made = logging.getLogger("ds")
     if not isinstance(made, DsLogger):
         kind = type(made)
+        if any(base.__module__ == __name__ for base in kind.__mro__):  # this package was imported anew: start anew
+            kind = logging.Logger
+            for known in [known for known in made.handlers if type(known).__module__ == LogHandler.__module__]:
+                made.removeHandler(known)
         made.__dict__.pop("disabled", None)
         # An application may have a class of loggers of its own.
         made.__class__ = DsLogger if kind is logging.Logger else type("DsLogger", (DsLogger, kind), {})

@@ -37,7 +37,7 @@ from ds_logging._compiling import is_compiling
 from ds_logging._device_timer import DeviceTimer, choose_device
 from ds_logging._exchange import decode, encode, gather_bytes
 from ds_logging._hang_watch import HangWatch
-from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, summarize_all
+from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
 from ds_logging._op_table import OpTable
 from ds_logging._operation import Operation
 from ds_logging._operations_json import read_operations, write_operations
@@ -425,10 +425,10 @@ class CommsLogger:
             ``not_seen`` names what torch could not show to some rank, a sentence each.
         """
         snapshot, not_seen = self._snapshot(), recorder.not_seen()
-        everyone: list[Any] = [[[one.to_json() for one in snapshot], not_seen]]
+        everyone: list[Any] = [[pack(snapshot), not_seen]]
         if merge:
             everyone = self._exchange(everyone[0])
-        stats = merge_stats([OpStats.from_json(one) for one in each] for each, _ in everyone)
+        stats = merge_stats(unpack(each) for each, _ in everyone)
         records = summarize_all(stats)
         unseen = list(dict.fromkeys(text for _, texts in everyone for text in texts))
         if show:
