@@ -26,13 +26,13 @@ napoleon_numpy_docstring = False
 
 
 def read_guide(app: Any, docname: str, source: list[str]) -> None:
-    """Put a package's README in the place of its guide, with its links to other READMEs and files made to fit."""
-    if docname.startswith("guides/"):
+    """Put a package's README in the place of the guide that is named for it, with its links to other READMEs and files made to fit."""
+    if docname.startswith("guides/ds-"):
         readme = PACKAGES / docname.removeprefix("guides/") / "README.md"
         app.env.note_dependency(str(readme))
         text = re.sub(r"\]\(\.\./(ds-[a-z-]+)/README\.md", r"](\1.md", readme.read_text(encoding="utf-8"))
-        text = re.sub(r"\]\((?:\.\./)*docs/([a-z-]+\.md)", r"](../\1", text)
-        source[0] = re.sub(r"\[([^\]]*)\]\((?!https?://|#|\.\./[a-z]+\.md|ds-)[^)]*\)", r"\1", text)
+        text = re.sub(r"\]\((?:\.\./)*docs/([a-z/-]+\.md)", r"](../\1", text)
+        source[0] = re.sub(r"\[([^\]]*)\]\((?!https?://|#|\.\./[a-z/-]+\.md|ds-)[^)]*\)", r"\1", text)
 
 
 def setup(app: Any) -> None:

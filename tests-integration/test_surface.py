@@ -211,6 +211,22 @@ def test_functions(version: str) -> None:
     report(lines)
 
 
+@pytest.mark.parametrize("full", POSITIONAL_IN_ARGS)
+def test_what_takes_positional_parameters_in_args_takes_them(full: str, caplog: pytest.LogCaptureFixture) -> None:
+    for theirs in all_parameters(full):
+        assert positional(theirs) == ["message", "ranks", "level"]
+    function = found(*full.split("."))
+    for number, arguments in enumerate([([0], 50), ([0, 1], 40), ([1], 50), (None, 40)]):
+        function(f"{full} {number}", *arguments)
+    function(f"100% {full}", [0], 50)
+    assert [(record.getMessage(), record.levelno) for record in caplog.records] == [
+        (f"[Rank 0] {full} 0", 50),
+        (f"[Rank 0] {full} 1", 40),
+        (f"[Rank 0] {full} 3", 40),
+        (f"[Rank 0] 100% {full}", 50),
+    ]
+
+
 @every_version
 def test_classes(version: str) -> None:
     lines = missing(version, "class")

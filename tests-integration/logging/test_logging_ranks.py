@@ -170,6 +170,20 @@ def test_lines_that_ranks_say_alike_are_shown_once(tmp_path):
     assert sorted(shown[2]) == ["[Rank 2] for oneself", "[Rank 2] of rank 2", "an error"]
 
 
+def say_in_order_and_alike(rank, path):
+    with open(path, "a") as stream:
+        configure(stream=stream, ranks="all", collapse=True, format="%(message)s")
+        for turn in range(2):
+            log_dist("turn %d", turn, ranks=[-1], in_order=True)
+
+
+def test_lines_in_the_order_of_the_ranks_are_not_held_back(tmp_path):
+    path = tmp_path / "log"
+    run_ranks(say_in_order_and_alike, 3, str(path))
+    wanted = [f"[Rank {rank}] turn {turn}" for turn in range(2) for rank in range(3)]
+    assert path.read_text().splitlines() == wanted
+
+
 def append_long_lines(rank, path):
     configure(file=path, ranks="all", format="%(message)s")
     for _ in range(30):

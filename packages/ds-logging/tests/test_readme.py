@@ -1,6 +1,9 @@
+import importlib
+import inspect
 import re
 from pathlib import Path
 
+import ds_logging
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
@@ -12,6 +15,28 @@ def test_the_code_of_the_readme_runs(run_script):
     done = run_script("\n".join(blocks))
     assert "[Rank 0] starting" in done.stderr
     assert done.stdout == ""
+
+
+def reference():
+    return README.read_text().partition("\n## Reference\n")[2]
+
+
+@pytest.mark.parametrize("module", ["", ".logging", ".comms_logging", ".nvtx", ".timer"])
+def test_the_reference_has_every_public_name(module):
+    names = set(importlib.import_module(f"ds_logging{module}").__all__) - {"__version__"}
+    assert names
+    assert names <= set(re.findall(r"\w+", reference()))
+
+
+PARAMETERS = re.findall(r"`(\w+)\(([^`)]*)\)`", reference())
+
+
+@pytest.mark.parametrize(("name", "given"), PARAMETERS, ids=[name for name, _ in PARAMETERS])
+def test_the_reference_has_the_parameters_of(name, given):
+    parameters = inspect.signature(getattr(ds_logging, name)).parameters.values()
+    assert given.replace("*, ", "").replace("*", "").split(", ") == [each.name for each in parameters] or not given
+    keyword_only = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    assert given.partition("*, ")[2].split(", ") == (keyword_only or [""]) or "*args" in given
 
 
 # What importing DeepSpeed 0.19 makes: its logger does not propagate, and its handler has a level of its own.

@@ -80,6 +80,7 @@ from ds_logging import (
     CommsLogger as CommsLogger,
     RankFilter as RankFilter,
     configure as configure,
+    set_step as set_step,
     warning_once as warning_once,
 )
 from ds_logging.comms_logging import get_caller_func as get_caller_func

@@ -114,7 +114,7 @@ _NAMES = {
         "z3_leaf_parameter",
     ),
     # What the seven offer besides.
-    "ds_logging": ("CommsLogger", "RankFilter", "configure", "warning_once"),
+    "ds_logging": ("CommsLogger", "RankFilter", "configure", "set_step", "warning_once"),
     "ds_groups": ("BoundTopology", "GroupsError", "ParallelTopology"),
     "ds_ondevice": ("MaterializeError", "MaterializeReport", "is_deferred", "load_into", "materialize"),
     "ds_fragment": (

@@ -3,8 +3,9 @@
 [Note: collapsed lines] Rank 0 shows its lines at once and puts a key for each into the store of torch.distributed. The
 other ranks hold a line back for up to `PATIENCE` seconds. If rank 0 has said the same, they report it into a mailbox in
 the store; rank 0 reads that, shows one line that names the ranks, and acknowledges. A line without an answer, for
-whatever reason, is shown by its own rank: late, but not lost. Lines from ERROR on are never held back. All of this is
-done by one daemon thread; the caller only puts the record into a queue.
+whatever reason, is shown by its own rank: late, but not lost. Lines from ERROR on are never held back, nor are those of
+`log_dist` with ``in_order=True``. All of this is done by one daemon thread; the caller only puts the record into a
+queue.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ds_logging._log.in_order import has_turn
 from ds_logging._log.message import RankedMessage
 from ds_logging._rank import current_position, worker_id
 
@@ -65,7 +67,7 @@ class Collapser:
 
     def keep(self, record: logging.LogRecord, handler: LogHandler) -> bool:
         """Say whether the record is taken care of; else the caller shows it now."""
-        if record.levelno >= logging.ERROR or self._stop.is_set() or worker_id() is not None:
+        if record.levelno >= logging.ERROR or has_turn() or self._stop.is_set() or worker_id() is not None:
             return False
         if self._worker is None and not self._start():
             return False

@@ -17,6 +17,12 @@ PATIENCE = 60.0  # seconds to wait for the rank before this one
 
 _turns: Counter[str] = Counter()
 _turns_lock = threading.RLock()
+_thread = threading.local()
+
+
+def has_turn() -> bool:
+    """Say whether this thread is inside of `in_rank_order`: what it logs must be shown before it leaves."""
+    return getattr(_thread, "has_turn", False)
 
 
 @contextmanager
@@ -40,9 +46,11 @@ def in_rank_order(group: Any) -> Iterator[None]:
     before = f"{turn}/{rank - 1}" if rank else f"{turn - 1}/{size - 1}"
     if size > 1 and (rank or turn):
         _wait(store, before, rank - 1 if rank else size - 1)
+    _thread.has_turn = True
     try:
         yield
     finally:
+        _thread.has_turn = False
         if size > 1:
             store.set(f"{turn}/{rank}", "")
 
