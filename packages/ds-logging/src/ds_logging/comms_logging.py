@@ -525,7 +525,8 @@ class CommsLogger:
         and ``by_group_size`` has each.
 
         Args:
-            print_log: log the tables at INFO, on every rank that passes ``True``.
+            print_log: log the tables at INFO, on rank 0 or on the ranks that `configure` names. It is the own rank's
+                table; `summary` has all ranks in one.
             show_straggler: compare with the other ranks. **All ranks of the default group must call it then**; their
                 operations may differ. Without a process group this rank is compared with itself.
             return_dict: return ``{"summary", "straggler_analysis", "metadata"}``.
@@ -544,7 +545,7 @@ class CommsLogger:
             table = summary_table(summary)
             if analysis is not None:
                 table += f"\nTime that this rank waited for others\n{straggler_table(analysis)}"
-            log_dist(f"communication\n{table}", ranks=[-1], stacklevel=2)
+            log_dist(f"communication\n{table}", stacklevel=2)
         if not return_dict:
             return None
         position = current_position()
