@@ -11,6 +11,7 @@ from datetime import datetime
 import pytest
 from ds_logging.comms_logging import CommsLogger, calc_bw_log, print_rank_0
 from ds_logging.errors import ArgumentError
+from ds_logging.logging import logger
 
 
 @pytest.fixture
@@ -188,12 +189,15 @@ def test_log_all_logs_a_table_and_never_prints(comms, caplog, capsys):
     ]
 
 
-def test_log_all_logs_on_every_rank_that_asks(comms, caplog, monkeypatch):
+def test_log_all_logs_on_the_ranks_of_configure(comms, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="ds")
-    monkeypatch.setenv("RANK", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        comms.log_all(print_log=True)
+        comms.log_all(print_log=False)
+    monkeypatch.setattr(logger, "shown_ranks", None)
     comms.log_all(print_log=True)
-    comms.log_all(print_log=False)
-    assert [record.rank for record in caplog.records] == [3]
+    assert [record.rank for record in caplog.records] == [0, 2]
 
 
 def test_log_all_returns_a_dict_that_is_json(comms, monkeypatch):
