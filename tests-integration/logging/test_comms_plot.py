@@ -4,8 +4,8 @@ import sys
 from collections import deque
 
 import pytest
-from ds_logging._comms_plot import MAX_LINES, plot_bandwidth
-from ds_logging._op_stats import OpKey, OpStats
+from ds_logging._comms.op_stats import OpKey, OpStats
+from ds_logging._comms.plot import MAX_LINES, plot_bandwidth
 
 pytest.importorskip("matplotlib")
 

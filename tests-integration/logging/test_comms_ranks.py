@@ -79,13 +79,13 @@ def time_real_collectives(rank):
     comms = CommsLogger()
     comms.configure({"enabled": True})
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    tensor = torch.ones(1024)
+    tensor = torch.ones(1 << 20)  # large enough to be waited for
     for _ in range(3):
         with comms.timed("all_reduce", tensor.nbytes):
             dist.all_reduce(tensor)
     with comms.timed("all_reduce", tensor.nbytes, group_size=2):
         dist.all_reduce(tensor, group=pairs[rank // 2])
-    return comms.get_operation_summary("all_reduce")[4096]
+    return comms.get_operation_summary("all_reduce")[tensor.nbytes]
 
 
 def test_real_collectives_are_counted_by_their_groups():

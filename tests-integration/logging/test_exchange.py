@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from ds_logging._exchange import gather_bytes
+from ds_logging._comms.exchange import gather_bytes
 from ranks import run_ranks
 
 pytest.importorskip("torch")

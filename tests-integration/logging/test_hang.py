@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from ds_logging._bandwidth import canonical_name
-from ds_logging._hang import HangExplainer
-from ds_logging._hang_states import RankState, state_of
-from ds_logging._operation import Operation
+from ds_logging._comms.bandwidth import canonical_name
+from ds_logging._comms.operation import Operation
+from ds_logging._hang.explainer import HangExplainer
+from ds_logging._hang.states import RankState, state_of
 from ranks import run_ranks
 
 pytest.importorskip("torch")

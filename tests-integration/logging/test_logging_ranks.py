@@ -103,7 +103,7 @@ def test_in_order_the_lines_come_by_rank(tmp_path):
 
 
 def miss_a_turn(rank, path):
-    from ds_logging import _in_order
+    from ds_logging._log import in_order as _in_order
 
     _in_order.PATIENCE = 0.2
     configure(file=path, format="%(rank)d> %(message)s", ranks="all")
@@ -140,7 +140,7 @@ def test_ranks_of_a_group_count_within_it():
 
 
 def say_alike(rank, folder):
-    from ds_logging import _collapse
+    from ds_logging._log import collapse as _collapse
 
     _collapse.PATIENCE = 5.0  # a slow machine is no reason to show a line
     _collapse.ANSWER = 20.0

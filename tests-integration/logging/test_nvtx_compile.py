@@ -226,7 +226,7 @@ def test_an_autograd_function():
 
 def test_a_torch_without_nvtx_draws_nothing_and_never_fails(monkeypatch):
     """The torch of the tests is one for the CPU, whose torch.cuda.nvtx raises at every call."""
-    from ds_logging._nvtx_backends import TorchNvtx, torch_nvtx
+    from ds_logging._nvtx.backends import TorchNvtx, torch_nvtx
 
     assert (torch_nvtx() is not None) == hasattr(torch._C, "_nvtx")
     backend = TorchNvtx()

@@ -1,7 +1,7 @@
 """Every operation that the installed torch has is known by its name."""
 
 import pytest
-from ds_logging._bandwidth import RULES, canonical_name, rule_of
+from ds_logging._comms.bandwidth import RULES, canonical_name, rule_of
 
 torch = pytest.importorskip("torch")
 

@@ -18,12 +18,12 @@ import itertools, json, sys, time
 from types import SimpleNamespace
 
 import deepspeed.utils.timer as theirs
-import ds_logging._interval
+import ds_logging._timers.interval
 import ds_logging.timer as ours
 
 now = [1.0]
 clock = SimpleNamespace(time=lambda: now[0], perf_counter=lambda: now[0])
-theirs.time = ds_logging._interval.time = clock
+theirs.time = ds_logging._timers.interval.time = clock
 
 def wait(milliseconds):
     now[0] += milliseconds / 1e3

@@ -1,4 +1,4 @@
-"""What recording small all-reduces costs: with a `CommsLogger`, without, and beside DeepSpeed's log and torch's profiler.
+"""What recording small all-reduces costs: by a `CommsLogger`, by DeepSpeed's log and by torch's profiler.
 
     python packages/ds-logging/benchmarks/bench_comms.py [--quick] [--json PATH]
 

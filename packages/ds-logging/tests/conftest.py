@@ -5,9 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from ds_logging import _settings, comms_logging
+from ds_logging import comms_logging
 from ds_logging._launchers import LAUNCHERS
-from ds_logging._logger import DsLogger, logger
+from ds_logging._log import settings as _settings
+from ds_logging._log.logger import DsLogger, logger
 
 VARIABLES = [
     *_settings.VARIABLES,

@@ -3,7 +3,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from ds_logging._bandwidth import RULES, canonical_name, rule_of
+from ds_logging._comms.bandwidth import RULES, canonical_name, rule_of
 from ds_logging.comms_logging import calc_bw_log, convert_size
 from ds_logging.errors import ArgumentError, UnknownOperationError
 

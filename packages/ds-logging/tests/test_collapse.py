@@ -2,7 +2,7 @@ import io
 
 import pytest
 from ds_logging import configure, log_dist
-from ds_logging._collapse import _spell
+from ds_logging._log.collapse import _spell
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Without matplotlib; the figure itself is tested where that is."""
 
 import pytest
-from ds_logging._comms_plot import plot_bandwidth
+from ds_logging._comms.plot import plot_bandwidth
 from ds_logging.errors import MissingExtraError
 
 

@@ -2,8 +2,8 @@ import re
 from collections import deque
 
 import pytest
-from ds_logging._comms_table import MAX_LINES, MAX_WIDTH, format_ranks, straggler_table, summary_table
-from ds_logging._op_stats import OpKey, OpStats, summarize_all
+from ds_logging._comms.op_stats import OpKey, OpStats, summarize_all
+from ds_logging._comms.table import MAX_LINES, MAX_WIDTH, format_ranks, straggler_table, summary_table
 from ds_logging._straggler import analyze
 
 

@@ -1,7 +1,7 @@
 """CUDA events, played by the `device` of conftest.py, whose clock the test moves."""
 
 import pytest
-from ds_logging._device_timer import DeviceTimer, choose_device
+from ds_logging._timers.device_timer import DeviceTimer, choose_device
 from ds_logging.comms_logging import CommsLogger
 from ds_logging.errors import ArgumentError
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from ds_logging._exchange import _device, decode, encode, gather_bytes
+from ds_logging._comms.exchange import _device, decode, encode, gather_bytes
 
 
 @pytest.mark.parametrize("data", [None, [], {"a": [1, 2.5, None, "ü"]}, list(range(10_000))])

@@ -3,8 +3,8 @@ import logging
 import math
 
 import pytest
-from ds_logging._formatters import JsonFormatter
-from ds_logging._message import RankedMessage
+from ds_logging._log.formatters import JsonFormatter
+from ds_logging._log.message import RankedMessage
 from ds_logging._step import set_step
 
 

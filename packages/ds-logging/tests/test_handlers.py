@@ -5,8 +5,8 @@ import queue
 import re
 
 import pytest
-from ds_logging._handlers import LogHandler, RankFilter, handlers_above, is_console
-from ds_logging._writer import StreamWriter
+from ds_logging._log.handlers import LogHandler, RankFilter, handlers_above, is_console
+from ds_logging._log.writer import StreamWriter
 from ds_logging.logging import log_dist, logger
 
 

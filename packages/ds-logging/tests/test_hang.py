@@ -6,9 +6,9 @@ import time
 from functools import partial
 
 import pytest
-from ds_logging._hang import HangExplainer
-from ds_logging._hang_states import RankState
-from ds_logging._operation import Operation
+from ds_logging._comms.operation import Operation
+from ds_logging._hang.explainer import HangExplainer
+from ds_logging._hang.states import RankState
 from ds_logging.errors import ArgumentError
 
 SECOND = 10**9

@@ -1,9 +1,9 @@
 import random
 
 import pytest
-from ds_logging._hang_reasons import explain_states, find_reasons
-from ds_logging._hang_states import RankState, state_of
-from ds_logging._operation import Operation
+from ds_logging._comms.operation import Operation
+from ds_logging._hang.reasons import explain_states, find_reasons
+from ds_logging._hang.states import RankState, state_of
 
 NOW = 100_000_000_000
 

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is
 
 START = """
 import asyncio, faulthandler, os, signal, socket, sys, tempfile, threading, time
-from ds_logging._hang_signal import SignalListener
+from ds_logging._hang.signals import SignalListener
 came = threading.Event()
 listener = SignalListener(signal.SIGUSR1, came.set)
 def send():

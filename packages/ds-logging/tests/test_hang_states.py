@@ -1,7 +1,7 @@
 import json
 
-from ds_logging._hang_states import RankState, state_of
-from ds_logging._operation import Operation
+from ds_logging._comms.operation import Operation
+from ds_logging._hang.states import RankState, state_of
 
 NOW = 100_000_000_000
 

@@ -4,7 +4,7 @@ import random
 import statistics
 
 import pytest
-from ds_logging._histogram import RATIO, Histogram
+from ds_logging._comms.histogram import RATIO, Histogram
 
 
 def filled(values):

@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from ds_logging._levels import get_log_level_from_string, level_from_environment, parse_level
+from ds_logging._log.levels import get_log_level_from_string, level_from_environment, parse_level
 from ds_logging.errors import LogLevelError
 
 

@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from ds_logging._logger import LoggerFactory
+from ds_logging._log.logger import LoggerFactory
 from ds_logging.errors import ArgumentError, LogLevelError
 from ds_logging.logging import get_current_level, logger
 

@@ -7,8 +7,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from ds_logging import _nvtx_backends, _ranged, _timeline, nvtx as ds_nvtx
-from ds_logging._nvtx_backends import TorchNvtx, nvtx_package
+from ds_logging import _timeline, nvtx as ds_nvtx
+from ds_logging._nvtx import backends as _nvtx_backends, ranged as _ranged
+from ds_logging._nvtx.backends import TorchNvtx, nvtx_package
 from ds_logging.errors import ArgumentError
 from ds_logging.nvtx import instrument_w_nvtx
 

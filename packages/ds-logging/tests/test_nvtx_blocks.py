@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from ds_logging import nvtx as ds_nvtx
-from ds_logging._range_style import COLORS, parse_color
+from ds_logging._nvtx.range_style import COLORS, parse_color
 from ds_logging.errors import ArgumentError
 from ds_logging.nvtx import instrument_w_nvtx
 

@@ -119,7 +119,7 @@ def test_the_variable_that_switches_off(seen):
 def test_the_wrapper_travels_to_another_process(seen):
     events = seen("""
 import pickle
-from ds_logging._nvtx_backends import Span
+from ds_logging._nvtx.backends import Span
 f = instrument_w_nvtx(functools.partial(len, (1, 2)), message="m", color="red")
 assert pickle.loads(pickle.dumps(f))() == 2
 """)

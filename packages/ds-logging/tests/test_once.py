@@ -1,6 +1,6 @@
 import threading
 
-from ds_logging._once import Once
+from ds_logging._log.once import Once
 
 
 def test_of_many_threads_one_is_first():

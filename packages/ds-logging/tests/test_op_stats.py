@@ -4,7 +4,7 @@ import statistics
 from collections import deque
 
 import pytest
-from ds_logging._op_stats import OpKey, OpStats, merge, pack, summarize, summarize_all, trimmed_mean, unpack
+from ds_logging._comms.op_stats import OpKey, OpStats, merge, pack, summarize, summarize_all, trimmed_mean, unpack
 from ds_logging.comms_logging import calc_bw_log
 
 

@@ -3,8 +3,8 @@ import threading
 import tracemalloc
 
 import pytest
-from ds_logging._op_stats import OpKey
-from ds_logging._op_table import MAX_KEYS, OTHER, OpTable
+from ds_logging._comms.op_stats import OpKey
+from ds_logging._comms.op_table import MAX_KEYS, OTHER, OpTable
 from ds_logging.comms_logging import CommsLogger
 
 

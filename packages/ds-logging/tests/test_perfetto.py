@@ -3,8 +3,8 @@ import random
 from collections import Counter
 
 import pytest
-from ds_logging._operation import Operation
-from ds_logging._perfetto import Timeline, to_perfetto, trace_events
+from ds_logging._comms.operation import Operation
+from ds_logging._comms.perfetto import Timeline, to_perfetto, trace_events
 from ds_logging._step import Step
 from ds_logging._timeline import LogRecord, Range
 

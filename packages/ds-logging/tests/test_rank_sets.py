@@ -2,7 +2,7 @@ import itertools
 import json
 
 import pytest
-from ds_logging._rank_sets import RankSets, read_rank_sets
+from ds_logging._comms.rank_sets import RankSets, read_rank_sets
 
 
 @pytest.mark.parametrize("size", range(5))

@@ -6,8 +6,8 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from ds_logging._exchange import decode, encode
-from ds_logging._op_stats import OpKey, OpStats
+from ds_logging._comms.exchange import decode, encode
+from ds_logging._comms.op_stats import OpKey, OpStats
 from ds_logging._straggler import analyze, exchange
 from ds_logging.comms_logging import CommsLogger
 

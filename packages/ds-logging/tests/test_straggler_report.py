@@ -1,8 +1,8 @@
 import random
 
 import pytest
-from ds_logging._operation import Operation
-from ds_logging._straggler_report import WORST, straggler_report
+from ds_logging._comms.operation import Operation
+from ds_logging._comms.straggler_report import WORST, straggler_report
 
 GROUPS = {"0:world": tuple(range(8)), "1:tp": (0, 1, 2, 3), "2:tp": (4, 5, 6, 7), "3:dp": (0, 4), "4:dp": (3, 7)}
 

@@ -7,7 +7,8 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-from ds_logging import _interval, timer
+from ds_logging import timer
+from ds_logging._timers import interval as _interval
 from ds_logging.errors import ArgumentError, MissingExtraError, RanksError, TimerError
 from ds_logging.timer import CudaEventTimer, NoopTimer, SynchronizedWallClockTimer, ThroughputTimer, trim_mean
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from ds_logging import configure, log_dist, logger
-from ds_logging._writer import FileWriter, StreamWriter
+from ds_logging._log.writer import FileWriter, StreamWriter
 
 
 def test_a_file_is_written_past_the_streams_buffer(tmp_path):

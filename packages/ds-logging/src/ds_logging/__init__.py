@@ -7,8 +7,8 @@ functions and classes are here, too. The switch ``enable_nvtx`` is not: assign `
 
 from ds_logging import comms_logging, logging, nvtx, timer
 from ds_logging.__about__ import __version__
-from ds_logging._configure import configure
-from ds_logging._handlers import RankFilter
+from ds_logging._log.configure import configure
+from ds_logging._log.handlers import RankFilter
 from ds_logging._step import current_step, set_step
 from ds_logging.comms_logging import (
     CommsLogger,

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ds_logging._bandwidth import canonical_name, convert_size
-from ds_logging._exchange import decode, encode, gather_bytes
-from ds_logging._op_stats import OpKey, OpStats, trimmed_mean
-from ds_logging._rank_sets import RankSets, read_rank_sets
+from ds_logging._comms.bandwidth import canonical_name, convert_size
+from ds_logging._comms.exchange import decode, encode, gather_bytes
+from ds_logging._comms.op_stats import OpKey, OpStats, trimmed_mean
+from ds_logging._comms.rank_sets import RankSets, read_rank_sets
 
 # How many operations there were, and the last latencies in ms (``None``: unknown).
 Report = Mapping[OpKey, tuple[int, Sequence["float | None"]]]

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ds_logging import _timeline
-from ds_logging._bandwidth import (
+from ds_logging._caller import get_caller_func
+from ds_logging._comms.bandwidth import (
     calc_bw_log,
     canonical_name,
     check_group_size,
@@ -26,26 +27,25 @@ from ds_logging._bandwidth import (
     convert_size,
     rule_of,
 )
-from ds_logging._caller import get_caller_func
-from ds_logging._comms_config import operation_names, read_options
-from ds_logging._comms_dict import CommsDict
-from ds_logging._comms_jsonl import to_jsonl
-from ds_logging._comms_plot import plot_bandwidth
-from ds_logging._comms_recorder import recorder
-from ds_logging._comms_table import straggler_table, summary_table
+from ds_logging._comms.comms_dict import CommsDict
+from ds_logging._comms.config import operation_names, read_options
+from ds_logging._comms.exchange import decode, encode, gather_bytes
+from ds_logging._comms.jsonl import to_jsonl
+from ds_logging._comms.op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
+from ds_logging._comms.op_table import OpTable
+from ds_logging._comms.operation import Operation
+from ds_logging._comms.operations_json import read_operations, write_operations
+from ds_logging._comms.perfetto import Timeline, to_perfetto
+from ds_logging._comms.plot import plot_bandwidth
+from ds_logging._comms.recorder import recorder
+from ds_logging._comms.straggler_report import GroupReport, Wait, straggler_report
+from ds_logging._comms.table import straggler_table, summary_table
 from ds_logging._compiling import is_compiling
-from ds_logging._device_timer import DeviceTimer, choose_device
-from ds_logging._exchange import decode, encode, gather_bytes
-from ds_logging._hang_watch import HangWatch
-from ds_logging._op_stats import OpKey, OpStats, by_record, merge as merge_stats, pack, summarize_all, unpack
-from ds_logging._op_table import OpTable
-from ds_logging._operation import Operation
-from ds_logging._operations_json import read_operations, write_operations
-from ds_logging._perfetto import Timeline, to_perfetto
+from ds_logging._hang.watch import HangWatch
 from ds_logging._rank import current_position
 from ds_logging._step import begun_steps
 from ds_logging._straggler import analyze, exchange
-from ds_logging._straggler_report import GroupReport, Wait, straggler_report
+from ds_logging._timers.device_timer import DeviceTimer, choose_device
 from ds_logging.errors import ArgumentError
 from ds_logging.logging import log_dist, warning_once
 
@@ -85,7 +85,7 @@ class CommsLogger:
     ``prof_all``, ``prof_ops``, ``verbose`` and ``debug`` may be assigned at any time. Threads may share it.
 
     Args:
-        window: how many latencies are kept for each kind of operation, see [Note: window] in ``_op_stats``.
+        window: how many latencies are kept for each kind of operation, see [Note: window] in ``_comms.op_stats``.
         max_sizes: how many different message sizes of a record are told apart; further ones are rounded up to a power
             of two (their bytes are still counted exactly).
         max_names: how many record names are told apart; further ones are counted under ``"(other)"``.
@@ -441,14 +441,22 @@ class CommsLogger:
             "not_seen": unseen,
         }
 
-    def stragglers(self) -> list[GroupReport]:
+    def stragglers(self, *, last: int = 1000) -> list[GroupReport]:
         """Return who waited how long for whom, a report for each process group, that with most waiting first.
 
-        The last operations that each rank keeps are compared by (group, sequence). Waits are differences of durations,
-        so the ranks' clocks need not agree. **All ranks of the default group must call it**; it makes one exchange.
+        Operations are compared by (group, sequence). Waits are differences of durations, so the ranks' clocks need not
+        agree. **All ranks of the default group must call it**; it makes one exchange.
+
+        Args:
+            last: how many of its last operations each rank sends to all others.
+
+        Raises:
+            ArgumentError: ``last`` is no such number.
         """
+        if not isinstance(last, int) or last < 1:
+            raise ArgumentError(f"last={last!r}: give an integer, 1 or more")
         self._snapshot()
-        everyone = self._exchange(write_operations(list(self._history)))
+        everyone = self._exchange(write_operations(list(self._history)[-last:]))
         return straggler_report({rank: read_operations(given) for rank, given in enumerate(everyone)})
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
@@ -471,8 +479,8 @@ class CommsLogger:
 
         Args:
             path: the file; ``{rank}`` in it becomes this rank.
-            merge: write one file of all ranks, on rank 0. **All ranks of the default group must call it then**; it
-                makes one exchange. Without it each rank writes its own, so ``path`` needs ``{rank}``.
+            merge: write one file of all ranks, on rank 0, which gathers them. **All ranks of the default group must
+                call it then.** Without it each rank writes its own, so ``path`` needs ``{rank}``.
         """
         self._snapshot()
         began, rank = self._began_ns, current_position().rank
@@ -483,7 +491,7 @@ class CommsLogger:
             [one for one in list(_timeline.records) if one.time_ns >= began],
             [one for one in begun_steps() if one.time_ns >= began],
         )
-        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json())] if merge else [own]
+        timelines = [Timeline.from_json(one) for one in self._exchange(own.to_json(), dst=0)] if merge else [own]
         if rank == 0 or not merge:
             to_perfetto(os.fspath(path).replace("{rank}", str(rank)), timelines)
 
@@ -503,9 +511,9 @@ class CommsLogger:
             path = os.fspath(path).replace("{rank}", str(current_position().rank))
         return plot_bandwidth(self._snapshot(), path)
 
-    def _exchange(self, own: object) -> list[Any]:
+    def _exchange(self, own: object, *, dst: int | None = None) -> list[Any]:
         with recorder.span(hidden=True):  # the exchange is none of the program's operations
-            return [decode(given) for given in gather_bytes(encode(own))]
+            return [decode(given) for given in gather_bytes(encode(own), dst=dst)]
 
     def log_all(
         self, print_log: bool = True, show_straggler: bool = False, return_dict: bool = False
@@ -517,7 +525,8 @@ class CommsLogger:
         and ``by_group_size`` has each.
 
         Args:
-            print_log: log the tables at INFO, on every rank that passes ``True``.
+            print_log: log the tables at INFO, on rank 0 or on the ranks that `configure` names. It is the own rank's
+                table; `summary` has all ranks in one.
             show_straggler: compare with the other ranks. **All ranks of the default group must call it then**; their
                 operations may differ. Without a process group this rank is compared with itself.
             return_dict: return ``{"summary", "straggler_analysis", "metadata"}``.
@@ -536,7 +545,7 @@ class CommsLogger:
             table = summary_table(summary)
             if analysis is not None:
                 table += f"\nTime that this rank waited for others\n{straggler_table(analysis)}"
-            log_dist(f"communication\n{table}", ranks=[-1], stacklevel=2)
+            log_dist(f"communication\n{table}", stacklevel=2)
         if not return_dict:
             return None
         position = current_position()

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_logging import _compiled
-from ds_logging._in_order import in_rank_order
-from ds_logging._levels import LEVELS as log_levels, get_log_level_from_string, parse_level
-from ds_logging._logger import INTERNAL_FILES, LoggerFactory, logger
-from ds_logging._message import RankedMessage, TaggedText
-from ds_logging._once import Once
+from ds_logging._log import compiled as _compiled
+from ds_logging._log.in_order import in_rank_order
+from ds_logging._log.levels import LEVELS as log_levels, get_log_level_from_string, parse_level
+from ds_logging._log.logger import INTERNAL_FILES, LoggerFactory, logger
+from ds_logging._log.message import RankedMessage, TaggedText
+from ds_logging._log.once import Once
 from ds_logging._rank import checked_ranks, current_rank, group_rank, is_selected, rank_tag
 from ds_logging.errors import ArgumentError, LogLevelError, RanksError
 
@@ -155,9 +155,11 @@ def log_dist(
     """
     if args:
         args, ranks, level = _positional(message, args, ranks, level)
-    number = level if type(level) is int else log_levels.get(level) if type(level) is str else None
-    if number is None or number < 0:
-        number = parse_level(level)
+    if type(level) is int and level >= 0:  # the usual case
+        number = level
+    else:
+        known = log_levels.get(level) if type(level) is str else None
+        number = parse_level(level) if known is None else known
     if in_order:
         with in_rank_order(group):
             log_dist(
@@ -165,17 +167,15 @@ def log_dist(
                 exc_info=exc_info, extra=extra, stacklevel=stacklevel,
             )  # fmt: skip
         return
+    rank = current_rank()
     if group is None and ranks is None:
-        if _cached_level(number) is False:
-            return
-        rank = current_rank()
         shown = logger.shown_ranks
         if shown is not None and rank not in shown:
             return
     else:
-        rank = current_rank()
-        if group is None and type(ranks) is list and len(ranks) == 1 and type(ranks[0]) is int and ranks[0] >= 0:
-            if ranks[0] != rank:
+        if group is None and type(ranks) is list and len(ranks) == 1:  # DeepSpeed's ranks=[0]
+            only = ranks[0]
+            if only != rank and type(only) is int and only >= 0:
                 return
         elif ranks is not None and not isinstance(ranks, (list, tuple)):
             ranks = _listed(ranks)

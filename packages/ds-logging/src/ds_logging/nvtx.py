@@ -12,10 +12,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
-from ds_logging import _ranged, _timeline
-from ds_logging._instrument import instrument
-from ds_logging._nvtx_backends import NvtxBackend, Span, make_span
-from ds_logging._range_style import RangeStyle, check_style
+from ds_logging import _timeline
+from ds_logging._nvtx import ranged as _ranged
+from ds_logging._nvtx.backends import NvtxBackend, Span, make_span
+from ds_logging._nvtx.instrument import instrument
+from ds_logging._nvtx.range_style import RangeStyle, check_style
 from ds_logging.errors import ArgumentError
 
 __all__ = ["DEEPSPEED_NVTX_DOMAIN", "NvtxBackend", "enable_nvtx", "instrument_w_nvtx"]

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ds_logging._device_memory import device_memory
-from ds_logging._device_timer import DeviceTimer
-from ds_logging._interval import WINDOW, Interval
-from ds_logging._throughput import TIME_EPSILON, ThroughputTimer
+from ds_logging._timers.device_memory import device_memory
+from ds_logging._timers.device_timer import DeviceTimer
+from ds_logging._timers.interval import WINDOW, Interval
+from ds_logging._timers.throughput import TIME_EPSILON, ThroughputTimer
 from ds_logging.errors import ArgumentError, TimerError
 from ds_logging.logging import log_dist
 

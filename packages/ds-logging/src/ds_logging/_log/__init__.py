@@ -1,0 +1,1 @@
+"""The logger: who shows a line, where, and in which form."""

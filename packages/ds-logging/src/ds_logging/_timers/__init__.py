@@ -1,0 +1,1 @@
+"""Timers on events of a device or on the host's clock."""
