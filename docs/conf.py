@@ -26,7 +26,7 @@ napoleon_numpy_docstring = False
 
 
 def read_guide(app: Any, docname: str, source: list[str]) -> None:
-    """Put a package's README in the place of the guide that is named for it, with its links to other READMEs and files made to fit."""
+    """Put a package's README in the place of its guide, with its links to other READMEs and files made to fit."""
     if docname.startswith("guides/ds-"):
         readme = PACKAGES / docname.removeprefix("guides/") / "README.md"
         app.env.note_dependency(str(readme))

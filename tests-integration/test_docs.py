@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,23 @@ def test_python_blocks_run(page: str) -> None:
     namespace: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
+
+
+def test_the_guide_of_logging_is_a_program(tmp_path: Path) -> None:
+    text = (ROOT / "docs/guides/logging.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DS_")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "hang explanation: 2 of 2 ranks answer" in done.stdout
+    files = {f"{name}-{rank}.{end}" for rank in (0, 1) for name, end in (("bandwidth", "png"), ("operations", "jsonl"))}
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == files | {"0.jsonl", "1.jsonl", "trace.json"}
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "0.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["message"].partition(" ")[0] for line in lines] == [
+        *("starting", "my", "the", "gradient", "communication", "group", "time"),
+    ]
+    assert (lines[3]["step"], lines[3]["norm"]) == (7, 1.25)
 
 
 @pytest.mark.parametrize("module", sorted(NAMES))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers import it; once a process group exists, that can abort torch 2.13 at exit
 import torch.distributed as dist
 from ds_logging import CommsLogger, configure, instrument_w_nvtx, log_dist, set_step
 from torch import nn

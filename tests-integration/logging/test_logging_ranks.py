@@ -170,6 +170,23 @@ def test_lines_that_ranks_say_alike_are_shown_once(tmp_path):
     assert sorted(shown[2]) == ["[Rank 2] for oneself", "[Rank 2] of rank 2", "an error"]
 
 
+def say_alike_with_extras(rank, path):
+    with open(f"{path}-{rank}", "w") as stream:
+        configure(stream=stream, ranks="all", collapse=True, json=True)
+        set_step(3)
+        log_dist("large", extra={"norm": 1.25})
+        for handler in list(logger.handlers):
+            handler.close()
+
+
+def test_the_line_about_other_ranks_has_no_extras_of_a_line(tmp_path):
+    run_ranks(say_alike_with_extras, 2, str(tmp_path / "log"))
+    own, others = map(json.loads, (tmp_path / "log-0").read_text().splitlines())
+    assert (own["message"], own["norm"], own["step"]) == ("large", 1.25, 3)
+    assert others["message"] == "rank 1 said the same: 'large'"
+    assert "norm" not in others
+
+
 def say_in_order_and_alike(rank, path):
     with open(path, "a") as stream:
         configure(stream=stream, ranks="all", collapse=True, format="%(message)s")

@@ -290,7 +290,8 @@ class _Survey:
             alike.setdefault(self._held_up(rank), []).append(rank)
         for held_up, ranks in alike.items():
             verb, their = ("does", "its process") if len(ranks) == 1 else ("do", "their processes")
-            text = f"{_ranks(ranks)} {verb} not answer: {their} ended, or something holds the GIL there.{held_up}"
+            why = f"{their} ended, no log records there, or something holds the GIL"
+            text = f"{_ranks(ranks)} {verb} not answer: {why}.{held_up}"
             yield Finding("no_answer", tuple(ranks), self._waiting_for(ranks[0]), "", None, text)
 
     def _waiting_for(self, rank: int) -> tuple[int, ...]:

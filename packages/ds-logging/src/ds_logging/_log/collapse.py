@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ds_logging._log.formatters import STANDARD
 from ds_logging._log.in_order import has_turn
 from ds_logging._log.message import RankedMessage
 from ds_logging._rank import current_position, worker_id
@@ -185,7 +186,8 @@ class Collapser:
             more = f" and {len(lines) - 3} more lines" if len(lines) > 3 else ""
             parts.append(f"{_spell(ranks)} said the same: {', '.join(texts)}{more}")
         last = waiting[-1]
-        record = logging.makeLogRecord({**vars(last.record), "msg": "; ".join(parts), "args": (), "exc_info": None})
+        place = {name: value for name, value in vars(last.record).items() if name in STANDARD}  # but not its extras
+        record = logging.makeLogRecord({**place, "msg": "; ".join(parts), "args": (), "exc_info": None})
         record.rank_tag = f"[Rank {self._rank}] "
         last.handler.show(record)
         for line in waiting:

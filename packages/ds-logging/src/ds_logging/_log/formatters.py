@@ -18,7 +18,7 @@ DEFAULT_FORMAT = "[%(asctime)s] %(levelname)s %(filename)s:%(lineno)d:%(funcName
 RICH_FORMAT = "%(rank_tag)s%(message)s"  # rich adds the time, the level and the place itself
 
 _COLORS = ((logging.ERROR, "31"), (logging.WARNING, "33"), (logging.INFO, "32"), (logging.NOTSET, "36"))
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
     "asctime",
     "message",
     "rank",
@@ -86,7 +86,7 @@ class JsonFormatter(logging.Formatter):
         }
         line.update((name, value) for name, value in optional.items() if value is not None)
         for name, value in fields.items():
-            if name not in _STANDARD and name not in line:
+            if name not in STANDARD and name not in line:
                 line[name] = value
         try:
             return json.dumps(line, allow_nan=False)
