@@ -19,6 +19,21 @@ def test_every_rank_has_the_bytes_of_every_rank(sizes):
     assert run_ranks(exchange, len(sizes), sizes) == [wanted] * len(sizes)
 
 
+def exchange_and_look_at_exit(rank):
+    import atexit
+    import time
+
+    registered = []
+    atexit.register = lambda function, *arguments: registered.append((function, arguments))
+    for _ in range(2):
+        gather_bytes(b"data")
+    return registered == [(time.sleep, (0.1,))]
+
+
+def test_gloos_threads_get_their_turn_at_exit_once():
+    assert run_ranks(exchange_and_look_at_exit, 2) == [True, True]
+
+
 def exchange_in_a_group(rank):
     import torch.distributed as dist
 

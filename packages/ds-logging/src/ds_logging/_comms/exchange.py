@@ -1,10 +1,19 @@
-"""Bytes from every rank to every rank, as tensors: no pickle, no numpy."""
+"""Bytes from every rank to every rank, as tensors: no pickle, no numpy.
+
+[Note: exit] A thread of gloo's lets go of the tensors of a collective a moment after the caller has them. If it is the
+last to do so it needs the interpreter's lock, and where the interpreter has begun to end by then, the process aborts.
+FSDP2 keeps process groups, and so their threads, past ``destroy_process_group``. Reports are what a program does last,
+so one that exchanged on a CPU takes a tenth of a second longer to exit, in which the threads get their turn.
+"""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import json
 import sys
+import time
 import zlib
 from typing import Any
 
@@ -35,6 +44,8 @@ def gather_bytes(data: bytes, group: Any = None, *, dst: int | None = None) -> l
         return [data]
     torch: Any = sys.modules["torch"]
     device = _device(torch, dist, group)
+    if device.type == "cpu":
+        _wait_at_exit()
     count = dist.get_world_size(group)
     own = torch.tensor([len(data)], dtype=torch.int64, device=device)
     lengths = [torch.zeros_like(own) for _ in range(count)]
@@ -54,6 +65,12 @@ def gather_bytes(data: bytes, group: Any = None, *, dst: int | None = None) -> l
     else:
         dist.gather(padded, gathered, dst=dst, group=group)
     return [_read(tensor, size) for tensor, size in zip(gathered, sizes, strict=True)]
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    """Let threads of gloo's end first; see [Note: exit]."""
+    atexit.register(time.sleep, 0.1)
 
 
 def _read(tensor: Any, size: int) -> bytes:
