@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import signal
@@ -600,6 +602,14 @@ def _after_fork() -> None:
         log._after_fork()
 
 
+def _stop_all() -> None:
+    """End the threads before the interpreter does: one inside C++ would abort the process then."""
+    for log in list(_logs):
+        with contextlib.suppress(Exception):
+            log.stop()
+
+
 _logs: weakref.WeakSet[CommsLogger] = weakref.WeakSet()
+atexit.register(_stop_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

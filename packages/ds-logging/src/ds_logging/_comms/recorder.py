@@ -50,6 +50,7 @@ MOST_WAITING = 50_000
 """So many calls make the thread read at once, so that they do not pile up."""
 CLAIM_NS = 10**9
 """The thread keeps operations for so long before it gives them to a log: `claim` may still name them."""
+JOIN_SECONDS = 5.0
 GIVE_UP_NS = 60 * 10**9
 """An operation that only Python saw, and for which nobody waits, is counted without an end after this time."""
 
@@ -81,6 +82,7 @@ class Recorder:
         self._backends: dict[str, bool] = {}  # whether torch's ring has shown operations of this backend
         self._timing = False
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self._collecting = False
         self._last: deque[Operation] = deque(maxlen=256)  # of those that the logs got
@@ -112,7 +114,10 @@ class Recorder:
                 self._hook.install()
                 self.lost = 0
                 self._stopped = threading.Event()
-                threading.Thread(target=self._run, args=(self._stopped,), name="ds-comms-log", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._stopped,), name="ds-comms-log", daemon=True
+                )
+                self._thread.start()
             self._timing = self._timing or timing
             self._look_at_groups()
             self._sinks = [*self._sinks, sink]
@@ -120,17 +125,22 @@ class Recorder:
 
     def remove(self, sink: Sink) -> None:
         """Give ``sink`` what was issued up to now, over or not, and nothing more."""
+        thread = None
         with self._lock:
             self.settle(final=self._sinks == [sink])
             self._sinks = [one for one in self._sinks if one != sink]
             if not self._sinks:
+                thread = self._thread
                 self._forget()
+        # A thread inside C++ when the interpreter ends would abort the process. It may wait for the lock: join without.
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(JOIN_SECONDS)
 
     def _forget(self) -> None:
         self._stopped.set()
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._rings, self._timing = None, [], False
+        self._hook, self._rings, self._timing, self._thread = None, [], False, None
         for kept in (self._calls, self._recent, self._joined, self._launches):
             kept.clear()
         self._counts.clear()

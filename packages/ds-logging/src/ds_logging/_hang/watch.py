@@ -14,6 +14,7 @@ from ds_logging._hang.signals import SignalListener
 from ds_logging._hang.states import RankState, state_of
 
 POLL_SECONDS = 1.0
+JOIN_SECONDS = 5.0
 
 
 class HangWatch:
@@ -30,6 +31,7 @@ class HangWatch:
         self._explainer: HangExplainer | None = None
         self._world: Any = None
         self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
         self._listener: SignalListener | None = None
 
     def start(self) -> None:
@@ -40,7 +42,8 @@ class HangWatch:
             if listener.start():
                 self._listener = listener
         recorder.on_time_out = self._explain_time_out
-        threading.Thread(target=self._watch, args=(self._stopping,), name="ds-comms-hang", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=(self._stopping,), name="ds-comms-hang", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Watch no more, and give the signal back. On the main thread where it was started there."""
@@ -50,6 +53,10 @@ class HangWatch:
         if self._listener is not None and threading.current_thread() is threading.main_thread():
             self._listener.stop()
             self._listener = None
+        # A thread inside C++ (the store) when the interpreter ends would abort the process.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_SECONDS)
+        self._thread = None
         self._forget()
 
     def explain(self, timeout: float | None = None) -> str:
