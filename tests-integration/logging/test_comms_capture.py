@@ -236,13 +236,21 @@ def before_and_after_groups(rank, folder):
         dist.all_reduce(torch.ones(1 + life))
         late = dist.new_group([1, 0], group_desc="late")
         dist.all_reduce(torch.ones(8), group=late)
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        dist.all_reduce(torch.ones(16), group=alone)
+        time.sleep(0.3)  # the thread looks at groups now and then
         dist.destroy_process_group()
     comms.stop()
-    return sorted((key[1], count) for key, count in recorded(comms).items())
+    return sorted((s.key.msg_size, s.count, s.key.group_size, s.key.ranks) for s in comms._snapshot())
 
 
 def test_recording_outlives_process_groups(tmp_path):
-    assert run_ranks(before_and_after_groups, 2, str(tmp_path), init=False) == [[(4, 1), (8, 1), (32, 2)]] * 2
+    for rank, found in enumerate(run_ranks(before_and_after_groups, 2, str(tmp_path), init=False)):
+        world = (0, 1)
+        alone = [entry for entry in found if entry[0] == 64]  # named for its ranks, so alike in both lives
+        assert [(4, 1, 2, world), (8, 1, 2, world), (32, 2, 2, world)] == [entry for entry in found if entry[0] != 64]
+        assert sum(entry[1] for entry in alone) == 2
+        assert {entry[2:] for entry in alone} == {(1, (rank,))}
 
 
 def more_than_the_ring(rank):

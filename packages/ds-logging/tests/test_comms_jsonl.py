@@ -2,10 +2,10 @@ import json
 from collections import deque
 
 import pytest
-from ds_logging._comms.files import write_atomically
 from ds_logging._comms.jsonl import to_jsonl
 from ds_logging._comms.op_stats import OpKey, OpStats
 from ds_logging._comms.operation import Operation
+from ds_logging._files import write_atomically
 
 
 def stats(raw_name="all_reduce", latencies=(2.0,)):

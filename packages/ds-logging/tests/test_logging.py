@@ -278,7 +278,7 @@ def test_print_json_dist_writes_a_whole_file_and_leaves_the_message_alone(tmp_pa
 def test_print_json_dist_replaces_nothing_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     path.write_text("old")
-    monkeypatch.setattr(dist_logging.os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         print_json_dist({"a": 1}, path=path)
     assert path.read_text() == "old"

@@ -224,7 +224,7 @@ class CommsLogger:
         if not (self.prof_all or operation.name in self.prof_ops or operation.kind in self.prof_ops):
             return
         self._history.append(operation)
-        size = len(operation.ranks) if operation.ranks else check_group_size(None)
+        size = check_group_size(operation.group_size)
         key = OpKey(
             operation.name, operation.kind, operation.nbytes, size, operation.group, operation.ranks, operation.dtype
         )

@@ -13,9 +13,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from ds_logging._files import write_atomically
 from ds_logging._log import compiled as _compiled
 from ds_logging._log.in_order import in_rank_order
 from ds_logging._log.levels import LEVELS as log_levels, get_log_level_from_string, parse_level
@@ -367,16 +367,7 @@ def print_json_dist(
     if path is None:
         print(text, file=sys.stdout, flush=True)
         return
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{rank}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, [text])
 
 
 def print_configuration(args: object, name: str) -> None:

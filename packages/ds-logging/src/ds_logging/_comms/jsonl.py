@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ds_logging._comms.files import write_atomically
 from ds_logging._comms.op_stats import OpStats, summarize
 from ds_logging._comms.operation import Operation
+from ds_logging._files import write_atomically
 from ds_logging._rank import current_position
 
 

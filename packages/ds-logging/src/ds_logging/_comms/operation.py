@@ -28,6 +28,7 @@ class Operation:
         peer: global rank of the other side of a point-to-point operation; ``None`` of a collective or for any source.
         step: the training step at the time, see `set_step`.
         thread: identifier of the issuing thread; 0 where it is not known.
+        group_size: number of ranks of the group; ``None`` where it is not known.
     """
 
     kind: str
@@ -43,3 +44,4 @@ class Operation:
     peer: int | None = None
     step: int | None = None
     thread: int = 0
+    group_size: int | None = None

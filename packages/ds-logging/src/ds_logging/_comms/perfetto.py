@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_logging._comms.bandwidth import bandwidth, rule_of
-from ds_logging._comms.files import write_atomically
 from ds_logging._comms.operation import Operation
 from ds_logging._comms.operations_json import read_operations, write_operations
+from ds_logging._files import write_atomically
 from ds_logging._step import Step
 from ds_logging._timeline import LogRecord, Range
 

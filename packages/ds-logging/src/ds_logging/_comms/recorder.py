@@ -26,6 +26,7 @@ from typing import Any
 
 from ds_logging._comms.bandwidth import canonical_name
 from ds_logging._comms.flight_recorder import Entry, Ring, rings
+from ds_logging._comms.groups import Groups
 from ds_logging._comms.hook import COMPOSITES, Hook, Issued, Span
 from ds_logging._comms.operation import Operation
 from ds_logging._step import step_at
@@ -76,9 +77,7 @@ class Recorder:
         self._joined: list[_Joined] = []  # not given to the logs yet
         self._launches: list[Entry] = []  # groups of calls, launched as one, that are not over
         self._counts: dict[tuple[object, ...], int] = {}  # of operations that torch does not number
-        self._ranks: dict[str, tuple[int, ...] | None] = {}
-        self._world: Any = None
-        self._timed_groups: set[str] = set()
+        self._groups = Groups()
         self._backends: dict[str, bool] = {}  # whether torch's ring has shown operations of this backend
         self._timing = False
         self._stopped = threading.Event()
@@ -144,7 +143,6 @@ class Recorder:
         for kept in (self._calls, self._recent, self._joined, self._launches):
             kept.clear()
         self._counts.clear()
-        self._timed_groups.clear()
         self._backends.clear()
         self._last.clear()
 
@@ -325,7 +323,7 @@ class Recorder:
             nbytes, dtype = call.nbytes, str(call.dtype).removeprefix("torch.")
         elif entry is not None:
             nbytes, dtype = entry.nbytes, entry.dtype
-        ranks = self._ranks_of(group)
+        ranks = self._groups.ranks_of(None if call is None else call.group, group)
         return Operation(
             kind=kind,
             group=f"{group}:{description}" if description and description != "undefined" else group,
@@ -340,6 +338,7 @@ class Recorder:
             peer=ranks[call.peer] if call is not None and call.peer is not None and ranks else None,
             step=step_at(began),
             thread=thread,
+            group_size=len(ranks) if ranks else None if call is None else call.group.size(),
         )
 
     def _sequence(self, operation: Operation, call: Issued | None, entry: Entry | None) -> int | None:
@@ -393,33 +392,10 @@ class Recorder:
             )
         return found
 
-    # ---- process groups
-
     def _look_at_groups(self) -> None:
-        world = getattr(getattr(sys.modules.get("torch.distributed"), "group", None), "WORLD", None)
-        if world is not self._world:  # the names of groups begin anew with each default group
-            self._world = world
-            self._ranks.clear()
+        if self._groups.look(timing=self._timing):  # the names and numbers of groups begin anew
             self._counts.clear()
-            self._timed_groups.clear()
             self._last.clear()
-        if not self._timing:
-            return
-        for group, name in _known_groups().items():
-            if name not in self._timed_groups:
-                self._timed_groups.add(name)
-                with contextlib.suppress(Exception):  # a backend that cannot time says so by an error of its own
-                    if group.name() != "gloo":
-                        group._enable_collectives_timing()
-
-    def _ranks_of(self, group: str) -> tuple[int, ...] | None:
-        if group not in self._ranks:
-            dist: Any = sys.modules.get("torch.distributed")
-            known = next((one for one, name in _known_groups().items() if name == group), None)
-            if known is None:  # destroyed, or not made by new_group
-                return None
-            self._ranks[group] = tuple(dist.get_process_group_ranks(known))
-        return self._ranks[group]
 
     # ---- the thread
 
@@ -430,6 +406,8 @@ class Recorder:
             hook = self._hook
             if hook is None or stopped.is_set():
                 return
+            with self._lock:
+                self._look_at_groups()  # while they exist
             waiting, recorded = len(hook.issued), self._recorded()
             rested = time.monotonic() - ready
             only_torch_saw = recorded - read - waiting
@@ -468,11 +446,6 @@ def _finish(operation: Operation, call: Issued | None, entry: Entry | None, now:
         operation.latency_ms = entry.duration_ms
     operation.completed = entry.over
     return entry.over
-
-
-def _known_groups() -> dict[Any, str]:
-    world = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_world", None)
-    return dict(getattr(world, "pg_names", {}))
 
 
 def _c10d() -> Any:

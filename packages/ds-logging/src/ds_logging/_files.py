@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ds_logging._rank import current_rank
+
 
 def write_atomically(path: str | os.PathLike[str], chunks: Iterable[str]) -> None:
     """Write text; the file appears whole or not at all, and is on the disk when the call returns.
@@ -13,7 +15,7 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[str]) -> Non
     Of several processes that write the same path the last one wins.
     """
     target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    unfinished = target.with_name(f".{target.name}.{current_rank()}.{os.getpid()}.tmp")  # ranks may share the folder
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
             file.writelines(chunks)
