@@ -310,3 +310,16 @@ def test_print_rank_0(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     print_rank_0("one")
     assert capsys.readouterr().out == "zero\n"
+
+
+def test_without_torch_a_summary_says_that_nothing_is_recorded(comms, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="ds")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with comms:
+        comms.append("all_reduce", "grads", 1.0, 8, group_size=2)
+    found = comms.summary()
+    assert found["operations"] == 1
+    assert len(found["not_seen"]) == 1
+    assert "no torch.distributed" in caplog.text
+    comms.reset_data()
+    assert comms.summary(show=False)["not_seen"] == []

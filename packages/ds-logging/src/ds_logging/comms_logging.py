@@ -64,6 +64,7 @@ __all__ = [
     "print_rank_0",
 ]
 
+_NO_TORCH = "there is no torch.distributed in this process: only what append and timed are told counts"
 _FOLD_AFTER = 256  # operations that wait to be counted
 
 
@@ -129,6 +130,7 @@ class CommsLogger:
         self._recording = False
         self._attached = False  # to torch; False also while it records, in a process without torch
         self._began_ns = 0
+        self._not_seen: dict[str, None] = {}  # of recordings that have ended
         self._seen: deque[tuple[OpKey, float | None]] = deque()  # not counted yet; appending needs no lock
         self._history: deque[Operation] = deque(maxlen=history)
         self._table = OpTable(window=window, max_sizes=max_sizes, max_names=max_names)
@@ -153,13 +155,15 @@ class CommsLogger:
             if self._attached:
                 _timeline.begin()
                 self._watch.start()
+            else:
+                self._not_seen[_NO_TORCH] = None
 
     def stop(self) -> None:
         """Record no more; what was recorded stays. The last log that stops puts torch back as it was."""
         if self._recording:
             if self._attached:
                 self._watch.stop()
-                recorder.remove(self._note)
+                self._not_seen.update(dict.fromkeys(recorder.remove(self._note)))
                 _timeline.end()
             self._recording = self._attached = False
 
@@ -395,6 +399,7 @@ class CommsLogger:
         recorder.collect()
         with self._lock:
             self._seen.clear()
+            self._not_seen.clear()
             self._history.clear()
             self._table.clear()
 
@@ -426,8 +431,9 @@ class CommsLogger:
             statistics}} as in `log_all`; its counts are of all ranks, so a collective of n ranks counts n times.
             ``not_seen`` names what torch could not show to some rank, a sentence each.
         """
-        snapshot, not_seen = self._snapshot(), recorder.not_seen()
-        everyone: list[Any] = [[pack(snapshot), not_seen]]
+        snapshot = self._snapshot()
+        not_seen = {**self._not_seen, **dict.fromkeys(recorder.not_seen() if self._attached else ())}
+        everyone: list[Any] = [[pack(snapshot), list(not_seen)]]
         if merge:
             everyone = self._exchange(everyone[0])
         stats = merge_stats(unpack(each) for each, _ in everyone)

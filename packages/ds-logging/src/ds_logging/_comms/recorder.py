@@ -122,11 +122,12 @@ class Recorder:
             self._sinks = [*self._sinks, sink]
         return True
 
-    def remove(self, sink: Sink) -> None:
-        """Give ``sink`` what was issued up to now, over or not, and nothing more."""
+    def remove(self, sink: Sink) -> list[str]:
+        """Give ``sink`` what was issued up to now, over or not, and nothing more; return `not_seen`."""
         thread = None
         with self._lock:
             self.settle(final=self._sinks == [sink])
+            not_seen = self.not_seen()
             self._sinks = [one for one in self._sinks if one != sink]
             if not self._sinks:
                 thread = self._thread
@@ -134,6 +135,7 @@ class Recorder:
         # A thread inside C++ when the interpreter ends would abort the process. It may wait for the lock: join without.
         if thread is not None and thread is not threading.current_thread():
             thread.join(JOIN_SECONDS)
+        return not_seen
 
     def _forget(self) -> None:
         self._stopped.set()
