@@ -388,3 +388,28 @@ def steps(rank):
 
 def test_operations_know_their_step():
     assert run_ranks(steps, 2) == [[None, 0, 1, 1, 2, 2, 2, None]] * 2
+
+
+def dropped(rank):
+    """Operations whose handles are freed without a wait, and then handles of methods that the log does not know."""
+    import torch
+    import torch.distributed as dist
+
+    with CommsLogger() as comms:
+        for _ in range(50):
+            dist.all_reduce(torch.ones(2), async_op=True)
+        dist.barrier()
+        comms.get_total_operations()
+        unfinished = len(recorder._hook._unfinished)
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        for _ in range(20):
+            backend.allreduce([torch.ones(3)]).wait()
+    latencies = {one.latency_ms for one in comms._history if one.nbytes == 8}
+    return unfinished, latencies, sorted((one.nbytes, one.kind) for one in comms._history)
+
+
+def test_a_handle_that_was_dropped_gives_its_time_to_no_other():
+    wanted = sorted([(8, "all_reduce")] * 50 + [(12, "all_reduce")] * 20 + [(0, "barrier")])
+    for unfinished, latencies, found in run_ranks(dropped, 2):
+        assert (unfinished, latencies) == (0, {None})
+        assert found == wanted

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
@@ -160,7 +161,8 @@ class Hook:
         self._capturing: set[int] = set()
         """Threads that capture a CUDA graph: what they issue does not happen now, and its replays do not pass here."""
         self._functions: list[tuple[Callable[[Any], None], Any]] = []  # how to put one back, and what
-        self._unfinished: dict[int, Issued] = {}  # by id of the Work that somebody may wait for
+        # By id of the Work that somebody may wait for. The reference tells it from a later one at the same address.
+        self._unfinished: dict[int, tuple[weakref.ref[Any], Issued]] = {}
 
     def install(self) -> None:
         """Replace the methods that this torch has."""
@@ -188,6 +190,12 @@ class Hook:
             put_back(original)
         self._functions.clear()
         self._unfinished.clear()
+
+    def forget_dropped(self) -> None:
+        """Forget what nobody can wait for any more."""
+        for number, (reference, _) in list(self._unfinished.items()):
+            if reference() is None:
+                self._unfinished.pop(number, None)
 
     def _replace(self, owner: type, name: str, original: Any, ours: Callable[..., Any]) -> None:
         setattr(owner, name, ours)
@@ -226,7 +234,7 @@ class Hook:
                 operation.latency_ms = (operation.returned_ns - operation.began_ns) / 1e6
                 operation.over = True
             else:
-                unfinished[id(work)] = operation
+                unfinished[id(work)] = (weakref.ref(work), operation)
             return work
 
         return noted
@@ -294,8 +302,9 @@ class Hook:
 
         @functools.wraps(original)
         def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
-            operation = unfinished.pop(id(work), None)
-            if operation is None:
+            reference, operation = unfinished.pop(id(work), _NOTHING)
+            held: Any = reference()
+            if operation is None or held is not work:
                 return original(work, *args, **kwargs)
             operation.waited = True
             seen = not is_completed(work)
@@ -316,6 +325,13 @@ class Hook:
                 operation.over = True
 
         return wait
+
+
+def _no_work() -> None:
+    return None
+
+
+_NOTHING: tuple[Callable[[], Any], None] = (_no_work, None)
 
 
 def _noting_capture(original: Callable[..., Any], note: Callable[[int], None]) -> Callable[..., Any]:

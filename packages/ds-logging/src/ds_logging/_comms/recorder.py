@@ -255,6 +255,7 @@ class Recorder:
 
     def _join(self, hook: Hook, final: bool, read: bool) -> None:
         self._look_at_groups()
+        hook.forget_dropped()
         began = time.time_ns()
         lost_before = sum(ring.lost for ring in self._rings)
         entries = [entry for ring in self._rings for entry in ring.read()] if read else []
