@@ -312,3 +312,10 @@ def test_cuda_work_is_timed_without_waiting_for_it():
     measured = comms.get_operation_summary("all_reduce")[x.nbytes]["total_latency_ms"]
     last.synchronize()
     assert 0 < measured <= first.elapsed_time(last)  # events on the same stream, inside these two
+
+
+def test_colors_may_have_names_of_matplotlib():
+    from ds_logging._nvtx.range_style import parse_color
+
+    pytest.importorskip("matplotlib")
+    assert parse_color("tab:blue") == 0xFF1F77B4

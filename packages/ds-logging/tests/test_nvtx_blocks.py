@@ -141,8 +141,3 @@ def test_colors_are_those_of_the_nvtx_package():
         assert argb == 0xFF000000 | colors.color_to_hex(name)
     assert parse_color("#FFa500") == COLORS["orange"]
     assert parse_color(0x80FF0000) == 0x80FF0000
-
-
-def test_names_of_matplotlib():
-    pytest.importorskip("matplotlib")
-    assert parse_color("tab:blue") == 0xFF1F77B4
