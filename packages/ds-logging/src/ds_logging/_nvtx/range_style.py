@@ -68,7 +68,8 @@ def _matplotlib_color(name: str) -> int | None:
         red, green, blue, alpha = (round(255 * part) for part in to_rgba(name))
     except ValueError:
         return None
-    return alpha << 24 | red << 16 | green << 8 | blue
+    color: int = alpha << 24 | red << 16 | green << 8 | blue
+    return color
 
 
 def check_text(value: Any, name: str) -> None:
