@@ -136,9 +136,17 @@ def test_a_handler_of_the_program_stays():
     assert run_ranks(signal_given_back, 1) == [(True, True, 2)]
 
 
-def explain_alone():
-    return CommsLogger().explain()
+def explain_without_recording(rank):
+    before = threading.active_count()
+    text = CommsLogger().explain(timeout=0.5)
+    return text, threading.active_count() - before
+
+
+def test_a_log_that_does_not_record_asks_all_the_same_and_leaves_no_thread():
+    for text, threads in run_ranks(explain_without_recording, 2):
+        assert text.startswith("hang explanation: ")
+        assert threads == 0
 
 
 def test_without_a_process_group_there_is_nothing_to_explain():
-    assert "no process group" in explain_alone()
+    assert "no process group" in CommsLogger().explain()

@@ -13,6 +13,7 @@ import pytest
 from ds_logging._comms.bandwidth import canonical_name
 from ds_logging._comms.operation import Operation
 from ds_logging._hang.explainer import HangExplainer
+from ds_logging._hang.signals import SignalListener
 from ds_logging._hang.states import RankState, state_of
 from ranks import run_ranks
 
@@ -124,7 +125,9 @@ def test_two_ranks_name_the_third(tmp_path):
 
 def explain_at_a_signal(rank, folder):
     explainer = make_explainer(rank)
-    explainer.start(poll_seconds=0.05, signal_number=signal.SIGUSR1)
+    explainer.start(poll_seconds=0.05)
+    listener = SignalListener(signal.SIGUSR1, lambda: print(explainer.explain(), file=sys.stderr, flush=True))
+    assert listener.start()
     written = Path(folder, f"stderr-{rank}")
     sys.stderr = open(written, "w")  # noqa: SIM115
 
@@ -134,6 +137,7 @@ def explain_at_a_signal(rank, folder):
         Path(folder, f"done-{rank}").touch()
 
     result = hang_until(rank, folder, act)
+    listener.stop()
     explainer.stop()
     sys.stderr = sys.__stderr__
     return written.read_text(), result, signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

@@ -42,8 +42,8 @@ from ds_logging._comms.plot import plot_bandwidth
 from ds_logging._comms.recorder import recorder
 from ds_logging._comms.straggler_report import GroupReport, Wait, straggler_report
 from ds_logging._comms.table import straggler_table, summary_table
-from ds_logging._compiling import is_compiling
 from ds_logging._hang.watch import HangWatch
+from ds_logging._nvtx import ranged
 from ds_logging._rank import current_position
 from ds_logging._step import begun_steps
 from ds_logging._straggler import analyze, exchange
@@ -220,6 +220,7 @@ class CommsLogger:
         """Record nothing in a forked child: it has neither the threads nor the process groups of its parent."""
         self._lock = threading.RLock()  # a thread that the child does not have may hold the old one
         self._folding = False
+        self._watch.after_fork()
         if self._attached:
             _timeline.end()
         self._recording = self._attached = False
@@ -324,7 +325,7 @@ class CommsLogger:
                 given.
         """
         name = raw_name if record_name is None else record_name
-        if not self._recording or is_compiling():
+        if not self._recording or ranged.is_compiling():
             return nullcontext()
         if not (self.prof_all or name in self.prof_ops or raw_name in self.prof_ops):
             return nullcontext()

@@ -110,13 +110,6 @@ class Ring:
         status = pickle.loads(self._dump(False, False, False)).get("pg_status", {})
         return sum(int(group.get("last_enqueued_collective", 0)) for group in status.values())
 
-    def last_entered(self) -> list[Entry]:
-        """Return the entries that are not over, and the last one of each group. Marks nothing as read."""
-        raw = self._entries()
-        last = {(*described["process_group"], described["is_p2p"]): described["record_id"] for described in raw}
-        wanted = set(last.values())
-        return [_parse(one) for one in raw if one["record_id"] in wanted or not _is_over(one)]
-
     def _entries(self) -> list[dict[str, Any]]:
         trace = pickle.loads(self._dump(True, False, False))
         return sorted(trace.get("entries", ()), key=lambda entry: int(entry["record_id"]))

@@ -151,7 +151,7 @@ class Hook:
     def __init__(self, c10d: Any) -> None:
         self._group_class = c10d.ProcessGroup
         self._work_class = c10d.Work
-        self._replaced: list[tuple[type, str, Any, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, what it was, what it is
         self.issued: deque[Issued] = deque()
         """What was issued, oldest first. An operation is appended before its method is called."""
         self.spans: dict[int, Span] = {}
@@ -160,7 +160,6 @@ class Hook:
         """Called when a wait has timed out, before the error goes on."""
         self._capturing: set[int] = set()
         """Threads that capture a CUDA graph: what they issue does not happen now, and its replays do not pass here."""
-        self._functions: list[tuple[Callable[[Any], None], Any]] = []  # how to put one back, and what
         # By id of the Work that somebody may wait for. The reference tells it from a later one at the same address.
         self._unfinished: dict[int, tuple[weakref.ref[Any], Issued]] = {}
 
@@ -183,12 +182,9 @@ class Hook:
         """Put back what was replaced, unless somebody has replaced it again since; then ours only passes calls on."""
         self._capturing.clear()
         for owner, name, original, ours in self._replaced:
-            if owner.__dict__.get(name) is ours:
+            if getattr(owner, name, None) is ours:
                 setattr(owner, name, original)
         self._replaced.clear()
-        for put_back, original in self._functions:
-            put_back(original)
-        self._functions.clear()
         self._unfinished.clear()
 
     def forget_dropped(self) -> None:
@@ -197,7 +193,7 @@ class Hook:
             if reference() is None:
                 self._unfinished.pop(number, None)
 
-    def _replace(self, owner: type, name: str, original: Any, ours: Callable[..., Any]) -> None:
+    def _replace(self, owner: Any, name: str, original: Any, ours: Callable[..., Any]) -> None:
         setattr(owner, name, ours)
         self._replaced.append((owner, name, original, ours))
 
@@ -259,21 +255,19 @@ class Hook:
         closure: tuple[Any, ...] = getattr(function, "__closure__", None) or ()
         cell = next((cell for cell in closure if cell.cell_contents is inner), None)
         if inner is not None and cell is not None:  # torch's own wrapper calls what is in the cell, whoever imported it
-            self._functions.append((functools.partial(setattr, cell, "cell_contents"), inner))
-            cell.cell_contents = self._noting_composite(inner, name)
+            self._replace(cell, "cell_contents", inner, self._noting_composite(inner, name))
         elif function is not None:
             ours = self._noting_composite(function, name)
             for owner in (module, sys.modules["torch.distributed"]):
                 if getattr(owner, name, None) is function:
-                    self._functions.append((functools.partial(setattr, owner, name), function))
-                    setattr(owner, name, ours)
+                    self._replace(owner, name, function, ours)
 
     def _noting_composite(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
-        functions, signature = self._functions, inspect.signature(original)
+        installed, signature = self._replaced, inspect.signature(original)
 
         @functools.wraps(original)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            group = _group_of(signature, args, kwargs) if functions else None
+            group = _group_of(signature, args, kwargs) if installed else None
             if group is None:
                 return original(*args, **kwargs)
             operation = Issued(group, name, 0, "", True, None)

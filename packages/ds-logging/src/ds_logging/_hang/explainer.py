@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from ds_logging._comms.operation import Operation
 from ds_logging._hang.reasons import explain_states
-from ds_logging._hang.signals import SignalListener
 from ds_logging._hang.states import RankState
 from ds_logging._log.logger import logger
 from ds_logging.errors import ArgumentError
@@ -76,15 +75,12 @@ class HangExplainer:
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._listener: SignalListener | None = None
 
-    def start(self, *, poll_seconds: float = 0.5, signal_number: int | None = None) -> None:
+    def start(self, *, poll_seconds: float = 0.5) -> None:
         """Answer on a thread until `stop`.
 
         Args:
             poll_seconds: how often it looks whether somebody asks.
-            signal_number: a signal at which this rank writes an explanation to standard error, for example SIGUSR1.
-                `start` must be called on the main thread then.
         """
         if self._thread is None:
             self._stopping.clear()
@@ -92,17 +88,10 @@ class HangExplainer:
                 target=self._answer_until_stopped, args=(poll_seconds,), name="ds-logging-hang", daemon=True
             )
             self._thread.start()
-        if signal_number is not None and self._listener is None:
-            listener = SignalListener(signal_number, self._write_explanation)
-            if listener.start():
-                self._listener = listener
 
     def stop(self) -> None:
-        """Answer no more, and give the signal back. On the main thread where a signal was given."""
+        """Answer no more. A thread inside C++ (the store) when the interpreter ends would abort the process."""
         self._stopping.set()
-        if self._listener is not None:
-            self._listener.stop()
-            self._listener = None
         if self._thread is not None:
             self._thread.join(timeout=5.0)
             self._thread = None
@@ -110,9 +99,6 @@ class HangExplainer:
     def _answer_until_stopped(self, poll_seconds: float) -> None:
         while not self._stopping.wait(poll_seconds):
             self.poll()
-
-    def _write_explanation(self) -> None:
-        print(f"[Rank {self._rank}] {self.explain()}", file=sys.stderr, flush=True)
 
     def poll(self) -> bool:
         """Like `answer_once`, but say whether the store still answers instead of raising."""

@@ -31,6 +31,7 @@ class HangWatch:
         self._explainer: HangExplainer | None = None
         self._world: Any = None
         self._stopping = threading.Event()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._listener: SignalListener | None = None
 
@@ -53,7 +54,6 @@ class HangWatch:
         if self._listener is not None and threading.current_thread() is threading.main_thread():
             self._listener.stop()
             self._listener = None
-        # A thread inside C++ (the store) when the interpreter ends would abort the process.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_SECONDS)
         self._thread = None
@@ -64,17 +64,23 @@ class HangWatch:
         explainer = self._current()
         if explainer is None:
             return "hang explanation: there is no process group, so no rank waits for another"
-        return explainer.explain(timeout)
+        try:
+            return explainer.explain(timeout)
+        finally:
+            if self._thread is None:  # nobody watches: leave no thread behind
+                self._forget()
+
+    def after_fork(self) -> None:
+        """Forget, in a forked child, what its parent's threads do."""
+        self._lock = threading.RLock()  # one of them may hold the old one
+        self._thread = self._explainer = self._world = None
 
     def _watch(self, stopping: threading.Event) -> None:
         every = None if self._hang_after is None else self._hang_after / 4
         checked = time.monotonic()
         while not stopping.wait(POLL_SECONDS if every is None else min(POLL_SECONDS, every)):
             explainer = self._current()
-            if explainer is None:
-                continue
-            explainer.poll()
-            if every is not None and time.monotonic() - checked >= every:
+            if explainer is not None and every is not None and time.monotonic() - checked >= every:
                 checked = time.monotonic()
                 explainer.check(time.time_ns(), recorder.in_flight())
 
@@ -82,18 +88,23 @@ class HangWatch:
         """Return the explainer of the default process group, a new one where that has changed."""
         dist: Any = sys.modules.get("torch.distributed")
         world = dist.group.WORLD if dist is not None and dist.is_available() and dist.is_initialized() else None
-        if world is not self._world:
-            self._forget()
-            with contextlib.suppress(Exception):  # destroyed at this moment: the next poll looks again
-                if world is not None:
-                    store = dist.distributed_c10d._get_default_store()
-                    rank, size = dist.get_rank(), dist.get_world_size()
-                    self._explainer = HangExplainer(store, rank, size, _read_state, hang_after=self._hang_after)
-                self._world = world
-        return self._explainer
+        with self._lock:
+            if world is not self._world:
+                self._forget()
+                with contextlib.suppress(Exception):  # destroyed at this moment: the next poll looks again
+                    if world is not None:
+                        store = dist.distributed_c10d._get_default_store()
+                        rank, size = dist.get_rank(), dist.get_world_size()
+                        self._explainer = HangExplainer(store, rank, size, _read_state, hang_after=self._hang_after)
+                        self._explainer.start(poll_seconds=POLL_SECONDS)
+                    self._world = world
+            return self._explainer
 
     def _forget(self) -> None:
-        self._explainer, self._world = None, None
+        with self._lock:
+            if self._explainer is not None:
+                self._explainer.stop()
+            self._explainer, self._world = None, None
 
     def _write_explanation(self) -> None:
         with contextlib.suppress(Exception):  # a closed standard error hears nothing
