@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from datetime import timedelta
 from types import TracebackType
@@ -11,17 +10,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from . import _c10d
-from ._axes import atoms_of
+from ._grid import RankGrid
 from ._mesh import build_mesh
 from ._pool import GroupPool
-from ._topology import ParallelTopology
 from ._verify import agree
 from .errors import StaleGroupsError, TopologyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_SINGLE_AXES = ("tp", "cp", "dp", "dp_shard", "dp_replicate", "pp", "ep", "edp")
 
 
 class BoundTopology:
@@ -39,7 +35,7 @@ class BoundTopology:
     """
 
     def __init__(
-        self, topology: ParallelTopology, *, backend: str | None = None, timeout: timedelta | float | None = None
+        self, topology: RankGrid, *, backend: str | None = None, timeout: timedelta | float | None = None
     ) -> None:
         pool = GroupPool(backend=backend, timeout=timeout)
         if topology.world_size != pool.world_size:
@@ -52,8 +48,8 @@ class BoundTopology:
         self.mode = pool.mode
         self._pool = pool
         options = {"backend": backend, "timeout": str(pool.timeout), "mode": pool.mode}
-        self._plan = {**dataclasses.asdict(topology), **options}
-        self._by_axis: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._plan = {**topology.as_dict(), **options}
+        self._by_axis: dict[str, dist.ProcessGroup] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -80,13 +76,13 @@ class BoundTopology:
             GroupCreationError: the backend could not make it, or others did not take part in time.
             TopologyError: no such axis.
         """
-        atoms = atoms_of(axis)
+        key = self.topology.axis(axis).key
         with self._lock:
             self._check()
-            group = self._by_axis.get(atoms)
+            group = self._by_axis.get(key)
             if group is None:
                 group = self._pool.get(lambda: self.topology.groups(axis), self.ranks(axis), axis)
-                self._by_axis[atoms] = group
+                self._by_axis[key] = group
             elif not _c10d.is_alive(group):
                 raise StaleGroupsError(f"the {axis} group was destroyed by somebody else; close() and bind() again")
             return group
@@ -97,8 +93,7 @@ class BoundTopology:
         Args:
             axes: None of them means every single axis with more than one rank.
         """
-        wanted = axes or tuple(axis for axis in _SINGLE_AXES if self.size(axis) > 1)
-        for axis in sorted(wanted, key=lambda axis: (len(atoms_of(axis)), atoms_of(axis))):
+        for axis in sorted(axes or self.topology.axes_in_use(), key=lambda axis: self.topology.axis(axis).key):
             self.group(axis)
 
     def verify(self, *, timeout: timedelta | float = 300.0) -> None:
