@@ -10,8 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
+from ._options import GroupOptions
 from ._topology import ParallelTopology
 from .errors import (
+    DeadlockError,
     DivisibilityError,
     GroupCreationError,
     GroupsError,
@@ -22,6 +24,7 @@ from .errors import (
     PlanTimeoutError,
     RankRangeError,
     StaleGroupsError,
+    StoreError,
     TopologyError,
 )
 
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "BoundTopology",
+    "DeadlockError",
     "DivisibilityError",
     "GroupCreationError",
+    "GroupOptions",
     "GroupsError",
     "LayoutConflictError",
     "NoSequenceGroupError",
@@ -43,6 +48,7 @@ __all__ = [
     "PlanTimeoutError",
     "RankRangeError",
     "StaleGroupsError",
+    "StoreError",
     "TopologyError",
     "parallel_state",
 ]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -14,9 +13,9 @@ import torch.distributed as dist
 from . import _c10d
 from ._engine import Assigned
 from ._expert_tables import Table
-from ._pool import GroupPool, check_partition
+from ._pool import GroupPool, TableAxis, check_partition
 from ._variables import TENSOR, Variables
-from ._verify import Plan, agree
+from ._verify import Plan
 from .errors import LayoutConflictError, NotInitializedError
 
 Layout = Mapping[str, Table]
@@ -113,14 +112,13 @@ class ParallelState:
         # A rank knows its own group of the engine's only, so that one may see a conflict where another sees none.
         if plan is not None and any(kind not in made or made[kind].table is None for kind in layout):
             asked = {**plan, "fits the groups there are": fits}
-            agree(_c10d.default_store(), pool.rank, pool.world_size, "parallel_state", asked, self.timeout)
+            pool.agree("parallel_state", asked, self.timeout)
         for kind, good in fits.items():
             if not good:
                 raise _conflict(name, kind, made[kind], layout[kind])
         for kind, table in layout.items():
             if kind not in made:
-                own = next(row for row in table if pool.rank in row)
-                group = pool.get(partial(layout.__getitem__, kind), own, f"{name} {kind}")
+                group = pool.get(TableAxis(table), f"{name} {kind}")
                 made[kind] = self._made[name, kind] = Made(group, table)
         self.refresh()  # publishes
         return made

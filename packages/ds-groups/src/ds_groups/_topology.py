@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._axes import DENSE_AXES, EXPERT_ATOMS, Digit, atoms_of, make_digits, parse_order, product, turn
 from ._describe import describe
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ._bound import BoundTopology
+    from ._options import GroupOptions
 
 _SIZES = ("world_size", "tp", "pp", "cp", "dp", "dp_shard", "ep")
 
@@ -185,7 +186,15 @@ class ParallelTopology:
         """
         return describe(self, axes, max_groups)
 
-    def bind(self, *, backend: str | None = None, timeout: timedelta | float | None = None) -> BoundTopology:
+    def bind(
+        self,
+        *,
+        backend: str | None = None,
+        timeout: timedelta | float | None = None,
+        pg_options: Any = None,
+        warm_up: bool = False,
+        axes: Mapping[str, GroupOptions] | None = None,
+    ) -> BoundTopology:
         """Process groups of this topology, made on first use. Makes nothing yet; no rank waits for another.
 
         Args:
@@ -198,7 +207,7 @@ class ParallelTopology:
         """
         from ._bound import BoundTopology
 
-        return BoundTopology(self, backend=backend, timeout=timeout)
+        return BoundTopology(self, backend=backend, timeout=timeout, pg_options=pg_options, warm_up=warm_up, axes=axes)
 
     @cached_property
     def _digits(self) -> tuple[Digit, ...]:
