@@ -26,6 +26,10 @@ class Partition(Protocol):
     def key(self) -> str:
         """A short text; equal ones mean equal groups."""
 
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the ranks of every group ascend."""
+
     def ranks(self, rank: SupportsIndex, /) -> tuple[int, ...]:
         """The group of ``rank``, in the order in which a process group numbers its members."""
 
@@ -196,6 +200,7 @@ class TableAxis:
     def __init__(self, table: Sequence[Sequence[int]]) -> None:
         self._table = tuple(map(tuple, table))
         self.key = f"table/{_digest(str(sorted(self._table)))}"
+        self.is_ascending = all(group == tuple(sorted(group)) for group in self._table)
 
     def ranks(self, rank: SupportsIndex, /) -> tuple[int, ...]:
         """The group of ``rank``.
