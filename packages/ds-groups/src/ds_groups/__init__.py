@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
+from ._grid import RankGrid
+from ._presets import deepspeed, megatron, torchtitan
 from ._topology import ParallelTopology
 from .errors import (
     DivisibilityError,
@@ -23,6 +25,7 @@ from .errors import (
     RankRangeError,
     StaleGroupsError,
     TopologyError,
+    TopologyWarning,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +45,14 @@ __all__ = [
     "PlanMismatchError",
     "PlanTimeoutError",
     "RankRangeError",
+    "RankGrid",
     "StaleGroupsError",
     "TopologyError",
+    "TopologyWarning",
+    "deepspeed",
+    "megatron",
     "parallel_state",
+    "torchtitan",
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from datetime import timedelta
 from types import TracebackType
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from . import _c10d
-from ._axes import atoms_of
-from ._mesh import AxisName, build_mesh, take_mesh
+from ._grid import AxisName, RankGrid
+from ._mesh import build_mesh, take_mesh
 from ._pool import GroupPool
-from ._topology import ParallelTopology
 from ._verify import agree
 from .errors import StaleGroupsError, TopologyError
 
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from ._torch_mesh import RootMesh
-
-_SINGLE_AXES = ("tp", "cp", "dp", "dp_shard", "dp_replicate", "pp", "ep", "edp")
 
 
 class BoundTopology:
@@ -41,7 +37,7 @@ class BoundTopology:
     """
 
     def __init__(
-        self, topology: ParallelTopology, *, backend: str | None = None, timeout: timedelta | float | None = None
+        self, topology: RankGrid, *, backend: str | None = None, timeout: timedelta | float | None = None
     ) -> None:
         pool = GroupPool(backend=backend, timeout=timeout)
         if topology.world_size != pool.world_size:
@@ -54,42 +50,42 @@ class BoundTopology:
         self.mode = pool.mode
         self._pool = pool
         options = {"backend": backend, "timeout": str(pool.timeout), "mode": pool.mode}
-        self._plan = {**dataclasses.asdict(topology), **options}
+        self._plan = {**topology.as_dict(), **options}
         self.roots: dict[str, RootMesh] = {}
-        self._by_axis: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._by_axis: dict[str, dist.ProcessGroup] = {}
         self._lock = threading.Lock()
         self._closed = False
 
-    def size(self, axis: str) -> int:
+    def size(self, axis: AxisName) -> int:
         """How many ranks this rank's group along ``axis`` has."""
         return self.topology.size(axis)
 
-    def ranks(self, axis: str) -> tuple[int, ...]:
+    def ranks(self, axis: AxisName) -> tuple[int, ...]:
         """The global ranks of this rank's group along ``axis``, ascending."""
         return self.topology.ranks(axis, self.rank)
 
-    def index(self, axis: str) -> int:
+    def index(self, axis: AxisName) -> int:
         """This rank's position in its group along ``axis``: the rank inside that process group."""
         return self.ranks(axis).index(self.rank)
 
-    def group(self, axis: str) -> dist.ProcessGroup:
+    def group(self, axis: AxisName) -> dist.ProcessGroup:
         """The process group of this rank along ``axis``, made on first use.
 
         Args:
-            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``"ep"``.
+            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``("dp", "cp")``, ``"ep"``.
 
         Raises:
             StaleGroupsError: closed, or the process group was destroyed since.
             GroupCreationError: the backend could not make it, or others did not take part in time.
             TopologyError: no such axis.
         """
-        atoms = atoms_of(axis)
+        found = self.topology.axis(axis)
         with self._lock:
             self._check()
-            group = self._by_axis.get(atoms)
+            group = self._by_axis.get(found.key)
             if group is None:
-                group = self._pool.get(lambda: self.topology.groups(axis), self.ranks(axis), axis)
-                self._by_axis[atoms] = group
+                group = self._pool.get(found.groups, found.ranks(self.rank), found.name)
+                self._by_axis[found.key] = group
             elif not _c10d.is_alive(group):
                 raise StaleGroupsError(f"the {axis} group was destroyed by somebody else; close() and bind() again")
             return group
@@ -100,8 +96,7 @@ class BoundTopology:
         Args:
             axes: None of them means every single axis with more than one rank.
         """
-        wanted = axes or tuple(axis for axis in _SINGLE_AXES if self.size(axis) > 1)
-        for axis in sorted(wanted, key=lambda axis: (len(atoms_of(axis)), atoms_of(axis))):
+        for axis in sorted(axes or self.topology.axes_in_use(), key=lambda axis: self.topology.axis(axis).key):
             self.group(axis)
 
     def verify(self, *, timeout: timedelta | float = 300.0) -> None:
@@ -187,7 +182,7 @@ class BoundTopology:
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
 
     def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
-        self._by_axis[axis] = group
+        self._by_axis[self.topology.axis(axis).key] = group
 
     def _check(self) -> None:
         if self._closed:

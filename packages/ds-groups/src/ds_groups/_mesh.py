@@ -12,15 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ._digits import Factor, complement, offsets
-from ._grid import RankGrid
+from ._grid import AxisName, RankGrid
 from ._names import parse_axis
 from ._torch_mesh import MeshDim, RootMesh, find_root, make_slice, rank_grid
 from .errors import TopologyError
 
 if TYPE_CHECKING:
     from ._bound import BoundTopology
-
-AxisName = str | tuple[str, ...]
 
 
 def build_mesh(
@@ -50,8 +48,7 @@ def mesh_dims(bound: BoundTopology, axes: Sequence[AxisName], names: Sequence[st
     parts = [parse_axis(axis, topology.names) for axis in axes]
     topology.axis(tuple(chain.from_iterable(parts)))  # refuses axes that overlap or cannot be mixed
     return [
-        MeshDim(name, axis, axis_factors(topology, axis, bound.rank))
-        for name, axis in zip(chosen, parts, strict=True)
+        MeshDim(name, axis, axis_factors(topology, axis, bound.rank)) for name, axis in zip(chosen, parts, strict=True)
     ]
 
 
@@ -93,7 +90,9 @@ def take_mesh(mesh: DeviceMesh) -> tuple[RankGrid, dict[str, dist.ProcessGroup]]
     root = find_root(mesh)
     names = root.mesh_dim_names or tuple(f"dim_{place}" for place in range(root.ndim))
     grid = _grid_of(root.mesh, names, {})
-    aliases = {"dp": ("dp_shard", "dp_replicate")} if {"dp_shard", "dp_replicate"} <= set(names) else {}
+    aliases: dict[str, tuple[str, ...]] = {}
+    if {"dp_shard", "dp_replicate"} <= set(names) and "dp" not in names:
+        aliases["dp"] = ("dp_shard", "dp_replicate")
     rank = dist.get_rank()
     inside = mesh.get_coordinate() is not None
     for place, name in enumerate(mesh.mesh_dim_names or ()):

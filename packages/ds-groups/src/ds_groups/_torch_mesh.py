@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class BoundMesh(DeviceMesh):
     _dims: tuple[MeshDim, ...]
 
     # Pickles, and whoever asks for the class by this name, see the class that they know how to handle.
-    __class__ = property(lambda self: DeviceMesh)  # type: ignore[assignment]
+    __class__ = property(lambda self: DeviceMesh)
 
     def __getitem__(self, mesh_dim_names: str | tuple[str, ...]) -> DeviceMesh:
         """The slice with these dimensions; the members of their groups must call where a group is not made yet.
@@ -112,7 +112,7 @@ class BoundMesh(DeviceMesh):
             root._flatten_mapping[name] = mesh  # DTensor looks here for one group over several dimensions
         return mesh
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in (*_OURS, "_pg_registry")}
         return copyreg.__newobj__, (DeviceMesh,), state  # type: ignore[attr-defined]
 
@@ -130,9 +130,7 @@ class RootMesh(BoundMesh):
             _init_backend=False,
         )
         self._bound = bound
-        self._dims = tuple(
-            MeshDim(digit.name, (digit.name,), (Factor(digit.size, digit.stride),)) for digit in digits
-        )
+        self._dims = tuple(MeshDim(digit.name, (digit.name,), (Factor(digit.size, digit.stride),)) for digit in digits)
         self._known = {dim.name: dim for dim in self._dims}
 
     def get_group(self, mesh_dim: int | str | None = None) -> dist.ProcessGroup:
@@ -143,11 +141,11 @@ class RootMesh(BoundMesh):
         return self[dim.name].get_group() if len(self._dims) > 1 else self._bound.group(dim.axis)
 
     @property
-    def _dim_group_names(self) -> list[str]:
+    def _dim_group_names(self) -> Any:  # type: ignore[override]
         return [self.get_group(place).group_name for place in range(len(self._dims))]
 
     @property
-    def _dim_group_infos(self) -> list[tuple[str, list[int], str]]:
+    def _dim_group_infos(self) -> Any:
         return [_group_info(self.get_group(place)) for place in range(len(self._dims))]
 
     def _choices(self) -> dict[str, MeshDim]:
@@ -196,14 +194,15 @@ def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> BoundMesh:
         )
     else:
         DeviceMesh.__init__(mesh, root.device_type, grid, mesh_dim_names=names, _init_backend=False)
-        device_mesh._mesh_resources.child_to_root_mapping[mesh] = root  # type: ignore[attr-defined]
+        tables: Any = device_mesh._mesh_resources
+        tables.child_to_root_mapping[mesh] = root
     mesh._bound, mesh._dims = bound, tuple(dims)
-    if hasattr(DeviceMesh, "_pg_registry") or hasattr(root, "_pg_registry"):
+    if hasattr(root, "_pg_registry"):
         root._pg_registry.update({group.group_name: group for group in groups})
     if _keeps_infos():
-        mesh._dim_group_infos = [_group_info(group) for group in groups]  # type: ignore[misc, assignment]
+        vars(mesh)["_dim_group_infos"] = [_group_info(group) for group in groups]
     else:
-        mesh._dim_group_names = [group.group_name for group in groups]  # type: ignore[misc, assignment]
+        vars(mesh)["_dim_group_names"] = [group.group_name for group in groups]
     _check(mesh, root, grid, groups)
     return mesh
 
@@ -222,19 +221,18 @@ def rank_grid(bound: BoundTopology, dims: Sequence[MeshDim]) -> torch.Tensor:
     for dim in dims:
         grid = grid.unsqueeze(-1) + torch.tensor(offsets(dim.factors))
     shape = [dim.name for dim in dims]
-    if grid.unique().numel() != grid.numel() or position not in grid:
+    if len(set(grid.flatten().tolist())) != grid.numel():
         raise TopologyError(f"axes {shape} overlap; each digit may vary in one dimension only")
     return torch.tensor(list(bound.topology.span))[grid].contiguous()
 
 
 def find_root(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that ``mesh`` was sliced from, or itself."""
-    found: DeviceMesh
     if mesh_kind() == "layout":
-        found = mesh._get_root_mesh()
-    else:
-        found = device_mesh._mesh_resources.get_root_mesh(mesh)
-    return found
+        return mesh._get_root_mesh()
+    tables: Any = device_mesh._mesh_resources
+    root: DeviceMesh = tables.get_root_mesh(mesh)
+    return root
 
 
 @cache
@@ -287,9 +285,9 @@ def _check(mesh: BoundMesh, root: RootMesh, grid: torch.Tensor, groups: Sequence
         along = grid[tuple(slice(None) if at == place else step for at, step in enumerate(_here(mesh)))].tolist()
         if list(numbered) != along:
             raise TopologyError(
-                f"dimension {mesh._dims[place].name!r} of the mesh has the ranks {along} in this order, and its process "
-                f"group numbers {list(numbered)}: a collective along it would mix them up; bind() the plan with groups "
-                "of its own (a backend, a time-out) or give the span in ascending order"
+                f"dimension {mesh._dims[place].name!r} of the mesh has the ranks {along} in this order, and its "
+                f"process group numbers {list(numbered)}: a collective along it would mix them up; bind() the plan "
+                "with groups of its own (a backend, a time-out) or give the span in ascending order"
             )
 
 
