@@ -12,13 +12,15 @@ import torch.distributed as dist
 
 from . import _c10d
 from ._grid import AxisName, RankGrid
-from ._mesh import build_mesh
+from ._mesh import build_mesh, take_mesh
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
 from .errors import RankRangeError, StaleGroupsError, TopologyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from ._torch_mesh import RootMesh
 
 
 _VERIFY_TIMEOUT = 300.0  # seconds
@@ -85,6 +87,7 @@ class BoundTopology:
             self._settings[axis.key] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
             plan[f"options of {name}"] = settings.as_dict()
         self._plan = plan
+        self.roots: dict[str, RootMesh] = {}
         self._by_axis: dict[str, dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
@@ -105,7 +108,7 @@ class BoundTopology:
         """The process group of this rank along ``axis``, made on first use.
 
         Args:
-            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``"ep"``.
+            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``("dp", "cp")``, ``"ep"``.
 
         Raises:
             StaleGroupsError: closed, or the process group was destroyed since.
@@ -170,19 +173,45 @@ class BoundTopology:
         assert limit is not None
         self._pool.agree("topology", self._plan, limit)
 
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> BoundTopology:
+        """The topology that a PyTorch `DeviceMesh` was cut from, with the groups that the mesh has.
+
+        Axes are the dimensions of the mesh's root, by name, and its flattened dimensions. ``close()`` leaves the
+        mesh's groups alone. Makes no group; no rank waits for another.
+
+        Args:
+            mesh: a mesh or a slice of one, of the whole world or some of its ranks, in any order.
+
+        Raises:
+            TopologyError: a process group numbers its ranks in another order than the mesh.
+        """
+        topology, groups = take_mesh(mesh)
+        bound = cls(topology)
+        for axis, group in groups.items():
+            bound._adopt(axis, group)
+        return bound
+
     def to_device_mesh(
         self, *axes: AxisName, names: tuple[str, ...] | None = None, device_type: str | None = None
     ) -> DeviceMesh:
-        """A PyTorch `DeviceMesh` over these groups; makes no group of its own. Every rank must call.
+        """A PyTorch `DeviceMesh` over these groups, with none of its own. The members of its groups must call.
+
+        All meshes of one topology are slices of one root, which holds all ranks of the plan: they can be sliced and
+        flattened further, joined by FSDP2 and tensor parallelism, and left without ``"pp"`` in a pipeline stage.
+        What is flattened has the topology's groups too, so only the members of such a group must call.
 
         Args:
-            axes: its dimensions, the slowest varying first. Default: every dense axis with more than one rank,
-                in ``order``. Axes that are left out keep this rank's coordinate.
-            names: of the dimensions; default ``axes``.
+            axes: its dimensions, the slowest varying first; ``"dp_cp"`` or ``("dp", "cp")`` is one dimension.
+                Default: every dense axis with more than one rank. Axes that are left out keep this rank's coordinate.
+            names: of the dimensions; default ``axes``. A name means one axis in all meshes of a topology.
             device_type: default the accelerator of the backend, else ``"cpu"``.
 
         Raises:
-            TopologyError: axes overlap or do not span a grid, or ``names`` does not fit.
+            RankRangeError: the plan leaves this rank out.
+            TopologyError: axes overlap or have no strides, ``names`` does not fit, or a process group numbers its
+                ranks in another order than the mesh.
+            UnsupportedTorchError: the meshes of this PyTorch are not known.
         """
         return build_mesh(self, axes, names, device_type)
 
@@ -224,6 +253,9 @@ class BoundTopology:
     def __repr__(self) -> str:
         state = self._closed or ("stale" if self._pool.is_stale() else f"{len(self)} groups")
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
+
+    def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
+        self._pool.adopt(self.topology.ranks(axis, self.rank), group)
 
     def _check(self) -> None:
         if self._closed:

@@ -93,3 +93,7 @@ class PlanTimeoutError(GroupsError, TimeoutError):
     def __init__(self, message: str, missing: tuple[int, ...]) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class UnsupportedTorchError(GroupsError, RuntimeError):
+    """This version of PyTorch keeps its device meshes in a way that is not known."""
