@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("packages/ds-logging/src/ds_logging/_launchers.py")
-COPIES: tuple[Path, ...] = ()  # for example Path("packages/ds-groups/src/ds_groups/_launchers.py")
+COPIES: tuple[Path, ...] = (Path("packages/ds-groups/src/ds_groups/_launchers.py"),)
 
 
 def stale(root: Path = ROOT, copies: tuple[Path, ...] = COPIES) -> list[Path]:

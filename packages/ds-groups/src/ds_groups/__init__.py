@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
+from ._grid import RankGrid
 from ._options import GroupOptions
+from ._presets import deepspeed, megatron, torchtitan
 from ._topology import ParallelTopology
 from .errors import (
     DeadlockError,
@@ -26,6 +28,7 @@ from .errors import (
     StaleGroupsError,
     StoreError,
     TopologyError,
+    TopologyWarning,
 )
 
 if TYPE_CHECKING:
@@ -47,10 +50,15 @@ __all__ = [
     "PlanMismatchError",
     "PlanTimeoutError",
     "RankRangeError",
+    "RankGrid",
     "StaleGroupsError",
     "StoreError",
     "TopologyError",
+    "TopologyWarning",
+    "deepspeed",
+    "megatron",
     "parallel_state",
+    "torchtitan",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from . import _c10d
+from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh
+from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
-from ._topology import ParallelTopology
 from .errors import RankRangeError, StaleGroupsError, TopologyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from ._registry import Partition
 
 _VERIFY_TIMEOUT = 300.0  # seconds
 
@@ -56,13 +55,13 @@ class BoundTopology:
 
     def __init__(
         self,
-        topology: ParallelTopology,
+        topology: RankGrid,
         *,
         backend: str | None = None,
         timeout: timedelta | float | None = None,
         pg_options: Any = None,
         warm_up: bool = False,
-        axes: Mapping[str, GroupOptions] | None = None,
+        axes: Mapping[AxisName, GroupOptions] | None = None,
     ) -> None:
         _c10d.default_group()
         base = GroupOptions(backend, timeout, pg_options, warm_up)
@@ -76,34 +75,35 @@ class BoundTopology:
         self.rank = pool.rank
         self.mode = pool.mode
         self._pool = pool
-        self._settings: dict[str, Settings] = {}  # by the key of the axis
-        plan: dict[str, object] = {**dataclasses.asdict(topology), **pool.settings.as_dict(), "mode": pool.mode}
+        self._settings: dict[frozenset[str], Settings] = {}  # by the digits of the axis
+        plan: dict[str, object] = {**_plan_of(topology), **pool.settings.as_dict(), "mode": pool.mode}
         for name, options in (axes or {}).items():
             if not isinstance(options, GroupOptions):
                 raise TopologyError(f"axes[{name!r}] must be a GroupOptions, got {options!r}")
-            axis = _axis(topology, name)
-            if axis.key in self._settings and self._settings[axis.key] != _checked(options.over(base), ""):
-                raise TopologyError(f"axes[{name!r}] has the ranks of another axis in axes, but other options")
-            self._settings[axis.key] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
-            plan[f"options of {name}"] = settings.as_dict()
+            topology.axis(name)
+            atoms = _atoms(topology, name)
+            if atoms in self._settings:
+                raise TopologyError(f"axes[{name!r}] names an axis a second time, in another spelling")
+            self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
+            plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
         self._plan = plan
-        self._by_axis: dict[str, dist.ProcessGroup] = {}
+        self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
 
-    def size(self, axis: str) -> int:
+    def size(self, axis: AxisName) -> int:
         """How many ranks this rank's group along ``axis`` has."""
         return self.topology.size(axis)
 
-    def ranks(self, axis: str) -> tuple[int, ...]:
-        """The global ranks of this rank's group along ``axis``, ascending."""
+    def ranks(self, axis: AxisName) -> tuple[int, ...]:
+        """The global ranks of this rank's group along ``axis``, as it numbers them."""
         return self.topology.ranks(axis, self.rank)
 
-    def index(self, axis: str) -> int:
+    def index(self, axis: AxisName) -> int:
         """This rank's position in its group along ``axis``: the rank inside that process group."""
         return self.ranks(axis).index(self.rank)
 
-    def group(self, axis: str) -> dist.ProcessGroup:
+    def group(self, axis: AxisName) -> dist.ProcessGroup:
         """The process group of this rank along ``axis``, made on first use.
 
         Args:
@@ -118,18 +118,18 @@ class BoundTopology:
             RankRangeError: the plan leaves this rank out.
             TopologyError: no such axis.
         """
+        found = self.topology.axis(axis)
+        atoms = _atoms(self.topology, axis)
         with self._lock:
             self._check()
-            group = self._by_axis.get(axis)
+            group = self._by_axis.get(atoms)
             if group is None:
-                found = _axis(self.topology, axis)
-                group = self._pool.get(found, axis, self._settings.get(found.key))
-                self._by_axis[axis] = group
+                group = self._by_axis[atoms] = self._pool.get(found, found.name, self._settings.get(atoms))
             elif not _c10d.is_alive(group):
                 raise StaleGroupsError(f"the {axis} group was destroyed by somebody else; close() and bind() again")
             return group
 
-    def create(self, *axes: str, verify: bool = True) -> None:
+    def create(self, *axes: AxisName, verify: bool = True) -> None:
         """Make groups now, in one canonical order whatever the order of ``axes``. Every rank must call.
 
         Args:
@@ -141,16 +141,21 @@ class BoundTopology:
             PlanTimeoutError: some ranks did not call. Nothing has been made.
             GroupCreationError: as for `group`.
         """
-        wanted = {axis.key: name for name in (axes or _in_use(self.topology)) if (axis := _axis(self.topology, name))}
-        by_key = {key: name for key, name in wanted.items() if self.size(name) > 1}
+        names: dict[tuple[str, str], AxisName] = {}  # (groups, options) -> the first name for them
+        for name in axes or self.topology.axes_in_use():
+            options = str(self._settings.get(_atoms(self.topology, name), self._pool.settings))
+            if self.topology.size(name) > 1:
+                names.setdefault((self.topology.axis(name).key, options), name)
         with self._lock:
             self._check()
             if verify and self._pool.can_agree:
                 limit = self._pool.settings.timeout or timedelta(seconds=_VERIFY_TIMEOUT)
-                self._pool.agree("topology", {**self._plan, "create": sorted(by_key.values())}, limit)
-            for key in sorted(by_key):
+                common = {self.topology.axis(name).key: name for name in self.topology.axes_in_use()}
+                makes = sorted(str(common.get(key, name)) for (key, _), name in names.items())
+                self._pool.agree("topology", {**self._plan, "create": makes}, limit)
+            for _, name in sorted(names.items()):
                 try:
-                    self.group(by_key[key])
+                    self.group(name)
                 except RankRangeError:  # the plan leaves this rank out
                     continue
 
@@ -237,26 +242,17 @@ def _checked(options: GroupOptions, where: str) -> Settings:
     return settings
 
 
-def _axis(topology: ParallelTopology, name: str) -> Partition:
-    return topology.axis(name) if hasattr(topology, "axis") else _StandIn(topology, name)
+def _atoms(topology: RankGrid, axis: AxisName) -> frozenset[str]:
+    """The digits of an axis, however it is spelled."""
+    parts = parse_axis(axis if isinstance(axis, str) else tuple(axis), topology.names)
+    return frozenset(atom for part in parts for atom in topology.aliases.get(part, (part,)))
 
 
-def _in_use(topology: ParallelTopology) -> tuple[str, ...]:
-    if hasattr(topology, "axes_in_use"):
-        return topology.axes_in_use()
-    return ("tp", "cp", "dp", "dp_shard", "dp_replicate", "pp", *(("ep", "edp") if topology.ep > 1 else ()))
-
-
-class _StandIn:
-    def __init__(self, topology: ParallelTopology, name: str) -> None:
-        self._topology, self.name = topology, name
-        from ._axes import atoms_of
-
-        atoms_of(name)
-        self.key = "/".join(map(str, topology.ranks(name, 0)[:64])) + f"/{topology.size(name)}"
-
-    def ranks(self, rank: int) -> tuple[int, ...]:
-        return self._topology.ranks(self.name, rank)
-
-    def table(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(self._topology.groups(self.name))
+def _plan_of(topology: RankGrid) -> dict[str, object]:
+    """What ranks compare: every size under its own name, so that a difference names it."""
+    plan = topology.as_dict()
+    if not isinstance(topology.span, range):  # as long as the world
+        plan["span"] = hashlib.sha256(str(topology.span).encode()).hexdigest()[:16]
+    digits: dict[str, int] = plan.pop("digits")
+    sizes = {name: topology.size(name) for name in plan["aliases"]}
+    return {**plan, "order": "-".join(digits), **digits, **sizes}

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._topology import ParallelTopology
+    from ._grid import AxisName, RankGrid
 
 _SHOWN_RANKS = 8
 
 
-def describe(topology: ParallelTopology, axes: tuple[str, ...], max_groups: int) -> str:
-    """The table that `ParallelTopology.describe` returns."""
-    if not axes:
-        single = ("tp", "cp", "dp", "pp", "ep", "edp")
-        axes = tuple(axis for axis in single if topology.size(axis) > 1 and (axis != "edp" or topology.ep > 1))
-    width = max([4, *map(len, axes)])
-    lines = [f"world size {topology.world_size}, order {topology.order}"]
+def describe(grid: RankGrid, axes: Sequence[AxisName], order: str, max_groups: int) -> str:
+    """The table that `RankGrid.describe` returns."""
+    axes = axes or grid.axes_in_use()
+    width = max([4, *(len(grid.axis(axis).name) for axis in axes)])
+    lines = [f"world size {grid.world_size}, order {order}"]
     lines.append(f"{'axis':<{width}}  size  groups  ranks")
     for axis in axes:
-        size = topology.size(axis)
-        count = topology.world_size // size
-        shown = [_members(group) for group in islice(topology.groups(axis), max_groups)]
+        size = grid.size(axis)
+        count = len(grid.span) // size
+        shown = [_members(group) for group in islice(grid.groups(axis), max_groups)]
         more = ["..."] if count > max_groups else []
-        lines.append(f"{axis:<{width}}  {size:>4}  {count:>6}  {' | '.join([*shown, *more])}")
+        lines.append(f"{grid.axis(axis).name:<{width}}  {size:>4}  {count:>6}  {' | '.join([*shown, *more])}")
     return "\n".join(lines)
 
 

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ._axes import atoms_of
-from ._topology import ParallelTopology
+from ._grid import RankGrid
 from .errors import TopologyError
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ def build_mesh(
     """The mesh that `BoundTopology.to_device_mesh` returns."""
     topology = bound.topology
     if not axes:
-        slowest_first = reversed(topology.order.split("-"))
-        axes = tuple(axis for axis in slowest_first if topology.size(axis) > 1) or ("dp",)
+        axes = topology.default_axes() or ("dp",)
     names = axes if names is None else tuple(names)
     if len(names) != len(axes):
         raise TopologyError(f"names={names} must name each of the axes {axes}")
@@ -32,16 +30,16 @@ def build_mesh(
     return DeviceMesh.from_group(groups, device_type or _device_type(), mesh=grid, mesh_dim_names=names)
 
 
-def rank_grid(topology: ParallelTopology, axes: tuple[str, ...], rank: int) -> torch.Tensor:
+def rank_grid(topology: RankGrid, axes: tuple[str, ...], rank: int) -> torch.Tensor:
     """Global ranks around ``rank``: one tensor dimension an axis, int64, contiguous.
 
     Raises:
         TopologyError: the axes overlap, or do not span a grid.
     """
-    atoms = [atom for axis in axes for atom in atoms_of(axis)]
-    if len(set(atoms)) != len(atoms):
-        raise TopologyError(f"axes {axes} overlap; each may vary in one dimension only")
-    topology.ranks("_".join(axes), rank)  # refuses axes that cannot be mixed
+    try:
+        topology.axis(tuple(axes))  # refuses axes that cannot be mixed
+    except TopologyError as error:
+        raise TopologyError(f"axes {axes} overlap; each may vary in one dimension only: {error}") from None
     corner = rank
     for axis in axes:
         corner = topology.ranks(axis, corner)[0]

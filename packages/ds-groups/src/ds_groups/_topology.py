@@ -1,48 +1,70 @@
-"""`ParallelTopology`: which ranks work together along which axis. Pure arithmetic; nothing here needs torch."""
+"""`ParallelTopology`: a `RankGrid` by the names and sizes that training frameworks use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ._axes import DENSE_AXES, EXPERT_ATOMS, Digit, atoms_of, make_digits, parse_order, product, turn
-from ._describe import describe
-from .errors import DivisibilityError, RankRangeError, TopologyError
+from ._digits import make_digits
+from ._grid import RankGrid, View, check_size
+from ._launchers import LAUNCHERS
+from .errors import DivisibilityError, TopologyError, TopologyWarning
 
 if TYPE_CHECKING:
-    from datetime import timedelta
+    from typing_extensions import Self
 
-    from ._bound import BoundTopology
-    from ._options import GroupOptions
+DENSE_AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "edp")
+DATA_AXES = ("dp_shard", "dp_replicate")
+_SIZES = ("world_size", "tp", "pp", "cp", "dp", "dp_shard", "dp_replicate", "ep", "etp")
+_INFERRED = ("dp", "dp_shard", "dp_replicate", "etp")
 
-_SIZES = ("world_size", "tp", "pp", "cp", "dp", "dp_shard", "ep")
+
+class _Computed(int):
+    """A size that was left out. `dataclasses.replace` hands the same object back, so that it is computed again."""
 
 
-@dataclass(frozen=True)
-class ParallelTopology:
-    """How ``world_size`` ranks are cut into parallel groups.
+@dataclass(frozen=True, repr=False, eq=False)
+class ParallelTopology(RankGrid):
+    """How the ranks of a world are cut into parallel groups.
 
     Args:
-        world_size: how many ranks there are.
+        world_size: how many ranks there are; None asks ``torch.distributed``, or else the launcher's variables.
         tp: tensor parallel size.
         pp: pipeline parallel size.
         cp: context (or sequence) parallel size.
         dp: data parallel size; -1 takes what the others leave.
-        dp_shard: how many data ranks share one sharded copy (hybrid sharding, hpZ); -1 is all of ``dp``. The axes
-            ``"dp_shard"`` and ``"dp_replicate"`` cut ``"dp"`` in two, the sharding ranks next to each other.
-        ep: expert parallel size. Experts need no ranks of their own: ``ep`` and ``edp`` (the ranks that hold the
-            same experts) cut the ranks of ``ep_axes`` a second time.
-        order: the axes from the fastest varying (neighbouring ranks) to the slowest.
-        ep_axes: the axes whose ranks expert parallelism cuts; the others stay as they are. ``"dp"`` keeps experts
-            tensor parallel; the default spreads whole experts over the tensor and context ranks as well.
+        dp_shard: how many data ranks share one sharded copy (hybrid sharding, hpZ); -1 takes what ``dp_replicate``
+            leaves of ``dp``. The axes ``"dp_shard"`` and ``"dp_replicate"`` cut ``"dp"`` in two.
+        dp_replicate: how many sharded copies there are; -1 takes what ``dp_shard`` leaves, or is 1.
+        ep: expert parallel size. Experts need no ranks of their own: ``etp``, ``ep`` and ``edp`` (the ranks beside
+            them, which hold the same experts) factor the ranks of ``ep_axes`` a second time.
+        etp: tensor parallel size of the experts; -1 is 1 where ``ep_axes`` has ``tp``, and ``tp`` where it does not.
+        order: the axes from the fastest varying (neighbouring ranks) to the slowest. ``"dp"`` may be written as its
+            two halves. ``"ep"`` may stand in it, as in Megatron, and says where expert ranks vary among ``tp`` and
+            ``dp``; left out, it stands before ``dp``.
+        ep_axes: the axes whose ranks experts factor; the others stay as they are. ``"dp"`` keeps experts tensor
+            parallel. None is ``"tp-cp-dp_shard"``: experts stay inside one replica, and the ranks that hold the same
+            experts everywhere are the axis ``("edp", "dp_replicate")``. Experts that do not fit into one replica are
+            spread over replicas, with a `TopologyWarning`.
         data_before_expert: whether ``edp`` varies faster than ``ep``. False keeps the ranks of an expert group
             next to each other.
+        by_lane: experts count the ranks of one tensor rank after those of another, as DeepSpeed's ``mp_mode="tp"``
+            does, instead of in ascending order.
+        span: the ranks that the topology covers, in the order in which they are laid out; None is all of the world.
+        ranks_per_node: ranks of one node, for the axes ``"local"`` and ``"node"``. A `TopologyWarning` says where
+            tensor parallel groups leave a node.
+        extra_axes: names for several axes: ``{"fsdp": ("dp_shard", "cp")}``.
+        views: further factorisations; `view` makes them.
 
     Raises:
-        DivisibilityError: the sizes do not fit the world, or ``ep`` or ``dp_shard`` does not divide its ranks.
+        DivisibilityError: the sizes do not fit the world, or the experts do not fit their ranks.
         TopologyError: a size is not a positive integer, or ``order`` or ``ep_axes`` is malformed.
 
     >>> topology = ParallelTopology(16, tp=2, ep=4, ep_axes="dp")
@@ -52,222 +74,257 @@ class ParallelTopology:
     (1, 3, 5, 7, 9, 11, 13, 15)
     >>> topology.ranks("ep", 3), topology.ranks("edp", 3)
     ((1, 3, 5, 7), (3, 11))
-    >>> topology.coordinates(11)
-    {'tp': 1, 'cp': 0, 'dp': 5, 'pp': 0, 'ep': 1, 'edp': 1}
+    >>> dataclasses.replace(topology, tp=4).dp
+    4
     """
 
-    world_size: int
+    world_size: int = None  # type: ignore[assignment]
     _: KW_ONLY
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = -1
     dp_shard: int = -1
+    dp_replicate: int = -1
     ep: int = 1
+    etp: int = -1
     order: str = "tp-cp-dp-pp"
-    ep_axes: str = "tp-cp-dp"
+    ep_axes: str | None = None
     data_before_expert: bool = False
+    by_lane: bool = False
+    span: Sequence[int] = None  # type: ignore[assignment]
+    ranks_per_node: int | None = None
+    extra_axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    views: tuple[View, ...] = ()
+    _computed: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        order = parse_order("order", self.order, complete=True)
-        ep_axes = parse_order("ep_axes", self.ep_axes, complete=False)
+        for name in (*_INFERRED, "span"):
+            if any(getattr(self, name) is value for value in self._computed):
+                object.__setattr__(self, name, None if name == "span" else -1)
+        if self.world_size is None:
+            object.__setattr__(self, "world_size", launched_world_size())
+        for name in _SIZES:
+            if name not in _INFERRED or getattr(self, name) != -1:
+                object.__setattr__(self, name, check_size(name, getattr(self, name)))
+        left_out = [name for name in _INFERRED if getattr(self, name) == -1]
+        order = _parse_order(self.order)
+        if self.data_before_expert and "ep" in order:
+            raise TopologyError(f"order={self.order!r} places ep already; leave data_before_expert out")
+        span = range(self.world_size) if self.span is None else self.span
+        sizes = self._fill_data_sizes(len(span))
+        experts = self._expert_view(order, sizes)
+        aliases = {"dp": DATA_AXES, **({} if "tp" in experts.over else {"etp": ("tp",)}), **self.extra_axes}
+        digits = make_digits((name, sizes[name]) for name in _atoms(order))
+        computed: list[object] = [span] if self.span is None else []
+        for name in left_out:
+            computed.append(_Computed(getattr(self, name)))
+            object.__setattr__(self, name, computed[-1])
+        more = self.views
+        self._lay_out(digits, span, self.world_size, aliases, (experts, *more), self.ranks_per_node)
+        object.__setattr__(self, "views", more)
+        object.__setattr__(self, "_computed", tuple(computed))
+        self._warn_of_nodes()
+
+    def _fill_data_sizes(self, count: int) -> dict[str, int]:
+        """Compute the data parallel sizes that were left out; return the size of every digit."""
         rest = {"tp": self.tp, "cp": self.cp, "pp": self.pp}
-        if self.dp == -1:
-            if self.world_size % prod(rest.values()):
-                raise DivisibilityError(
-                    f"world size {self.world_size} must be a multiple of {product(list(rest), list(rest.values()))}"
+        ranks = "world size" if count == self.world_size else "span"
+        dp, shard, replicate = self.dp, self.dp_shard, self.dp_replicate
+        if dp == -1 and -1 not in (shard, replicate):
+            dp = shard * replicate
+        if dp == -1:
+            if count % prod(rest.values()):
+                raise DivisibilityError(f"{ranks} {count} must be a multiple of {_product(rest)}")
+            dp = count // prod(rest.values())
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": dp, "pp": self.pp}
+        if prod(sizes.values()) != count:
+            raise DivisibilityError(f"{_product(sizes)} must equal {ranks} {count}; leave dp out to have it computed")
+        if shard == -1 and replicate == -1:
+            shard, replicate = dp, 1
+        elif replicate == -1:
+            if dp % shard:
+                raise DivisibilityError(_must_divide("dp_shard size", {"dp_shard": shard}, {"dp": dp}))
+            replicate = dp // shard
+        elif shard == -1:
+            if dp % replicate:
+                raise DivisibilityError(_must_divide("dp_replicate size", {"dp_replicate": replicate}, {"dp": dp}))
+            shard = dp // replicate
+        if shard * replicate != dp:
+            both = {"dp_shard": shard, "dp_replicate": replicate}
+            raise DivisibilityError(f"{_product(both)} must equal dp = {dp}; leave one of them out to have it computed")
+        for name, value in {"dp": dp, "dp_shard": shard, "dp_replicate": replicate}.items():
+            object.__setattr__(self, name, value)
+        return {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp_shard": shard, "dp_replicate": replicate, "dp": dp}
+
+    def _expert_view(self, order: Sequence[str], sizes: Mapping[str, int]) -> View:
+        """How experts factor the ranks of ``ep_axes``; sets ``etp`` where it was left out."""
+        folded = self._expert_axes(order, sizes)
+        if "tp" not in folded:
+            if self.etp not in (-1, self.tp):
+                raise TopologyError(f"etp={self.etp} must be tp={self.tp} where ep_axes={self.ep_axes!r} leaves tp out")
+            object.__setattr__(self, "etp", self.tp)
+            expert = {"ep": self.ep}
+        else:
+            object.__setattr__(self, "etp", max(self.etp, 1))
+            expert = {"etp": self.etp, "ep": self.ep}
+        whole = prod(sizes[axis] for axis in folded)
+        if whole % prod(expert.values()):
+            named = {name: size for name, size in expert.items() if name == "ep" or size > 1}
+            raise DivisibilityError(_must_divide("expert size", named, _named(folded, sizes)))
+        expert["edp"] = whole // prod(expert.values())
+        names = _expert_order(order, data_first=self.data_before_expert)
+        if self.by_lane:
+            folded.sort(key=lambda atom: atom == "tp")
+        return View(make_digits((name, expert[name]) for name in names if name in expert), tuple(folded))
+
+    def _expert_axes(self, order: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+        """The digits that experts factor."""
+        if self.ep_axes is not None:
+            axes = self.ep_axes.split("-") if isinstance(self.ep_axes, str) else []
+            known = (*DENSE_AXES, *DATA_AXES)
+            atoms = [atom for axis in axes for atom in (DATA_AXES if axis == "dp" else (axis,))]
+            if not atoms or not set(axes) <= set(known) or len(set(atoms)) != len(atoms):
+                raise TopologyError(f"ep_axes={self.ep_axes!r} must join distinct axes of {', '.join(known)} with '-'")
+            return [atom for atom in _atoms(order) if atom in atoms]
+        inside = [atom for atom in _atoms(order) if atom in ("tp", "cp", "dp_shard")]
+        wanted, region = self.ep * max(self.etp, 1), prod(sizes[atom] for atom in inside)
+        if region % wanted == 0 or region * self.dp_replicate % wanted:
+            return inside
+        warnings.warn(
+            f"etp * ep = {wanted} does not divide {_product(_named(inside, sizes))}: expert groups cross the "
+            f"{self.dp_replicate} replicas of hybrid sharding; say ep_axes='tp-cp-dp' if that is meant",
+            TopologyWarning,
+            stacklevel=5,
+        )
+        return [atom for atom in _atoms(order) if atom != "pp"]
+
+    def _warn_of_nodes(self) -> None:
+        nodes = self.ranks_per_node
+        if nodes is None:
+            return
+        for name in ("tp", "etp"):
+            if self.size(name) == 1:
+                continue
+            crossing = next((group for group in self.groups(name) if group[0] // nodes != group[-1] // nodes), None)
+            if crossing is not None:
+                warnings.warn(
+                    f"{name}={self.size(name)} leaves a node of {nodes} ranks: the group of ranks "
+                    f"{', '.join(map(str, crossing[:8]))}{', ...' if len(crossing) > 8 else ''} is on more than one; "
+                    f"put it first in order={self.order!r}, or choose a size that divides {nodes}",
+                    TopologyWarning,
+                    stacklevel=4,
                 )
-            object.__setattr__(self, "dp", self.world_size // prod(rest.values()))
-        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
-        if prod(sizes.values()) != self.world_size:
-            raise DivisibilityError(
-                f"{product(list(sizes), list(sizes.values()))} must equal world size {self.world_size}; "
-                "leave dp out to have it computed"
-            )
-        if self.dp_shard == -1:
-            object.__setattr__(self, "dp_shard", self.dp)
-        if self.dp % self.dp_shard:
-            raise DivisibilityError(_must_divide("dp_shard size", self.dp_shard, ["dp"], [self.dp]))
-        folded = [axis for axis in DENSE_AXES if axis in ep_axes]
-        if prod(sizes[axis] for axis in folded) % self.ep:
-            raise DivisibilityError(_must_divide("expert size", self.ep, folded, [sizes[axis] for axis in folded]))
-        object.__setattr__(self, "order", "-".join(order))
-        object.__setattr__(self, "ep_axes", "-".join(axis for axis in order if axis in ep_axes))
+                return
 
-    def size(self, axis: str) -> int:
-        """How many ranks a group along ``axis`` has.
+    def replace(self, **changes: Any) -> Self:
+        """The same topology with other sizes or options; sizes that were left out are computed again.
 
-        >>> ParallelTopology(16, tp=2, pp=2, ep=2).size("tp_pp")
+        >>> ParallelTopology(16, tp=2).replace(tp=4).dp
         4
         """
-        sizes = {digit.name: digit.size for digit in (*self._digits, *self._expert_digits)}
-        return prod(sizes[atom] for atom in self._atoms(axis))
+        return dataclasses.replace(self, **changes)
 
-    def ranks(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The group of ``rank`` along ``axis``, ascending, in time proportional to its size.
+    def _with_view(self, view: View) -> Self:
+        return self.replace(views=(*self.views, view))
 
-        Args:
-            axis: ``tp``, ``cp``, ``dp``, ``dp_shard``, ``dp_replicate``, ``pp``, ``ep``, ``edp``, or several of
-                them joined with underscores: ``"dp_cp"``. ``ep`` and ``edp`` mix only with axes outside ``ep_axes``.
-            rank: a rank of the world.
+    def axes_in_use(self) -> tuple[str, ...]:
+        """The axes along which groups have more than one rank, each set of groups once; of experts if there are any."""
+        names = [*DENSE_AXES, *DATA_AXES, *(EXPERT_AXES if self.ep > 1 else ())]
+        names += [digit.name for view in self.views for digit in view.digits]
+        found: dict[str, str] = {}
+        for name in names:
+            if self.size(name) > 1:
+                found.setdefault(self.axis(name).key, name)
+        return tuple(found.values())
 
-        Returns:
-            The ranks that differ from ``rank`` in these coordinates only. The position in it is the rank inside
-            a process group of these ranks.
+    def default_axes(self) -> tuple[str, ...]:
+        """The dense axes with more than one rank, the slowest first: the dimensions of its device mesh."""
+        order = [axis for axis in reversed(self.order.split("-")) if axis != "ep"]
+        return tuple(axis for axis in order if self.size(axis) > 1)
 
-        Raises:
-            RankRangeError: ``rank`` is outside the world.
-            TopologyError: the axis is not known, or mixes what cannot be mixed.
-        """
-        self._check_rank(rank)
-        atoms = self._atoms(axis)
-        dense = [digit for digit in self._digits if digit.name in atoms]
-        if not set(atoms) & set(EXPERT_ATOMS):
-            return tuple(turn(rank, dense))
-        folded, position = self._fold(rank)
-        outside = rank - sum(digit.of(rank) * digit.stride for digit, _ in folded)
-        expert = [digit for digit in self._expert_digits if digit.name in atoms]
-        members = [
-            outside + sum(where.of(place) * digit.stride for digit, where in folded) for place in turn(position, expert)
-        ]
-        return tuple(sorted(member for start in members for member in turn(start, dense)))
-
-    def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
-        """Every group along ``axis``, lazily, ordered by its smallest rank.
-
-        >>> list(ParallelTopology(8, tp=2, pp=2).groups("dp"))
-        [(0, 2), (1, 3), (4, 6), (5, 7)]
-        """
-        self._atoms(axis)
-        return self._walk(axis)
-
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Where ``rank`` stands on every axis: its position in the group along it.
-
-        Raises:
-            RankRangeError: ``rank`` is outside the world.
-        """
-        self._check_rank(rank)
-        digit = {digit.name: digit.of(rank) for digit in self._digits}
-        position = self._fold(rank)[1]
-        found = {axis: digit[axis] for axis in ("tp", "cp")}
-        found["dp"] = digit["dp_replicate"] * self.dp_shard + digit["dp_shard"]
-        found["pp"] = digit["pp"]
-        expert = {digit.name: digit.of(position) for digit in self._expert_digits}
-        return {**found, "ep": expert["ep"], "edp": expert["edp"]}
-
-    def rank_at(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
-        """The rank at these coordinates.
-
-        Raises:
-            RankRangeError: a coordinate is outside its axis.
-
-        >>> ParallelTopology(16, tp=2, pp=2).rank_at(tp=1, pp=1)
-        9
-        """
-        wanted = {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
-        sizes = {axis: self.size(axis) for axis in wanted}
-        for axis, coordinate in wanted.items():
-            if not 0 <= coordinate < sizes[axis]:
-                raise RankRangeError(f"{axis} coordinate {coordinate} is outside 0..{sizes[axis] - 1}")
-        wanted["dp_replicate"], wanted["dp_shard"] = divmod(wanted.pop("dp"), self.dp_shard)
-        return sum(wanted[digit.name] * digit.stride for digit in self._digits)
-
-    def describe(self, *axes: str, max_groups: int = 4) -> str:
-        """A table of the groups along ``axes`` (all that have more than one rank), for people to read.
-
-        >>> print(ParallelTopology(8, tp=2, ep=4).describe("tp", "dp", "ep"))
-        world size 8, order tp-cp-dp-pp
-        axis  size  groups  ranks
-        tp       2       4  0 1 | 2 3 | 4 5 | 6 7
-        dp       4       2  0 2 4 6 | 1 3 5 7
-        ep       4       2  0 1 2 3 | 4 5 6 7
-        """
-        return describe(self, axes, max_groups)
-
-    def bind(
-        self,
-        *,
-        backend: str | None = None,
-        timeout: timedelta | float | None = None,
-        pg_options: Any = None,
-        warm_up: bool = False,
-        axes: Mapping[str, GroupOptions] | None = None,
-    ) -> BoundTopology:
-        """Process groups of this topology, made on first use. Makes nothing yet; no rank waits for another.
-
-        Args:
-            backend: of the groups; None is the default group's.
-            timeout: of the groups' collectives, in seconds or as a timedelta; None is PyTorch's default.
-
-        Raises:
-            NotInitializedError: there is no default process group.
-            TopologyError: ``world_size`` is not that of the default process group.
-        """
-        from ._bound import BoundTopology
-
-        return BoundTopology(self, backend=backend, timeout=timeout, pg_options=pg_options, warm_up=warm_up, axes=axes)
-
-    @cached_property
-    def _digits(self) -> tuple[Digit, ...]:
-        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp_shard": self.dp_shard}
-        sizes["dp_replicate"] = self.dp // self.dp_shard
-        return make_digits((atom, sizes[atom]) for axis in self.order.split("-") for atom in atoms_of(axis))
-
-    @cached_property
-    def _expert_digits(self) -> tuple[Digit, ...]:
-        """Digits of a rank's place among the folded ranks."""
-        folded = prod(digit.size for digit in self._digits if digit.name in self._folded_atoms)
-        ep, edp = ("ep", self.ep), ("edp", folded // self.ep)
-        return make_digits([edp, ep] if self.data_before_expert else [ep, edp])
-
-    @cached_property
-    def _folded_atoms(self) -> frozenset[str]:
-        return frozenset(atom for axis in self.ep_axes.split("-") for atom in atoms_of(axis))
-
-    @cached_property
-    def _folded(self) -> list[tuple[Digit, Digit]]:
-        """For each folded atom, its digit in a rank and its digit in the place among the folded ranks."""
-        inside = [digit for digit in self._digits if digit.name in self._folded_atoms]
-        return list(zip(inside, make_digits((digit.name, digit.size) for digit in inside), strict=True))
-
-    def _fold(self, rank: int) -> tuple[list[tuple[Digit, Digit]], int]:
-        return self._folded, sum(digit.of(rank) * where.stride for digit, where in self._folded)
-
-    def _walk(self, axis: str) -> Iterator[tuple[int, ...]]:
-        seen = bytearray(self.world_size)
-        for rank in range(self.world_size):
-            if not seen[rank]:
-                group = self.ranks(axis, rank)
-                for member in group:
-                    seen[member] = 1
-                yield group
-
-    def _atoms(self, axis: str) -> tuple[str, ...]:
-        atoms = atoms_of(axis)
-        clash = [atom for atom in atoms if atom in self._folded_atoms]
-        if clash and set(atoms) & set(EXPERT_ATOMS):
-            raise TopologyError(
-                f"axis {axis!r} mixes expert axes with {clash[0]}, which ep_axes={self.ep_axes!r} cuts into them; "
-                "take it out of the axis or out of ep_axes"
-            )
-        return atoms
-
-    def _check_rank(self, rank: int) -> None:
-        if not isinstance(rank, int) or not 0 <= rank < self.world_size:
-            raise RankRangeError(f"rank {rank!r} is outside the world: 0..{self.world_size - 1}")
+    def __repr__(self) -> str:
+        shown = [str(self.world_size)]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            computed = any(value is other for other in self._computed)
+            if item.name[0] != "_" and item.name != "world_size" and value != _DEFAULTS[item.name] and not computed:
+                shown.append(f"{item.name}={value!r}")
+        return f"ParallelTopology({', '.join(shown)})"
 
 
-def _check_types(topology: ParallelTopology) -> None:
-    for name in _SIZES:
-        size = getattr(topology, name)
-        allowed = name in ("dp", "dp_shard") and size == -1
-        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and not allowed):
-            raise TopologyError(f"{name} must be a positive integer, got {size!r}")
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(ParallelTopology)} | {"extra_axes": {}}
 
 
-def _must_divide(what: str, size: int, names: list[str], sizes: list[int]) -> str:
-    whole = prod(sizes)
-    fitting = ", ".join(str(value) for value in range(1, whole + 1) if whole % value == 0)
-    return f"{what} {size} must divide {product(names, sizes)}; sizes that do: {fitting}"
+def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
+    """Ranks of the default process group, or those that the launcher started.
+
+    Raises:
+        TopologyError: there is neither.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if environ is None and dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_world_size())
+    found = os.environ if environ is None else environ
+    for launcher in LAUNCHERS:
+        if found.get(launcher.rank, "") != "" and launcher.size is not None and found.get(launcher.size, "").isdigit():
+            return int(found[launcher.size])
+    raise TopologyError(
+        "world_size was left out, and there is no process group and no launcher that says how many ranks there are: "
+        "give it, or call torch.distributed.init_process_group() first"
+    )
+
+
+def _parse_order(order: object) -> tuple[str, ...]:
+    names = tuple(order.split("-")) if isinstance(order, str) else ()
+    known = (*DENSE_AXES, *DATA_AXES, "ep")
+    atoms = [atom for name in names for atom in (DATA_AXES if name == "dp" else (name,))]
+    if not set(names) <= set(known) or len(set(atoms)) != len(atoms) or not names:
+        raise TopologyError(f"order={order!r} must join distinct axes of {', '.join(DENSE_AXES)} with '-'")
+    absent = [atom for atom in ("tp", "cp", *DATA_AXES, "pp") if atom not in atoms]
+    if absent:
+        spelled = ", ".join("dp" if absent[-2:] == list(DATA_AXES) and atom in DATA_AXES else atom for atom in absent)
+        raise TopologyError(f"order={order!r} leaves out {spelled}; say where every axis goes, the fastest first")
+    return names
+
+
+def _atoms(order: Sequence[str]) -> list[str]:
+    """The digits of an order, the fastest first."""
+    return [atom for name in order if name != "ep" for atom in (DATA_AXES if name == "dp" else (name,))]
+
+
+def _expert_order(order: Sequence[str], *, data_first: bool) -> list[str]:
+    """The expert digits in the order of ``tp``, ``ep`` and ``dp``, the fastest first."""
+    as_expert = {"tp": "etp", "ep": "ep", "dp": "edp", "dp_shard": "edp"}
+    names = [as_expert[name] for name in order if name in as_expert]
+    if "ep" not in names:
+        names.insert(names.index("edp") + data_first, "ep")
+    return names
+
+
+def _named(atoms: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by name for a message, with ``dp`` where that is what the digits are."""
+    found = {atom: sizes[atom] for atom in atoms if atom != "dp_replicate"}
+    if "dp_replicate" in atoms or sizes["dp_replicate"] == 1:
+        found = {("dp" if atom == "dp_shard" else atom): size for atom, size in found.items()}
+        if "dp" in found:
+            found["dp"] = sizes["dp"]
+    return found
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    """Spell a product for an error message.
+
+    >>> _product({"tp": 1, "dp": 8}), _product({"dp": 8})
+    ('tp * dp = 1 * 8 = 8', 'dp = 8')
+    """
+    if len(sizes) == 1:
+        return " = ".join(str(part) for item in sizes.items() for part in item)
+    return f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {prod(sizes.values())}"
+
+
+def _must_divide(what: str, divisor: Mapping[str, int], sizes: Mapping[str, int]) -> str:
+    whole, fixed = prod(sizes.values()), divisor.get("etp", 1)
+    shown = next(iter(divisor.values())) if len(divisor) == 1 else _product(divisor)
+    fitting = [str(value) for value in range(1, whole + 1) if whole % (value * fixed) == 0]
+    return f"{what} {shown} must divide {_product(sizes)}; sizes that do: {', '.join(fitting) or 'none'}"

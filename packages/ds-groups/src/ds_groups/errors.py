@@ -13,6 +13,10 @@ class TopologyError(GroupsError, ValueError):
     """Sizes, axis names or options that make no topology; the message prints them."""
 
 
+class TopologyWarning(UserWarning):
+    """A topology that can be made, and is probably not what was meant."""
+
+
 class DivisibilityError(TopologyError):
     """A size that does not divide what it has to divide."""
 
