@@ -59,7 +59,7 @@ def plot(
 def _size(panels: int, nodes: int, per_node: int) -> tuple[float, float]:
     """Inches: as wide as a page, a panel as high as its cells are legible."""
     width = 12.0
-    return width, 0.8 + panels * (0.6 + min(max(per_node * width / max(nodes, 1), 0.8), 3.0))
+    return width, 0.8 + panels * (0.6 + min(max(per_node * width / max(nodes, 1), 0.8), 2.0))
 
 
 def _draw(panel: Axes, grid: RankGrid, name: AxisName, nodes: int, per_node: int) -> None:
@@ -85,7 +85,14 @@ def _outline(panel: Axes, ranks: set[int], per_node: int) -> None:
         for (column, row), ends in sides.items():
             if not 0 <= row < per_node or column * per_node + row not in ranks:
                 xs, ys = zip(*((x + right / 2, y + down / 2) for right, down in ends), strict=True)
-                panel.plot(xs, ys, color="black", linewidth=1.6, solid_capstyle="projecting", clip_on=False)
+                panel.plot(
+                    xs,
+                    ys,
+                    color="black",
+                    linewidth=1.6 if per_node <= _ROW else 0.8,
+                    solid_capstyle="projecting",
+                    clip_on=False,
+                )
 
 
 def _title(grid: RankGrid, name: AxisName) -> str:
