@@ -119,7 +119,7 @@ def test_the_present_order_is_first_among_equals():
     advice = topology.advise({"tp": 1e9})
     assert advice.present == advice.best[0]
     assert len(advice.best) == len(advice.orders)
-    assert "no other of 6 orders is better; 5 are as good" in str(advice)
+    assert "none of the 6 orders is better; 5 are as good" in str(advice)
 
 
 def test_axes_without_bytes_are_named():

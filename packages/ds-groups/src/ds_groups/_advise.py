@@ -79,7 +79,8 @@ class Advice:
             *_table(present, "present order"),
         ]
         if present in best:
-            lines.append(f"no other of {len(self.orders)} orders is better; {len(best) - 1} are as good")
+            equal = f"; {len(best) - 1} are as good" if len(best) > 1 else ""
+            lines.append(f"none of the {len(self.orders)} orders is better{equal}")
         else:
             saved = 1 - best[0].bytes_per_rank / present.bytes_per_rank
             lines += _table(best[0], f"best of {len(self.orders)} orders, {100 * saved:.3g} % less")
