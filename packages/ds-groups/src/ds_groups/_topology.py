@@ -19,6 +19,10 @@ from .errors import DivisibilityError, TopologyError, TopologyWarning
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ._advise import Advice
+    from ._grid import AxisName
+    from ._traffic import Traffic
+
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp")
 DATA_AXES = ("dp_shard", "dp_replicate")
@@ -237,6 +241,23 @@ class ParallelTopology(RankGrid):
             if self.size(name) > 1:
                 found.setdefault(self.axis(name).key, name)
         return tuple(found.values())
+
+    def advise(self, traffic: Mapping[AxisName, Traffic]) -> Advice:
+        """Compare every order of the axes by the bytes that leave a node. A model; nothing is measured.
+
+        Args:
+            traffic: axis -> bytes that one rank sends along it in a step, or (bytes, pattern). See `_traffic`: the
+                pattern is ``"ring"``, ``"all-to-all"`` or ``"pipeline"``, by default that of the axis' name.
+
+        Returns:
+            The orders, the best first, each with its bytes a rank; ``print`` shows the arithmetic.
+
+        Raises:
+            TopologyError: ``ranks_per_node`` is not known, or the traffic is malformed.
+        """
+        from ._advise import advise
+
+        return advise(self, traffic)
 
     def default_axes(self) -> tuple[str, ...]:
         """The dense axes with more than one rank, the slowest first: the dimensions of its device mesh."""
