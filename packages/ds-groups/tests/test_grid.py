@@ -50,7 +50,9 @@ def test_every_axis_of_any_span(span):
         grid.ranks("a", outside)
 
 
-@pytest.mark.parametrize("view", [cut for cut in itertools.product((1, 2, 3, 4, 6, 12), repeat=2) if 12 % prod(cut) == 0])
+@pytest.mark.parametrize(
+    "view", [cut for cut in itertools.product((1, 2, 3, 4, 6, 12), repeat=2) if 12 % prod(cut) == 0]
+)
 def test_views_over_some_digits(view):
     """Every cut of 12 ranks of two digits that a third one separates, in both orders of counting."""
     sizes = {"a": 6, "b": 2, "c": 2}
@@ -69,9 +71,7 @@ def test_views_over_some_digits(view):
             assert grid.rank_at(**at) == rank == grid.rank_at(b=at["b"], **{name: at[name] for name in "xyz"})
             assert all(grid.ranks(name, rank)[at[name]] == rank for name in "abcxyz")
             assert sorted(grid.ranks(("x", "b"), rank)) == sorted(
-                other
-                for other in range(24)
-                if all(grid.coordinates(other)[name] == at[name] for name in "yz")
+                other for other in range(24) if all(grid.coordinates(other)[name] == at[name] for name in "yz")
             )
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
 from ._grid import RankGrid
+from ._options import GroupOptions
 from ._presets import deepspeed, megatron, torchtitan
 from ._topology import ParallelTopology
 from .errors import (
+    DeadlockError,
     DivisibilityError,
     GroupCreationError,
     GroupsError,
@@ -24,6 +26,7 @@ from .errors import (
     PlanTimeoutError,
     RankRangeError,
     StaleGroupsError,
+    StoreError,
     TopologyError,
     TopologyWarning,
 )
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "BoundTopology",
+    "DeadlockError",
     "DivisibilityError",
     "GroupCreationError",
+    "GroupOptions",
     "GroupsError",
     "LayoutConflictError",
     "NoSequenceGroupError",
@@ -47,6 +52,7 @@ __all__ = [
     "RankRangeError",
     "RankGrid",
     "StaleGroupsError",
+    "StoreError",
     "TopologyError",
     "TopologyWarning",
     "deepspeed",
