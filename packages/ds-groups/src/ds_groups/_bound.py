@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from . import _c10d
 from ._grid import AxisName, RankGrid
-from ._mesh import build_mesh
+from ._mesh import build_mesh, take_mesh
 from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
@@ -21,6 +21,9 @@ from .errors import RankRangeError, StaleGroupsError, TopologyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from ._torch_mesh import RootMesh
+
 
 _VERIFY_TIMEOUT = 300.0  # seconds
 
@@ -87,6 +90,7 @@ class BoundTopology:
             self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
             plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
         self._plan = plan
+        self.roots: dict[str, RootMesh] = {}
         self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
@@ -107,7 +111,7 @@ class BoundTopology:
         """The process group of this rank along ``axis``, made on first use.
 
         Args:
-            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``"ep"``.
+            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``("dp", "cp")``, ``"ep"``.
 
         Raises:
             StaleGroupsError: closed, or the process group was destroyed since.
@@ -126,7 +130,9 @@ class BoundTopology:
             if group is None:
                 group = self._by_axis[atoms] = self._pool.get(found, found.name, self._settings.get(atoms))
             elif not _c10d.is_alive(group):
-                raise StaleGroupsError(f"the {axis} group was destroyed by somebody else; close() and bind() again")
+                raise StaleGroupsError(
+                    f"the {found.name} group was destroyed by somebody else; close() and bind() again"
+                )
             return group
 
     def create(self, *axes: AxisName, verify: bool = True) -> None:
@@ -175,19 +181,45 @@ class BoundTopology:
         assert limit is not None
         self._pool.agree("topology", self._plan, limit)
 
-    def to_device_mesh(
-        self, *axes: str, names: tuple[str, ...] | None = None, device_type: str | None = None
-    ) -> DeviceMesh:
-        """A PyTorch `DeviceMesh` over these groups; makes no group of its own. Every rank must call.
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> BoundTopology:
+        """The topology that a PyTorch `DeviceMesh` was cut from, with the groups that the mesh has.
+
+        Axes are the dimensions of the mesh's root, by name, and its flattened dimensions. ``close()`` leaves the
+        mesh's groups alone. Makes no group; no rank waits for another.
 
         Args:
-            axes: its dimensions, the slowest varying first. Default: every dense axis with more than one rank,
-                in ``order``. Axes that are left out keep this rank's coordinate.
-            names: of the dimensions; default ``axes``.
+            mesh: a mesh or a slice of one, of the whole world or some of its ranks, in any order.
+
+        Raises:
+            TopologyError: a process group numbers its ranks in another order than the mesh.
+        """
+        topology, groups = take_mesh(mesh)
+        bound = cls(topology)
+        for axis, group in groups.items():
+            bound._adopt(axis, group)
+        return bound
+
+    def to_device_mesh(
+        self, *axes: AxisName, names: tuple[str, ...] | None = None, device_type: str | None = None
+    ) -> DeviceMesh:
+        """A PyTorch `DeviceMesh` over these groups, with none of its own. The members of its groups must call.
+
+        All meshes of one topology are slices of one root, which holds all ranks of the plan: they can be sliced and
+        flattened further, joined by FSDP2 and tensor parallelism, and left without ``"pp"`` in a pipeline stage.
+        What is flattened has the topology's groups too, so only the members of such a group must call.
+
+        Args:
+            axes: its dimensions, the slowest varying first; ``"dp_cp"`` or ``("dp", "cp")`` is one dimension.
+                Default: every dense axis with more than one rank. Axes that are left out keep this rank's coordinate.
+            names: of the dimensions; default ``axes``. A name means one axis in all meshes of a topology.
             device_type: default the accelerator of the backend, else ``"cpu"``.
 
         Raises:
-            TopologyError: axes overlap or do not span a grid, or ``names`` does not fit.
+            RankRangeError: the plan leaves this rank out.
+            TopologyError: axes overlap or have no strides, ``names`` does not fit, or a process group numbers its
+                ranks in another order than the mesh.
+            UnsupportedTorchError: the meshes of this PyTorch are not known.
         """
         return build_mesh(self, axes, names, device_type)
 
@@ -230,6 +262,9 @@ class BoundTopology:
         state = self._closed or ("stale" if self._pool.is_stale() else f"{len(self)} groups")
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
 
+    def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
+        self._pool.adopt(self.topology.ranks(axis, self.rank), group)
+
     def _check(self) -> None:
         if self._closed:
             raise StaleGroupsError(f"this topology was {self._closed}; call bind() again")
@@ -249,10 +284,8 @@ def _atoms(topology: RankGrid, axis: AxisName) -> frozenset[str]:
 
 
 def _plan_of(topology: RankGrid) -> dict[str, object]:
-    """What ranks compare: every size under its own name, so that a difference names it."""
+    """What ranks compare."""
     plan = topology.as_dict()
     if not isinstance(topology.span, range):  # as long as the world
         plan["span"] = hashlib.sha256(str(topology.span).encode()).hexdigest()[:16]
-    digits: dict[str, int] = plan.pop("digits")
-    sizes = {name: topology.size(name) for name in plan["aliases"]}
-    return {**plan, "order": "-".join(digits), **digits, **sizes}
+    return plan

@@ -68,6 +68,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def current_world() -> dist.ProcessGroup | None:
+    """The default process group; None where there is none."""
+    return dist.group.WORLD if is_initialized() else None
+
+
 def default_store() -> Store | None:
     """The key-value store of the default process group; None where the backend (MPI) has none."""
     store: Store | None = _world_entry()[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from datetime import timedelta
 from itertools import pairwise
@@ -10,8 +9,9 @@ from itertools import pairwise
 import torch.distributed as dist
 
 from . import _c10d
+from ._axis import Partition
 from ._options import Settings
-from ._registry import Key, Partition, registry
+from ._registry import Key, registry
 from ._verify import Plan, agree
 from .errors import RankRangeError, StaleGroupsError, TopologyError
 
@@ -99,7 +99,7 @@ class GroupPool:
             key = Key(ranks if mode == "members" else axis.key, settings)
         group = self._made.get(key)
         if group is None and key not in self._outside:
-            if mode == "everyone" and any(list(row) != sorted(row) for row in axis.table()):
+            if mode == "everyone" and not axis.is_ascending:
                 raise TopologyError(
                     f"the {what} groups number their ranks in an order of their own, which mode 'everyone' cannot "
                     "make: torch.distributed.new_group sorts ranks"
@@ -161,29 +161,6 @@ class GroupPool:
         if not _c10d.is_alive(group):
             raise StaleGroupsError(f"the group of ranks {list(ranks or ())} was destroyed by somebody else")
         return group
-
-
-class TableAxis:
-    """The groups of a table.
-
-    Args:
-        table: every group; each rank is in one.
-    """
-
-    def __init__(self, table: tuple[RankSet, ...]) -> None:
-        self._table = table
-        self.key = f"table/{hashlib.sha256(repr(sorted(table)).encode()).hexdigest()[:16]}"
-
-    def ranks(self, rank: int) -> RankSet:
-        """The group of ``rank``."""
-        found = next((row for row in self._table if rank in row), None)
-        if found is None:
-            raise RankRangeError(f"rank {rank} is in no group of the table")
-        return found
-
-    def table(self) -> tuple[RankSet, ...]:
-        """Every group."""
-        return self._table
 
 
 def check_partition(what: str, groups: Iterable[RankSet], world_size: int) -> None:

@@ -11,12 +11,13 @@ import time
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from . import _c10d
+from ._axis import Partition
 from ._meeting import NotMetError, Part, Round, Verdict
 from ._options import Settings
 from ._verify import mismatch
@@ -31,19 +32,6 @@ _log = logging.getLogger("ds.groups")
 LOOK_AFTER = 5.0  # seconds that a rank waits until it asks who waits for whom; doubles every time
 LOOK_AGAIN = 0.5  # seconds until a circle is read again
 WARN_AGAIN = 300.0  # seconds between warnings of one wait
-
-
-class Partition(Protocol):
-    """The groups of an axis: disjoint sets of ranks."""
-
-    key: str
-    """Equal ones mean equal groups."""
-
-    def ranks(self, rank: int) -> tuple[int, ...]:
-        """The group of ``rank``, in the order in which it numbers its members."""
-
-    def table(self) -> tuple[tuple[int, ...], ...]:
-        """Every group."""
 
 
 class Key(NamedTuple):

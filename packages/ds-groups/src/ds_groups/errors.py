@@ -25,6 +25,10 @@ class RankRangeError(TopologyError):
     """A rank outside the world, listed twice, or in no group at all."""
 
 
+class MissingDependencyError(GroupsError, ImportError):
+    """An optional package is not installed; the message says which."""
+
+
 class NotInitializedError(GroupsError, RuntimeError):
     """A group was asked for that nobody has made, or there is no process group to make it from."""
 
@@ -93,3 +97,7 @@ class PlanTimeoutError(GroupsError, TimeoutError):
     def __init__(self, message: str, missing: tuple[int, ...]) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class UnsupportedTorchError(GroupsError, RuntimeError):
+    """This version of PyTorch keeps its device meshes in a way that is not known."""
