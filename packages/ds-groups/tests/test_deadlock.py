@@ -86,7 +86,8 @@ def test_a_circle_of_two_with_different_plans():
 def three_in_a_ring(rank):
     """Each pair of three ranks is a group of one of three plans; each rank asks for the pair with its successor."""
     watch()
-    from ds_groups._pool import GroupPool, TableAxis
+    from ds_groups._axis import TableAxis
+    from ds_groups._pool import GroupPool
 
     pool = GroupPool()
     pairs = [(0, 1), (1, 2), (0, 2)]
