@@ -141,6 +141,7 @@ def per_axis(rank):
     plan = ParallelTopology(4, tp=2, ep=2)
     bound = plan.bind(timeout=20, axes={"ep": GroupOptions(timeout=7), "edp": GroupOptions(warm_up=True)})
     bound.create()
+    assert len(bound) == 3  # tp, dp, and ep apart from tp
     times = {}
     for axis in ("tp", "dp", "ep", "edp"):
         backend = bound.group(axis)._get_backend(dist.distributed_c10d.torch.device("cpu"))
