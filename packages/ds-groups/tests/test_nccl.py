@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ds_groups import ParallelTopology, parallel_state as groups
+from ds_groups import GroupOptions, ParallelTopology, StaleGroupsError, parallel_state as groups
 from ranks import run_ranks
 
 WORLD = min(torch.cuda.device_count(), 4)
@@ -79,3 +79,84 @@ def lonely(rank, folder):
 
 def test_members_only(tmp_path):
     assert run_ranks(lonely, WORLD, str(tmp_path), init=False, timeout=120)[0] == 1.0
+
+
+def one_rank_groups(rank, folder):
+    """Bound to a device, where PyTorch splits every group from the world: those of one rank wait for nobody."""
+    start(rank, folder, True, "nccl")
+    plan = ParallelTopology(WORLD, tp=WORLD).bind(timeout=60)
+    answer = None
+    if rank == 0:
+        device = dist.group.WORLD.bound_device_id
+        assert plan.group("cp") is plan.group("pp")
+        answer = total(rank, plan.group("cp"))
+        assert dist.group.WORLD.bound_device_id == device
+    torch.cuda.synchronize()
+    dist.barrier()
+    with ParallelTopology(WORLD, tp=2).bind(timeout=60) as after:  # the world can still be split
+        pair = total(rank, after.group("tp"))
+        torch.cuda.synchronize()
+        dist.barrier()
+    dist.destroy_process_group()
+    return answer, pair
+
+
+def test_groups_of_one_rank(tmp_path):
+    answers = run_ranks(one_rank_groups, WORLD, str(tmp_path), init=False, timeout=120)
+    assert [answer for answer, _ in answers] == [1.0, *[None] * (WORLD - 1)]
+    assert [pair for _, pair in answers] == [expected(rank)[0] for rank in range(WORLD)]
+
+
+def with_options(rank, folder, bound):
+    start(rank, folder, bound, "nccl")
+    given = dist.ProcessGroupNCCL.Options()
+    given.is_high_priority_stream = True
+    given.config.max_ctas = 4
+    options = GroupOptions(timeout=50, pg_options=given, warm_up=True)
+    plan = ParallelTopology(WORLD, tp=2, ep=2).bind(timeout=60, axes={"ep": options})
+    plan.create()
+    assert given.group_name == ""
+    assert list(given.global_ranks_in_group) == []
+    used = plan.group("ep")._get_backend(torch.device("cuda")).options
+    found = used.is_high_priority_stream, used.config.max_ctas, used._timeout.total_seconds()
+    assert plan.group("ep") is not plan.group("tp")
+    sums = [total(rank, plan.group(axis)) for axis in ("ep", "tp")]
+    again = ParallelTopology(WORLD, tp=2, ep=2).bind(timeout=60, axes={"ep": options})
+    assert again.group("ep") is plan.group("ep")
+    torch.cuda.synchronize()
+    dist.barrier()
+    plan.close()
+    again.close()
+    dist.destroy_process_group()
+    return found, sums
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_options_reach_the_backend(tmp_path, bound):
+    for rank, (found, sums) in enumerate(run_ranks(with_options, WORLD, str(tmp_path), bound, init=False, timeout=120)):
+        assert found == (True, 4, 50.0)
+        assert sums == [expected(rank)[0]] * 2
+
+
+def broken_off(rank, folder, bound):
+    """Rank 0 starts a reduction that nobody joins, breaks it off, and all bind again."""
+    start(rank, folder, bound, "nccl")
+    plan = ParallelTopology(WORLD, tp=2).bind(timeout=60, warm_up=True)
+    group = plan.group("tp")
+    if rank == 0:
+        dist.all_reduce(torch.ones(1, device="cuda"), group=group, async_op=True)
+    plan.abort()
+    with pytest.raises(StaleGroupsError, match="was aborted"):
+        plan.group("tp")
+    again = ParallelTopology(WORLD, tp=2).bind(timeout=60)
+    answer = total(rank, again.group("tp"))
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+    return answer
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_abort_and_bind_again(tmp_path, bound):
+    answers = run_ranks(broken_off, WORLD, str(tmp_path), bound, init=False, timeout=120)
+    assert answers == [expected(rank)[0] for rank in range(WORLD)]

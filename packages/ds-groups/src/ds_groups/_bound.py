@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -89,6 +90,7 @@ class BoundTopology:
                 raise TopologyError(f"axes[{name!r}] names an axis a second time, in another spelling")
             self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
             plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
+        self._with_options = tuple(axes or ())  # may have the ranks of another axis, but not its groups
         self._plan = plan
         self.roots: dict[str, RootMesh] = {}
         self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
@@ -148,8 +150,9 @@ class BoundTopology:
             GroupCreationError: as for `group`.
         """
         names: dict[tuple[str, str], AxisName] = {}  # (groups, options) -> the first name for them
-        for name in axes or self.topology.axes_in_use():
-            options = str(self._settings.get(_atoms(self.topology, name), self._pool.settings))
+        for name in axes or (*self.topology.axes_in_use(), *self._with_options):
+            settings = self._settings.get(_atoms(self.topology, name), self._pool.settings)
+            options = json.dumps(settings.as_dict(), sort_keys=True)  # in the same order on every rank
             if self.topology.size(name) > 1:
                 names.setdefault((self.topology.axis(name).key, options), name)
         with self._lock:
