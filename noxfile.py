@@ -132,6 +132,14 @@ ROWS = [
 ]
 CACHE = ROOT / ".nox"
 CONSTRAINTS = str(ROOT / "constraints.txt")
+# Clients whose rank tables or loaders are tried, without what they declare: it excludes versions of other clients.
+CLIENTS_ALONE = (
+    "mosaicml-streaming",
+    "megatron-core",
+    "torchtitan",
+    *("spmd_types", "tyro", "docstring_parser", "typeguard", "shtab", "torch_checkpointing"),  # torchtitan imports them
+)
+
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")  # the root's dependency groups: what a session's tools are
 
 nox.options.default_venv_backend = "virtualenv"
@@ -166,7 +174,7 @@ def integration(session: nox.Session, name: str) -> None:
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join([*others, *row.pins]) + "\n")
     install(session, *DISTRIBUTIONS.values(), groups=(GROUPS, "integration"), constraints=str(constraints))
-    session.install("-c", str(constraints), "--no-deps", "mosaicml-streaming")
+    session.install("-c", str(constraints), "--no-deps", *CLIENTS_ALONE)
     # From its sdist, with no compiled operators; its build reads torch, so the build uses this environment.
     session.install("-c", str(constraints), "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
     # What one version of DeepSpeed compiles for itself is not another's.

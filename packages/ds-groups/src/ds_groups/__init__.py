@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from .__about__ import __version__
 from ._grid import RankGrid
+from ._options import GroupOptions
 from ._presets import deepspeed, megatron, torchtitan
 from ._topology import ParallelTopology
 from .errors import (
+    DeadlockError,
     DivisibilityError,
     GroupCreationError,
     GroupsError,
@@ -25,6 +27,7 @@ from .errors import (
     PlanTimeoutError,
     RankRangeError,
     StaleGroupsError,
+    StoreError,
     TopologyError,
     TopologyWarning,
 )
@@ -36,8 +39,10 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "BoundTopology",
+    "DeadlockError",
     "DivisibilityError",
     "GroupCreationError",
+    "GroupOptions",
     "GroupsError",
     "LayoutConflictError",
     "MissingDependencyError",
@@ -49,6 +54,7 @@ __all__ = [
     "RankRangeError",
     "RankGrid",
     "StaleGroupsError",
+    "StoreError",
     "TopologyError",
     "TopologyWarning",
     "deepspeed",

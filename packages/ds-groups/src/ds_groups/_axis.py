@@ -1,20 +1,40 @@
-"""`Axis`: the groups that one or more digits cut a grid into."""
+"""`Axis`: the groups that one or more digits cut a grid into; `TableAxis`: those of a list."""
 
 from __future__ import annotations
 
 import hashlib
 import operator
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from ._digits import Digit, Factor, complement, merge, offsets, refine, turn
+from .errors import RankRangeError
 
 if TYPE_CHECKING:
     from ._grid import RankGrid
 
 Over = Sequence[tuple[Digit, Digit]]
+
+
+class Partition(Protocol):
+    """Disjoint groups of ranks."""
+
+    @property
+    def key(self) -> str:
+        """A short text; equal ones mean equal groups."""
+
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the ranks of every group ascend."""
+
+    def ranks(self, rank: SupportsIndex, /) -> tuple[int, ...]:
+        """The group of ``rank``, in the order in which a process group numbers its members."""
+
+    def table(self) -> tuple[tuple[int, ...], ...]:
+        """Every group."""
 
 
 class Axis:
@@ -105,6 +125,23 @@ class Axis:
             scale *= size
         return place
 
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the ranks of every group ascend."""
+        span = self._grid.span
+        if self._factors is None or not isinstance(span, range):
+            return all(group == tuple(sorted(group)) for group in self.groups())
+        return list(self._factors) == self._ascending() and span.step > 0
+
+    def ascending(self) -> Axis | None:
+        """The same groups with their positions in ascending order; None where that takes a table."""
+        if self._factors is None:
+            return None
+        found = copy(self)
+        found._factors = merge(self._ascending())
+        found.key = found._make_key(())
+        return found
+
     def __repr__(self) -> str:
         return f"Axis({self.name!r}, size={self.size})"
 
@@ -156,6 +193,35 @@ class Axis:
         if self._factors is not None:
             return f"{where}/{'.'.join(f'{size}x{stride}' for size, stride in self._factors)}"
         return f"{where}/{_digest(str((self._base, view, self._over, self._turned)))}"
+
+
+class TableAxis:
+    """The groups of a table.
+
+    Args:
+        table: every group; each rank is in one.
+    """
+
+    def __init__(self, table: Sequence[Sequence[int]]) -> None:
+        self._table = tuple(map(tuple, table))
+        self.key = f"table/{_digest(str(sorted(self._table)))}"
+        self.is_ascending = all(group == tuple(sorted(group)) for group in self._table)
+
+    def ranks(self, rank: SupportsIndex, /) -> tuple[int, ...]:
+        """The group of ``rank``.
+
+        Raises:
+            RankRangeError: it is in none.
+        """
+        number = operator.index(rank)
+        for group in self._table:
+            if number in group:
+                return group
+        raise RankRangeError(f"rank {rank} is in no group of the table")
+
+    def table(self) -> tuple[tuple[int, ...], ...]:
+        """Every group."""
+        return self._table
 
 
 def _sums(steps: Sequence[range]) -> Iterator[int]:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from . import _c10d
-from ._grid import RankGrid
-from ._mesh import build_mesh
+from ._grid import AxisName, RankGrid
+from ._mesh import build_mesh, take_mesh
+from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
-from ._verify import agree
-from .errors import StaleGroupsError, TopologyError
+from .errors import RankRangeError, StaleGroupsError, TopologyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from ._torch_mesh import RootMesh
+
+
+_VERIFY_TIMEOUT = 300.0  # seconds
 
 
 class BoundTopology:
@@ -25,19 +31,42 @@ class BoundTopology:
 
     Sizes, ranks and positions are arithmetic and never make a group. ``group(axis)`` makes one the first time:
     every member must then call it, in the same order as its other groups (``mode == "members"``), or every rank of
-    the world (the other modes). Groups of the same ranks are one group. Usable as a context manager that closes.
+    the world (the other modes). Groups of the same ranks and options are one group, also in another bound topology
+    of the same world and in ``ds_groups.parallel_state``; the last holder to close destroys it. Usable as a context
+    manager that closes.
+
+    Args:
+        topology: the plan.
+        backend: as for `GroupOptions`, for the groups of every axis.
+        timeout: likewise.
+        pg_options: likewise.
+        warm_up: likewise.
+        axes: axis -> what is different for it. The name is that of the axis as a whole: ``"dp"`` says nothing about
+            ``"dp_shard"``.
 
     Attributes:
         topology: the plan.
         rank: of this process in the world.
         mode: who has to take part when a group is made: ``members``, ``split`` (all ranks, one split) or
             ``everyone`` (all ranks make all groups).
+
+    Raises:
+        TopologyError: the plan is for another world size, or an option is of a wrong type or for an unknown axis.
     """
 
     def __init__(
-        self, topology: RankGrid, *, backend: str | None = None, timeout: timedelta | float | None = None
+        self,
+        topology: RankGrid,
+        *,
+        backend: str | None = None,
+        timeout: timedelta | float | None = None,
+        pg_options: Any = None,
+        warm_up: bool = False,
+        axes: Mapping[AxisName, GroupOptions] | None = None,
     ) -> None:
-        pool = GroupPool(backend=backend, timeout=timeout)
+        _c10d.default_group()
+        base = GroupOptions(backend, timeout, pg_options, warm_up)
+        pool = GroupPool(_checked(base, ""))
         if topology.world_size != pool.world_size:
             raise TopologyError(
                 f"world_size={topology.world_size} of the topology is not the {pool.world_size} ranks of the process "
@@ -47,56 +76,88 @@ class BoundTopology:
         self.rank = pool.rank
         self.mode = pool.mode
         self._pool = pool
-        options = {"backend": backend, "timeout": str(pool.timeout), "mode": pool.mode}
-        self._plan = {**topology.as_dict(), **options}
+        self._settings: dict[str, Settings] = {}  # by the key of the axis
+        plan: dict[str, object] = {**topology.as_dict(), **pool.settings.as_dict(), "mode": pool.mode}
+        for name, options in (axes or {}).items():
+            if not isinstance(options, GroupOptions):
+                raise TopologyError(f"axes[{name!r}] must be a GroupOptions, got {options!r}")
+            axis = topology.axis(name)
+            if axis.key in self._settings and self._settings[axis.key] != _checked(options.over(base), ""):
+                raise TopologyError(f"axes[{name!r}] has the ranks of another axis in axes, but other options")
+            self._settings[axis.key] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
+            plan[f"options of {name}"] = settings.as_dict()
+        self._plan = plan
+        self.roots: dict[str, RootMesh] = {}
         self._by_axis: dict[str, dist.ProcessGroup] = {}
-        self._lock = threading.Lock()
-        self._closed = False
+        self._lock = threading.RLock()
+        self._closed = ""
 
-    def size(self, axis: str) -> int:
+    def size(self, axis: AxisName) -> int:
         """How many ranks this rank's group along ``axis`` has."""
         return self.topology.size(axis)
 
-    def ranks(self, axis: str) -> tuple[int, ...]:
+    def ranks(self, axis: AxisName) -> tuple[int, ...]:
         """The global ranks of this rank's group along ``axis``, ascending."""
         return self.topology.ranks(axis, self.rank)
 
-    def index(self, axis: str) -> int:
+    def index(self, axis: AxisName) -> int:
         """This rank's position in its group along ``axis``: the rank inside that process group."""
         return self.ranks(axis).index(self.rank)
 
-    def group(self, axis: str) -> dist.ProcessGroup:
+    def group(self, axis: AxisName) -> dist.ProcessGroup:
         """The process group of this rank along ``axis``, made on first use.
 
         Args:
-            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``"ep"``.
+            axis: as for `ParallelTopology.ranks`: ``"tp"``, ``"dp_cp"``, ``("dp", "cp")``, ``"ep"``.
 
         Raises:
             StaleGroupsError: closed, or the process group was destroyed since.
-            GroupCreationError: the backend could not make it, or others did not take part in time.
+            GroupCreationError: the backend could not make it, or others did not take part in time; names them. They
+                can all ask again.
+            DeadlockError: ranks wait for each other in a circle, because they ask in different orders.
+            PlanMismatchError: other members ask for it with other options.
+            RankRangeError: the plan leaves this rank out.
             TopologyError: no such axis.
         """
-        key = self.topology.axis(axis).key
         with self._lock:
             self._check()
-            group = self._by_axis.get(key)
+            found = self.topology.axis(axis)
+            group = self._by_axis.get(found.key)
             if group is None:
-                group = self._pool.get(lambda: self.topology.groups(axis), self.ranks(axis), axis)
-                self._by_axis[key] = group
+                group = self._pool.get(found, found.name, self._settings.get(found.key))
+                self._by_axis[found.key] = group
             elif not _c10d.is_alive(group):
-                raise StaleGroupsError(f"the {axis} group was destroyed by somebody else; close() and bind() again")
+                raise StaleGroupsError(
+                    f"the {found.name} group was destroyed by somebody else; close() and bind() again"
+                )
             return group
 
-    def create(self, *axes: str) -> None:
+    def create(self, *axes: AxisName, verify: bool = True) -> None:
         """Make groups now, in one canonical order whatever the order of ``axes``. Every rank must call.
 
         Args:
-            axes: None of them means every single axis with more than one rank.
-        """
-        for axis in sorted(axes or self.topology.axes_in_use(), key=lambda axis: self.topology.axis(axis).key):
-            self.group(axis)
+            axes: None of them means all that the plan uses. Groups of one rank are made when they are asked for.
+            verify: compare the plans of all ranks first, and which axes they make, as `verify` does.
 
-    def verify(self, *, timeout: timedelta | float = 300.0) -> None:
+        Raises:
+            PlanMismatchError: ranks hold different plans, or make other axes. Nothing has been made.
+            PlanTimeoutError: some ranks did not call. Nothing has been made.
+            GroupCreationError: as for `group`.
+        """
+        wanted = [self.topology.axis(name) for name in axes or self.topology.axes_in_use()]
+        by_key = {axis.key: axis.name for axis in wanted if axis.size > 1}
+        with self._lock:
+            self._check()
+            if verify and self._pool.can_agree:
+                limit = self._pool.settings.timeout or timedelta(seconds=_VERIFY_TIMEOUT)
+                self._pool.agree("topology", {**self._plan, "create": sorted(by_key.values())}, limit)
+            for key in sorted(by_key):
+                try:
+                    self.group(by_key[key])
+                except RankRangeError:  # the plan leaves this rank out
+                    continue
+
+    def verify(self, *, timeout: timedelta | float = _VERIFY_TIMEOUT) -> None:
         """Check that all ranks hold the same plan. Every rank must call; no group is needed or made.
 
         Args:
@@ -104,34 +165,75 @@ class BoundTopology:
 
         Raises:
             PlanMismatchError: on every rank, naming the fields that differ and the ranks that hold each value.
-            PlanTimeoutError: some ranks did not call; names them.
+            PlanTimeoutError: some ranks did not call; names them. They can all call again.
+            StoreError: there is no store to compare plans in.
         """
         self._check()
-        limit = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-        agree(_c10d.default_store(), self.rank, self.topology.world_size, "topology", self._plan, limit)
+        limit = seconds(timeout)
+        assert limit is not None
+        self._pool.agree("topology", self._plan, limit)
 
-    def to_device_mesh(
-        self, *axes: str, names: tuple[str, ...] | None = None, device_type: str | None = None
-    ) -> DeviceMesh:
-        """A PyTorch `DeviceMesh` over these groups; makes no group of its own. Every rank must call.
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> BoundTopology:
+        """The topology that a PyTorch `DeviceMesh` was cut from, with the groups that the mesh has.
+
+        Axes are the dimensions of the mesh's root, by name, and its flattened dimensions. ``close()`` leaves the
+        mesh's groups alone. Makes no group; no rank waits for another.
 
         Args:
-            axes: its dimensions, the slowest varying first. Default: every dense axis with more than one rank,
-                in ``order``. Axes that are left out keep this rank's coordinate.
-            names: of the dimensions; default ``axes``.
+            mesh: a mesh or a slice of one, of the whole world or some of its ranks, in any order.
+
+        Raises:
+            TopologyError: a process group numbers its ranks in another order than the mesh.
+        """
+        topology, groups = take_mesh(mesh)
+        bound = cls(topology)
+        for axis, group in groups.items():
+            bound._adopt(axis, group)
+        return bound
+
+    def to_device_mesh(
+        self, *axes: AxisName, names: tuple[str, ...] | None = None, device_type: str | None = None
+    ) -> DeviceMesh:
+        """A PyTorch `DeviceMesh` over these groups, with none of its own. The members of its groups must call.
+
+        All meshes of one topology are slices of one root, which holds all ranks of the plan: they can be sliced and
+        flattened further, joined by FSDP2 and tensor parallelism, and left without ``"pp"`` in a pipeline stage.
+        What is flattened has the topology's groups too, so only the members of such a group must call.
+
+        Args:
+            axes: its dimensions, the slowest varying first; ``"dp_cp"`` or ``("dp", "cp")`` is one dimension.
+                Default: every dense axis with more than one rank. Axes that are left out keep this rank's coordinate.
+            names: of the dimensions; default ``axes``. A name means one axis in all meshes of a topology.
             device_type: default the accelerator of the backend, else ``"cpu"``.
 
         Raises:
-            TopologyError: axes overlap or do not span a grid, or ``names`` does not fit.
+            RankRangeError: the plan leaves this rank out.
+            TopologyError: axes overlap or have no strides, ``names`` does not fit, or a process group numbers its
+                ranks in another order than the mesh.
+            UnsupportedTorchError: the meshes of this PyTorch are not known.
         """
         return build_mesh(self, axes, names, device_type)
 
     def close(self) -> None:
-        """Destroy the groups made here; the default process group stays. Every rank must call. Safe to repeat."""
+        """Let go of the groups; the default process group stays. Every rank must call. Safe to repeat.
+
+        Groups that nobody else holds are destroyed.
+        """
         with self._lock:
-            self._closed = True
+            self._closed = self._closed or "closed"
             self._by_axis.clear()
             self._pool.close()
+
+    def abort(self) -> None:
+        """Break off whatever runs in the groups, and forget them; no other rank is waited for. Safe to repeat.
+
+        For the rank that finds another one lost. Groups that others share are gone for them too. ``bind()`` works
+        again afterwards, where the default process group still does.
+        """
+        self._closed = self._closed or "aborted"
+        self._by_axis.clear()
+        self._pool.abort()
 
     def __len__(self) -> int:
         """How many process groups this rank has made here."""
@@ -149,10 +251,19 @@ class BoundTopology:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "stale" if self._pool.is_stale() else f"{len(self)} groups"
+        state = self._closed or ("stale" if self._pool.is_stale() else f"{len(self)} groups")
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
+
+    def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
+        self._pool.adopt(self.topology.ranks(axis, self.rank), group)
 
     def _check(self) -> None:
         if self._closed:
-            raise StaleGroupsError("this topology was closed; call bind() again")
+            raise StaleGroupsError(f"this topology was {self._closed}; call bind() again")
         self._pool.check()
+
+
+def _checked(options: GroupOptions, where: str) -> Settings:
+    settings = settings_of(options, where)
+    _c10d.check_settings(settings, where)
+    return settings

@@ -1,55 +1,46 @@
-"""Rank tables of DeepSpeed's expert layouts, as pure functions."""
+"""DeepSpeed's expert layouts: the expert groups of a world, and the groups of the ranks that hold the same experts."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ._axis import Axis, Partition, TableAxis
+from ._presets import deepspeed
 from ._topology import ParallelTopology
 from .errors import TopologyError
 
 Table = tuple[tuple[int, ...], ...]
 
 
-def folded_tables(world_size: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
+def folded(world_size: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Axis, Axis]:
     """Expert and expert-data groups over all ranks of a pipeline stage, tensor parallel ones included."""
-    topology = ParallelTopology(world_size, pp=pp, ep=ep, data_before_expert=data_before_expert)
-    return tuple(topology.groups("ep")), tuple(topology.groups("edp"))
+    topology = deepspeed(world_size, pp=pp, ep=ep, data_before_expert=data_before_expert)
+    return topology.axis("ep"), topology.axis("edp")
 
 
-def lane_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
-    """Expert and expert-data groups inside each tensor-parallel lane; lane after lane, as DeepSpeed lists them."""
-    topology = ParallelTopology(world_size, tp=tp, pp=pp, ep=ep, ep_axes="dp", data_before_expert=data_before_expert)
-
-    def by_lane(group: tuple[int, ...]) -> tuple[int, int, int]:
-        at = topology.coordinates(group[0])
-        return at["pp"], at["tp"], group[0]
-
-    return tuple(sorted(topology.groups("ep"), key=by_lane)), tuple(sorted(topology.groups("edp"), key=by_lane))
+def lanes(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Axis, Axis]:
+    """Expert and expert-data groups inside each tensor-parallel lane."""
+    topology = deepspeed(world_size, tp=tp, pp=pp, ep=ep, experts="lane", data_before_expert=data_before_expert)
+    return topology.axis("ep"), topology.axis("edp")
 
 
-def strided_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
+def strided(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Partition, Partition]:
     """Whole experts over a stage's ranks, those of one tensor-parallel lane first.
 
-    A group may take in more than one lane when ``ep`` does not divide the lane. Process groups number their members
-    in ascending order, so an expert's replicas are the ranks at the same place of their *sorted* groups.
+    A group may take in more than one lane when ``ep`` does not divide the lane. DeepSpeed's process groups number
+    their members in ascending order, so an expert's replicas are the ranks at the same place of their *sorted* groups.
     """
-    stage = ParallelTopology(world_size, tp=tp, pp=pp)
-    folded_tables(world_size, ep, pp, data_before_expert=data_before_expert)  # refuses sizes that do not divide
-    expert: list[tuple[int, ...]] = []
-    data: list[tuple[int, ...]] = []
-    for members in stage.groups("tp_cp_dp"):
-        lanes = sorted(members, key=lambda rank: (stage.coordinates(rank)["tp"], rank))
-        count = len(lanes) // ep
-        if data_before_expert:
-            groups = [tuple(sorted(lanes[start::count])) for start in range(count)]
-        else:
-            groups = [tuple(sorted(lanes[start : start + ep])) for start in range(0, len(lanes), ep)]
-        expert += groups
-        data += [tuple(sorted(replicas)) for replicas in zip(*groups, strict=True)]
-    return tuple(expert), tuple(data)
+    folded(world_size, ep, pp, data_before_expert=data_before_expert)  # refuses sizes that do not divide
+    layout = {"tp": tp, "pp": pp, "ep": ep, "experts": "lane_by_lane", "data_before_expert": data_before_expert}
+    topology = deepspeed(world_size, **layout)  # type: ignore[arg-type]
+    expert, data = topology.axis("ep"), topology.axis("edp")
+    if expert.is_ascending and (ascending := data.ascending()) is not None:
+        return expert, ascending
+    groups, replicas = strided_tables(world_size, tp, ep, pp, data_before_expert=data_before_expert)
+    return TableAxis(groups), TableAxis(replicas)
 
 
-def spec_tables(spec: Any, world_size: int, ep: int, tp: int, pp: int) -> tuple[Table, Table]:
+def from_spec(spec: Any, world_size: int, ep: int, tp: int, pp: int) -> tuple[Axis, Axis]:
     """Expert and expert-data groups of a folding spec: consecutive ranks of each stage.
 
     Raises:
@@ -59,4 +50,39 @@ def spec_tables(spec: Any, world_size: int, ep: int, tp: int, pp: int) -> tuple[
         held = getattr(spec, field, value)
         if held != value:
             raise TopologyError(f"folding_spec.{field}={held} is not the {value} of this call")
-    return folded_tables(world_size, ep, pp, data_before_expert=False)
+    return folded(world_size, ep, pp, data_before_expert=False)
+
+
+def folded_tables(world_size: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
+    """Every group of `folded`."""
+    expert, data = folded(world_size, ep, pp, data_before_expert=data_before_expert)
+    return expert.table(), data.table()
+
+
+def lane_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
+    """Every group of `lanes`, lane after lane, as DeepSpeed lists them."""
+    expert, data = lanes(world_size, tp, ep, pp, data_before_expert=data_before_expert)
+    stage = world_size // pp
+
+    def by_lane(group: tuple[int, ...]) -> tuple[int, int, int]:
+        return group[0] // stage, group[0] % tp, group[0]
+
+    return tuple(sorted(expert.table(), key=by_lane)), tuple(sorted(data.table(), key=by_lane))
+
+
+def strided_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
+    """Every group of `strided`, in the order in which DeepSpeed makes them."""
+    ParallelTopology(world_size, tp=tp, pp=pp, ep=ep)  # refuses sizes that do not divide
+    expert: list[tuple[int, ...]] = []
+    data: list[tuple[int, ...]] = []
+    size = world_size // pp
+    for first in range(0, world_size, size):
+        members = [rank for lane in range(tp) for rank in range(first + lane, first + size, tp)]
+        count = size // ep
+        if data_before_expert:
+            groups = [tuple(sorted(members[start::count])) for start in range(count)]
+        else:
+            groups = [tuple(sorted(members[start : start + ep])) for start in range(0, size, ep)]
+        expert += groups
+        data += [tuple(sorted(replicas)) for replicas in zip(*groups, strict=True)]
+    return tuple(expert), tuple(data)

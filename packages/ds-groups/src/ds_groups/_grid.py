@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._bound import BoundTopology
+    from ._options import GroupOptions
     from ._rehearsal import Rehearsal
     from ._traffic import Traffic
 
@@ -434,20 +435,26 @@ class RankGrid:
         *,
         backend: str | None = None,
         timeout: timedelta | float | None = None,
+        pg_options: Any = None,
+        warm_up: bool = False,
+        axes: Mapping[AxisName, GroupOptions] | None = None,
     ) -> BoundTopology:
         """Process groups of this layout, made on first use. Makes nothing yet; no rank waits for another.
 
         Args:
             backend: of the groups; None is the default group's.
             timeout: of the groups' collectives, in seconds or as a timedelta; None is PyTorch's default.
+            pg_options: of the backend, such as ``ProcessGroupNCCL.Options``, or a function that makes them.
+            warm_up: use every group once when it is made, so that a communicator that cannot work fails there.
+            axes: axis -> options of its groups, where they differ.
 
         Raises:
             NotInitializedError: there is no default process group.
-            TopologyError: ``world_size`` is not that of the default process group.
+            TopologyError: ``world_size`` is not that of the default process group, or an option is none.
         """
         from ._bound import BoundTopology
 
-        return BoundTopology(self, backend=backend, timeout=timeout)
+        return BoundTopology(self, backend=backend, timeout=timeout, pg_options=pg_options, warm_up=warm_up, axes=axes)
 
     # Inside
 

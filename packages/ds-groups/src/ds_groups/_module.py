@@ -22,8 +22,8 @@ class ParallelStateModule(ModuleType):
 
     __all__: list[str]
     mpu: Assigned[Any] = Assigned("mpu", None)
-    mesh_device: Assigned[Any] = Assigned("mesh_device", None)
-    expert_tensor_parallel_world_size: Assigned[int] = Assigned("expert_tensor_parallel_world_size", 1)
+    mesh_device: Assigned[Any] = Assigned("mesh_device", None, of_world=True)
+    expert_tensor_parallel_world_size: Assigned[int] = Assigned("expert_tensor_parallel_world_size", 1, of_world=True)
 
     def __dir__(self) -> Iterable[str]:
         private = {name for name in (*super().__dir__(), *vars(ParallelStateModule)) if name.startswith("_")}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._expert_tables import Table
+from ._axis import Partition, TableAxis
+from ._launchers import LAUNCHERS
 from ._topology import ParallelTopology
 from .errors import NotInitializedError
 
@@ -35,9 +36,9 @@ def is_sequence_only(mpu: Any) -> bool:
     return mpu is not None and hasattr(mpu, "initialize_sequence_parallel")
 
 
-def sequence_layout(world_size: int, sequence: int) -> dict[str, Table]:
+def sequence_layout(world_size: int, sequence: int) -> dict[str, Partition]:
     """Data parallel groups beside sequence parallel ones of neighbouring ranks."""
-    return {"data": tuple(ParallelTopology(world_size, cp=sequence).groups("dp"))}
+    return {"data": ParallelTopology(world_size, cp=sequence).axis("dp")}
 
 
 def mesh_group(mesh: Any, axis: str) -> dist.ProcessGroup | None:
@@ -60,20 +61,20 @@ def mesh_data_group(mesh: Any) -> dist.ProcessGroup:
     return group
 
 
-def mesh_layout(mesh: Any) -> dict[str, Table]:
+def mesh_layout(mesh: Any) -> dict[str, Partition]:
     """Groups over both dimensions, data and sequence parallel, of a device mesh."""
     names = list(mesh.mesh_dim_names)
     both = [names.index("data_parallel"), names.index("sequence_parallel")]
     rest = [dim for dim in range(len(names)) if dim not in both]
     ranks = mesh.mesh.permute(*rest, *both).flatten(len(rest)).reshape(-1, mesh.size(both[0]) * mesh.size(both[1]))
-    return {"both": tuple(tuple(sorted(group)) for group in ranks.tolist())}
+    return {"both": TableAxis([sorted(group) for group in ranks.tolist()])}
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Ranks on this machine: ``LOCAL_WORLD_SIZE``, else the accelerators, else all ranks."""
-    launched = os.environ.get("LOCAL_WORLD_SIZE")
-    if launched:
-        return int(launched)
+    """Ranks on this machine: as the launcher says, else the accelerators, else all ranks."""
+    for launcher in LAUNCHERS:
+        if os.environ.get(launcher.rank) and os.environ.get(launcher.local_size or "", "").isdigit():
+            return int(os.environ[launcher.local_size or ""])
     return (torch.accelerator.device_count() if torch.accelerator.is_available() else 0) or world_size
 
 

@@ -1,53 +1,54 @@
-"""`GroupPool`: every process group that somebody made for one world, each rank set once."""
+"""`GroupPool`: the process groups that one holder has asked for, shared with the other holders of the same world."""
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from itertools import pairwise
 
 import torch.distributed as dist
 
 from . import _c10d
-from .errors import GroupCreationError, RankRangeError, StaleGroupsError
-
-_log = logging.getLogger("ds.groups")
+from ._axis import Partition
+from ._options import Settings
+from ._registry import Key, registry
+from ._verify import Plan, agree
+from .errors import RankRangeError, StaleGroupsError, TopologyError
 
 RankSet = tuple[int, ...]
-Partition = Callable[[], Iterable[RankSet]]
 
 
 class GroupPool:
-    """Makes groups and shares those of the same ranks, until the world they belong to is destroyed.
+    """Groups of the present world, until it is destroyed. Equal ones are made once, whoever holds them.
 
     Args:
-        backend: of the groups; None is the default group's.
-        timeout: of their collectives, in seconds or as a timedelta.
-        share_world: answer with the default group itself where a group has every rank.
+        settings: of the groups, where `get` is not told other ones.
+        share_world: answer with the default group itself where a group has every rank and no settings of its own.
     """
 
-    def __init__(
-        self, *, backend: str | None = None, timeout: timedelta | float | None = None, share_world: bool = True
-    ) -> None:
-        default = _c10d.default_group()
-        self.mode: _c10d.Mode = _c10d.mode_of(backend)
-        self.world_size: int = default.size()
-        self.rank: int = default.rank()
-        self._default = weakref.ref(default)
-        self._backend = backend
-        self.timeout = timeout if timeout is None or isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-        self._share_world = share_world and backend is None and timeout is None
-        self._made: dict[Hashable, dist.ProcessGroup] = {}
+    def __init__(self, settings: Settings | None = None, *, share_world: bool = True) -> None:
+        self._registry = registry()
+        self.settings = settings if settings is not None else Settings()
+        self.world_size = self._registry.world_size
+        self.rank = self._registry.rank
+        self.mode = _c10d.mode_of(self.settings.backend)
+        self._share_world = share_world
+        self._made: dict[Key, dist.ProcessGroup] = {}
+        self._outside: set[Key] = set()  # sets of groups that this rank took part in making, but is not in
+        self._adopted: dict[RankSet, dist.ProcessGroup] = {}
 
     def __len__(self) -> int:
-        """How many groups this rank has made here (shared ones and the default group do not count again)."""
+        """How many groups this rank holds here (the default group and adopted ones do not count)."""
         return len(self._made)
+
+    @property
+    def can_agree(self) -> bool:
+        """Whether ranks can compare plans."""
+        return self._registry.meets
 
     def is_stale(self) -> bool:
         """Whether the default process group is no longer the one that this pool was made for."""
-        return not _c10d.is_initialized() or self._default() is not dist.group.WORLD
+        return self._registry.is_stale()
 
     def check(self) -> None:
         """Raise `StaleGroupsError` when the world was destroyed."""
@@ -57,58 +58,108 @@ class GroupPool:
                 "bind the topology again after init_process_group()"
             )
 
-    def get(self, partition: Partition, ranks: RankSet, description: str) -> dist.ProcessGroup:
-        """The group of ``ranks``, made now unless it exists.
+    def get(self, axis: Partition, what: str, settings: Settings | None = None) -> dist.ProcessGroup:
+        """This rank's group of an axis, made now unless it exists.
 
         Its members must all call (mode ``members``), or every rank of the world (the other modes).
 
         Args:
-            partition: yields all groups of the axis, which are disjoint and cover the world.
-            ranks: this rank's own one, ascending.
-            description: what the group is for, shown by PyTorch's tools.
+            axis: the groups; those of one axis are disjoint.
+            what: the group is for, shown by PyTorch's tools.
+            settings: of the group; None is the pool's.
+
+        Raises:
+            StaleGroupsError: the world, or this group, was destroyed by somebody else.
+            RankRangeError: this rank is in no group of the axis. It has taken part where every rank must.
+            GroupCreationError: it could not be made, or others did not come.
+            PlanMismatchError: others make it with other settings.
         """
         self.check()
-        if self._share_world and len(ranks) == self.world_size:
-            return _c10d.default_group()
+        settings = self.settings if settings is None else settings
+        ranks, outside = None, None
+        try:
+            ranks = axis.ranks(self.rank)
+        except RankRangeError as error:
+            outside = error
+        mode = self.mode if settings.backend == self.settings.backend else _c10d.mode_of(settings.backend)
+        if ranks is None and mode == "members":
+            assert outside is not None
+            raise outside
+        if ranks in self._adopted:
+            return self._living(self._adopted[ranks], ranks)
+        if ranks is not None and self._is_world(ranks, settings):
+            world = _c10d.default_group()
+            if settings.warm_up:
+                self._registry.warm_up(world, what)
+            return world
         # Only in mode `members` may two ranks decide differently whether a group exists already.
-        key: Hashable = ranks if self.mode == "members" else tuple(sorted(partition()))
+        if ranks is not None and len(ranks) == 1 and _c10d.can_make_single():
+            key = Key("one", settings)
+        else:
+            key = Key(ranks if mode == "members" else axis.key, settings)
         group = self._made.get(key)
-        if group is not None and not _c10d.is_alive(group):
-            raise StaleGroupsError(f"the group of ranks {list(ranks)} was destroyed by somebody else")
+        if group is None and key not in self._outside:
+            if mode == "everyone" and not axis.is_ascending:
+                raise TopologyError(
+                    f"the {what} groups number their ranks in an order of their own, which mode 'everyone' cannot "
+                    "make: torch.distributed.new_group sorts ranks"
+                )
+            group = self._registry.acquire(key, axis, ranks, mode=mode, what=what)
+            if group is None:
+                self._outside.add(key)
+            else:
+                self._made[key] = group
         if group is None:
-            group = self._make(partition, ranks, description)
-            self._made[key] = group
-        return group
+            raise outside or RankRangeError(f"rank {self.rank} is in no {what} group")
+        return self._living(group, ranks)
+
+    def adopt(self, ranks: RankSet, group: dist.ProcessGroup) -> None:
+        """Answer with a group that somebody else made, and destroys, where one of these ranks is asked for.
+
+        Args:
+            ranks: of the group, in its order.
+            group: this rank's.
+        """
+        self._adopted[tuple(ranks)] = group
+
+    def agree(self, topic: str, plan: Plan, timeout: timedelta) -> None:
+        """Return when every rank of the world has called with the same plan; raises as `ds_groups._verify.agree`."""
+        self.check()
+        agree(self._registry, topic, plan, timeout)
 
     def discard_dead(self) -> None:
         """Forget groups that somebody else destroyed."""
-        self._made = {key: group for key, group in self._made.items() if _c10d.is_alive(group)}
+        for key, group in list(self._made.items()):
+            if not _c10d.is_alive(group):
+                del self._made[key]
+                self._registry.release(key, group)
 
     def close(self) -> None:
-        """Destroy what was made here, the last one first. Every rank that made something must call."""
-        made = [] if self.is_stale() else list(self._made.values())
-        self._made.clear()
-        for group in reversed(made):
-            if _c10d.is_alive(group):
-                dist.destroy_process_group(group)
+        """Let go of all groups, the last one first. Every rank that made something must call.
 
-    def _make(self, partition: Partition, ranks: RankSet, description: str) -> dist.ProcessGroup:
-        _log.debug("making %s group of ranks %s (mode %s)", description, ranks, self.mode)
-        backend, timeout = self._backend, self.timeout
-        try:
-            if self.mode == "everyone":
-                groups = sorted(partition())
-                group = _c10d.make_every(groups, backend=backend, timeout=timeout, description=description)
-            else:
-                group = _c10d.make_own(ranks, backend=backend, timeout=timeout, description=description)
-        except (RuntimeError, ValueError) as error:
-            who = "every rank of the group" if self.mode == "members" else "every rank of the world"
-            raise GroupCreationError(
-                f"rank {self.rank} could not make the {description} group of ranks {list(ranks)}: {error}\n"
-                f"{who} must ask for it, and for several groups in the same order"
-            ) from error
-        if group is None:
-            raise RankRangeError(f"rank {self.rank} is in no {description} group")
+        A group is destroyed by its last holder.
+        """
+        for key, group in self._drop():
+            self._registry.release(key, group)
+
+    def abort(self) -> None:
+        """Break off what runs in these groups, and forget them, whoever shares them; no other rank is waited for."""
+        self._registry.abort(self._drop())
+
+    def _drop(self) -> list[tuple[Key, dist.ProcessGroup | None]]:
+        held = [] if self.is_stale() else [*reversed(self._made.items()), *((key, None) for key in self._outside)]
+        self._made.clear()
+        self._outside.clear()
+        self._adopted.clear()
+        return held
+
+    def _is_world(self, ranks: RankSet, settings: Settings) -> bool:
+        whole = self._share_world and settings.plain and len(ranks) == self.world_size
+        return whole and ranks == tuple(range(self.world_size))
+
+    def _living(self, group: dist.ProcessGroup, ranks: RankSet | None) -> dist.ProcessGroup:
+        if not _c10d.is_alive(group):
+            raise StaleGroupsError(f"the group of ranks {list(ranks or ())} was destroyed by somebody else")
         return group
 
 

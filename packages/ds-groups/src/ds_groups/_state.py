@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from . import _c10d
+from ._axis import Partition, TableAxis
 from ._engine import Assigned
-from ._expert_tables import Table
 from ._pool import GroupPool, check_partition
 from ._variables import TENSOR, Variables
-from ._verify import Plan, agree
+from ._verify import Plan
 from .errors import LayoutConflictError, NotInitializedError
 
-Layout = Mapping[str, Table]
+Layout = Mapping[str, Partition]
 
 
 @dataclass(frozen=True)
 class Made:
-    """This rank's group of one kind, and all groups of the kind; None where DeepSpeed made them."""
+    """This rank's group of one kind, and the groups of all ranks; None where DeepSpeed made them."""
 
     group: dist.ProcessGroup
-    table: Table | None = None
+    axis: Partition | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -59,7 +58,7 @@ class ParallelState:
         """Where the groups of the present world are made."""
         self.refresh()
         if self._pool is None:
-            self._pool = GroupPool(share_world=False)
+            self._pool = GroupPool(share_world=False)  # whoever gets a group may destroy it
         return self._pool
 
     def refresh(self) -> None:
@@ -71,7 +70,7 @@ class ParallelState:
         if dead:
             self._forget(lambda group: group in dead)
         for key, made in self._made.items():
-            self._variables.publish(*key, made.group, made.table or ())
+            self._variables.publish(*key, made.group, made.axis)
 
     def variable(self, name: str) -> Any:
         """What DeepSpeed's module has, or would have, in its variable ``name``: a dict, a group or None."""
@@ -85,11 +84,11 @@ class ParallelState:
         made = self._made.get((name, kind))
         return made if group is None or (made is not None and made.group is group) else Made(group)
 
-    def get(self, name: Hashable, kind: str, what: str, how: str) -> Made:
-        """What `find` finds; `NotInitializedError` tells ``how`` to make it."""
+    def get(self, name: Hashable, kind: str, what: str, how: str, more: str = "") -> Made:
+        """What `find` finds; `NotInitializedError` tells ``how`` to make it, and ``more``."""
         made = self.find(name, kind)
         if made is None:
-            raise NotInitializedError(f"{what} is not initialized: call {how} first, on every rank")
+            raise NotInitializedError(f"{what} is not initialized: call {how} first, on every rank{more}")
         return made
 
     def make(self, name: Hashable, layout: Layout, plan: Plan | None = None) -> dict[str, Made]:
@@ -97,7 +96,7 @@ class ParallelState:
 
         Args:
             name: of the set.
-            layout: kind -> table of groups, each of which covers the world.
+            layout: kind -> the groups of all ranks.
             plan: what ranks must agree on first; None skips the question.
 
         Raises:
@@ -106,28 +105,26 @@ class ParallelState:
             PlanMismatchError: ranks called with different plans.
         """
         pool = self.pool()
-        for kind, table in layout.items():
-            check_partition(f"{name} {kind} groups", table, pool.world_size)
+        for kind, axis in layout.items():
+            if isinstance(axis, TableAxis):
+                check_partition(f"{name} {kind} groups", axis.table(), pool.world_size)
         made = {kind: found for kind in layout if (found := self.find(name, kind)) is not None}
-        fits = {kind: set(_rows(found)) <= set(layout[kind]) for kind, found in made.items()}
+        fits = {kind: _fits(found, layout[kind], pool.rank) for kind, found in made.items()}
         # A rank knows its own group of the engine's only, so that one may see a conflict where another sees none.
-        if plan is not None and any(kind not in made or made[kind].table is None for kind in layout):
-            asked = {**plan, "fits the groups there are": fits}
-            agree(_c10d.default_store(), pool.rank, pool.world_size, "parallel_state", asked, self.timeout)
+        if plan is not None and any(kind not in made or made[kind].axis is None for kind in layout):
+            pool.agree("parallel_state", {**plan, "fits the groups there are": fits}, self.timeout)
         for kind, good in fits.items():
             if not good:
                 raise _conflict(name, kind, made[kind], layout[kind])
-        for kind, table in layout.items():
+        for kind, axis in layout.items():
             if kind not in made:
-                own = next(row for row in table if pool.rank in row)
-                group = pool.get(partial(layout.__getitem__, kind), own, f"{name} {kind}")
-                made[kind] = self._made[name, kind] = Made(group, table)
+                made[kind] = self._made[name, kind] = Made(pool.get(axis, f"{name} {kind}"), axis)
         self.refresh()  # publishes
         return made
 
-    def make_expert(self, size: int, tables: tuple[Table, Table], plan: Plan) -> None:
+    def make_expert(self, size: int, axes: tuple[Partition, Partition], plan: Plan) -> None:
         """Make the expert and expert-data groups called ``ep_size_<size>``; raises as `make`."""
-        self.make(f"ep_size_{size}", {"expert": tables[0], "expert_data": tables[1]}, plan)
+        self.make(f"ep_size_{size}", {"expert": axes[0], "expert_data": axes[1]}, plan)
 
     def share(self, name: Hashable, kind: str, build: Callable[[], Layout]) -> dist.ProcessGroup:
         """The group of this kind in the set ``name``, made from what ``build`` returns the first time."""
@@ -135,12 +132,13 @@ class ParallelState:
         return self.make(name, build())[kind].group if made is None else made.group
 
     def close(self) -> None:
-        """Destroy every group made here and forget all. Every rank must call."""
+        """Let go of every group made here and forget it; those that nobody else holds are destroyed. All must call."""
+        made = {made.group for made in self._made.values()}
         if self._pool is not None:
             self._pool.close()
         self._pool = None
         del self.tensor_size, self.tensor_rank
-        self.refresh()
+        self._forget(lambda group: group in made)
 
     def release(self, group: dist.ProcessGroup | None) -> None:
         """Forget a group that was destroyed, the engine's too; None: everything, with the world."""
@@ -177,20 +175,21 @@ def alone() -> bool:
     return True
 
 
-def _rows(made: Made) -> Table:
-    return made.table or (tuple(sorted(made.ranks)),)
+def _fits(made: Made, asked: Partition, rank: int) -> bool:
+    if made.axis is None:
+        return sorted(made.ranks) == sorted(asked.ranks(rank))
+    return made.axis.key == asked.key or sorted(made.axis.table()) == sorted(asked.table())
 
 
-def _conflict(name: Hashable, kind: str, made: Made, asked: Table) -> LayoutConflictError:
-    fix = (
-        "call destroy_groups() first if nothing uses them" if made.table else "DeepSpeed made them: ask for its layout"
-    )
+def _conflict(name: Hashable, kind: str, made: Made, asked: Partition) -> LayoutConflictError:
+    fix = "call destroy_groups() first if nothing uses them" if made.axis else "DeepSpeed made them: ask for its layout"
+    held = [tuple(sorted(made.ranks))] if made.axis is None else made.axis.table()
     return LayoutConflictError(
-        f"{name} groups exist with another layout: {kind} groups are {_short(_rows(made))}, asked for "
-        f"{_short(asked)}; {fix}"
+        f"{name} groups exist with another layout: {kind} groups are {_short(held)}, asked for "
+        f"{_short(asked.table())}; {fix}"
     )
 
 
-def _short(table: Table) -> str:
+def _short(table: Sequence[tuple[int, ...]]) -> str:
     shown = ", ".join(str(list(group)) for group in sorted(table)[:4])
     return f"{shown}, ..." if len(table) > 4 else shown

@@ -264,6 +264,15 @@ class ParallelTopology(RankGrid):
         order = [axis for axis in reversed(self.order.split("-")) if axis != "ep"]
         return tuple(axis for axis in order if self.size(axis) > 1)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The topology as JSON can hold it, sizes and options by name; equal for equal topologies."""
+        found = super().as_dict()
+        experts = found["views"].pop(0)
+        del found["digits"]
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        experts = {"ep_axes": "-".join(experts["over"]), "ep_order": "-".join(experts["digits"])}
+        return {**found, **sizes, "order": self.order, **experts}
+
     def __repr__(self) -> str:
         shown = [str(self.world_size)]
         for item in dataclasses.fields(self):

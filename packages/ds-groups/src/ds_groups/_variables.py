@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ._axis import Partition
 from ._c10d import is_alive
 from ._engine import deepspeed_groups
-from ._expert_tables import Table
 
 TENSOR = "_TENSOR_MODEL_PARALLEL_GROUP"
 ALL_TO_ALL = "_ALL_TO_ALL_GROUP"
@@ -52,14 +52,14 @@ class Variables:
             found = [self.read(variable) for variable in SINGLE.get((name, kind), ())]
         return next(filter(is_alive, found), None)
 
-    def publish(self, name: Hashable, kind: str, group: dist.ProcessGroup, table: Table) -> None:
+    def publish(self, name: Hashable, kind: str, group: dist.ProcessGroup, axis: Partition | None) -> None:
         """Put a group where the engine looks for it, unless a living one is there.
 
         Args:
             name: of the set.
             kind: of the group in it.
             group: this rank's.
-            table: all groups of the kind, which numbers them.
+            axis: all groups of the kind, which it numbers.
         """
         if self.find(name, kind) is not None:
             return
@@ -68,7 +68,7 @@ class Variables:
             self.read(f"{EXPERT[kind]}_RANKS")[name] = dist.get_process_group_ranks(group)
         elif name == "all_to_all":
             ranks = tuple(dist.get_process_group_ranks(group))
-            for number, row in enumerate(table):
+            for number, row in enumerate(() if axis is None else axis.table()):
                 self.read(ALL_TO_ALL)[f"{kind}_{number}"] = group if row == ranks else None
         for variable in SINGLE.get((name, kind), ()):
             self._now()[variable] = group

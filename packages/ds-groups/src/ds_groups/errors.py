@@ -47,8 +47,32 @@ class LayoutConflictError(GroupsError, RuntimeError):
     """Groups of this name exist with another layout."""
 
 
+class StoreError(GroupsError, RuntimeError):
+    """The key-value store of the default process group cannot be used to agree, or was lost; the cause is chained."""
+
+
 class GroupCreationError(GroupsError, RuntimeError):
-    """The backend could not make a group; the cause is chained."""
+    """A group could not be made: the backend failed (the cause is chained), or ranks did not come.
+
+    Attributes:
+        missing: the ranks that did not come in time; of a large group, the first rank of every part that is incomplete.
+    """
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+class DeadlockError(GroupCreationError):
+    """Ranks wait for each other in a circle. Raised on every rank that waits where the circle passes.
+
+    Attributes:
+        waits: rank -> (what it waits for, the ranks that it waits for).
+    """
+
+    def __init__(self, message: str, waits: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
+        super().__init__(message)
+        self.waits = dict(waits)
 
 
 class PlanMismatchError(GroupsError, RuntimeError):
@@ -73,3 +97,7 @@ class PlanTimeoutError(GroupsError, TimeoutError):
     def __init__(self, message: str, missing: tuple[int, ...]) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class UnsupportedTorchError(GroupsError, RuntimeError):
+    """This version of PyTorch keeps its device meshes in a way that is not known."""

@@ -19,8 +19,10 @@ from typing import Any, cast
 import torch.distributed as dist
 
 from . import _expert_getters, _expert_tables as tables, _mpu, _zero_getters
+from ._axis import Partition
 from ._c10d import default_group
 from ._module import ParallelStateModule
+from ._presets import deepspeed
 from ._state import alone, state as _state
 from ._tensor_getters import (
     get_data_parallel_group,
@@ -58,6 +60,9 @@ __all__ = [
 ]
 
 Group = dist.ProcessGroup
+
+_DEVICE_MESH_SPLIT_UNSUPPORTED = "No backend for the parent process group or its backend does not support splitting"
+"""What torch says where a group cannot be split; DeepSpeed looks for it, nothing here does."""
 
 # Declared here, kept by the class of the module: functions have to read them from `_here`.
 mpu: Any  # a Megatron-style object; its groups and sizes are used where it has them
@@ -157,7 +162,7 @@ def _init_tp_groups_with_new_group(
     """
     tp, dp = tensor_model_parallel_size, -1 if data_parallel_size is None else data_parallel_size
     topology = ParallelTopology(default_group().size(), tp=tp, dp=dp)
-    layout = {"data": tuple(topology.groups("dp")), "tensor": tuple(topology.groups("tp"))}
+    layout = {"data": topology.axis("dp"), "tensor": topology.axis("tp")}
     made = _state.make("tensor_parallel", layout, {"call": "init_tp", "tp": topology.tp, "dp": topology.dp})
     return made["data"].group, made["tensor"].group
 
@@ -173,7 +178,7 @@ def _create_model_parallel(model_parallel_size_: int) -> tuple[Group, Group]:
     """Make groups of neighbouring ranks; returns (data, model) and keeps nothing. Every rank must call."""
     size = min(model_parallel_size_, default_group().size())
     topology = ParallelTopology(default_group().size(), tp=size)
-    layout = {"data": tuple(topology.groups("dp")), "model": tuple(topology.groups("tp"))}
+    layout = {"data": topology.axis("dp"), "model": topology.axis("tp")}
     made = _state.make(f"model_parallel_{size}", layout, {"call": "create_model_parallel", "size": size})
     return made["data"].group, made["model"].group
 
@@ -207,12 +212,12 @@ def _create_expert_and_data_parallel(
     pp = _mpu.pipeline_size(_here.mpu) if pp_size is None else pp_size
     before = bool(use_data_before_expert_parallel_)
     if folding_spec is not None:
-        found = tables.spec_tables(folding_spec, world_size, ep, tp, pp)
+        found: tuple[Partition, Partition] = tables.from_spec(folding_spec, world_size, ep, tp, pp)
     elif tp > 1 and mp_mode == "tp":
-        found = tables.strided_tables(world_size, tp, ep, pp, data_before_expert=before)
+        found = tables.strided(world_size, tp, ep, pp, data_before_expert=before)
     else:
         ParallelTopology(world_size, tp=tp, pp=pp)  # refuses sizes that do not divide
-        found = tables.folded_tables(world_size, ep, pp, data_before_expert=before)
+        found = tables.folded(world_size, ep, pp, data_before_expert=before)
     plan = {"call": "create_expert_and_data_parallel", "ep": ep, "mp": tp, "pp": pp, "mp_mode": mp_mode}
     _state.make_expert(ep, found, {**plan, "data_before_expert": before, "folding": folding_spec is not None})
 
@@ -223,7 +228,7 @@ def _create_expert_data_and_model_parallel(
     """Make expert and expert-data groups inside the tensor parallel lanes of ``mpu``. Every rank must call."""
     ep, tp, pp = expert_parallel_size_, _mpu.tensor_size(mpu), _mpu.pipeline_size(mpu)
     before = bool(use_data_before_expert_parallel_)
-    found = tables.lane_tables(default_group().size(), tp, ep, pp, data_before_expert=before)
+    found = tables.lanes(default_group().size(), tp, ep, pp, data_before_expert=before)
     plan = {"call": "create_expert_data_and_model_parallel", "ep": ep, "tp": tp, "pp": pp}
     _state.make_expert(ep, found, {**plan, "data_before_expert": before})
     _here.expert_tensor_parallel_world_size = tp
@@ -254,14 +259,14 @@ def _get_expert_parallel_ranks(
 def _create_zero_param_parallel_group(group_size: int) -> None:
     """Make groups of ``group_size`` neighbouring ranks that share ZeRO parameters. Every rank must call."""
     size = min(group_size, default_group().size())
-    layout = {"shard": tuple(ParallelTopology(default_group().size(), dp_shard=size).groups("dp_shard"))}
+    layout = {"shard": deepspeed(default_group().size(), hpz=size).axis("hpz")}
     _state.make("zero_param", layout, {"call": "create_zero_param", "size": size})
 
 
 def _clone_world_group() -> Group:
     """A group of all ranks that is not the default one; the same at every call. First every rank must call."""
     size = default_group().size()
-    return _state.share("world", "world", lambda: {"world": (tuple(range(size)),)})
+    return _state.share("world", "world", lambda: {"world": ParallelTopology(size).axis("dp")})
 
 
 def _get_local_all_to_all_group(*, ranks_per_node: int | None = None) -> dict[str, Group | None]:
@@ -277,10 +282,10 @@ def _get_local_all_to_all_group(*, ranks_per_node: int | None = None) -> dict[st
         return found
     world_size = default_group().size()
     size = min(_mpu.ranks_per_node(world_size) if ranks_per_node is None else ranks_per_node, world_size)
-    topology = ParallelTopology(world_size, dp_shard=size)
-    layout = {"local": tuple(topology.groups("dp_shard"))}
+    topology = ParallelTopology(world_size, ranks_per_node=size)
+    layout = {"local": topology.axis("local")}
     if size < world_size:
-        layout["global"] = tuple(topology.groups("dp_replicate"))
+        layout["global"] = topology.axis("node")
     _state.make("all_to_all", layout, {"call": "all_to_all", "ranks_per_node": size})
     return found
 
