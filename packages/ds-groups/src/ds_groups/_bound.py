@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from . import _c10d
 from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh, take_mesh
+from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
 from .errors import RankRangeError, StaleGroupsError, TopologyError
@@ -76,19 +78,20 @@ class BoundTopology:
         self.rank = pool.rank
         self.mode = pool.mode
         self._pool = pool
-        self._settings: dict[str, Settings] = {}  # by the key of the axis
-        plan: dict[str, object] = {**topology.as_dict(), **pool.settings.as_dict(), "mode": pool.mode}
+        self._settings: dict[frozenset[str], Settings] = {}  # by the digits of the axis
+        plan: dict[str, object] = {**_plan_of(topology), **pool.settings.as_dict(), "mode": pool.mode}
         for name, options in (axes or {}).items():
             if not isinstance(options, GroupOptions):
                 raise TopologyError(f"axes[{name!r}] must be a GroupOptions, got {options!r}")
-            axis = topology.axis(name)
-            if axis.key in self._settings and self._settings[axis.key] != _checked(options.over(base), ""):
-                raise TopologyError(f"axes[{name!r}] has the ranks of another axis in axes, but other options")
-            self._settings[axis.key] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
-            plan[f"options of {name}"] = settings.as_dict()
+            topology.axis(name)
+            atoms = _atoms(topology, name)
+            if atoms in self._settings:
+                raise TopologyError(f"axes[{name!r}] names an axis a second time, in another spelling")
+            self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
+            plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
         self._plan = plan
         self.roots: dict[str, RootMesh] = {}
-        self._by_axis: dict[str, dist.ProcessGroup] = {}
+        self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
 
@@ -97,7 +100,7 @@ class BoundTopology:
         return self.topology.size(axis)
 
     def ranks(self, axis: AxisName) -> tuple[int, ...]:
-        """The global ranks of this rank's group along ``axis``, ascending."""
+        """The global ranks of this rank's group along ``axis``, as it numbers them."""
         return self.topology.ranks(axis, self.rank)
 
     def index(self, axis: AxisName) -> int:
@@ -119,13 +122,13 @@ class BoundTopology:
             RankRangeError: the plan leaves this rank out.
             TopologyError: no such axis.
         """
+        found = self.topology.axis(axis)
+        atoms = _atoms(self.topology, axis)
         with self._lock:
             self._check()
-            found = self.topology.axis(axis)
-            group = self._by_axis.get(found.key)
+            group = self._by_axis.get(atoms)
             if group is None:
-                group = self._pool.get(found, found.name, self._settings.get(found.key))
-                self._by_axis[found.key] = group
+                group = self._by_axis[atoms] = self._pool.get(found, found.name, self._settings.get(atoms))
             elif not _c10d.is_alive(group):
                 raise StaleGroupsError(
                     f"the {found.name} group was destroyed by somebody else; close() and bind() again"
@@ -144,16 +147,21 @@ class BoundTopology:
             PlanTimeoutError: some ranks did not call. Nothing has been made.
             GroupCreationError: as for `group`.
         """
-        wanted = [self.topology.axis(name) for name in axes or self.topology.axes_in_use()]
-        by_key = {axis.key: axis.name for axis in wanted if axis.size > 1}
+        names: dict[tuple[str, str], AxisName] = {}  # (groups, options) -> the first name for them
+        for name in axes or self.topology.axes_in_use():
+            options = str(self._settings.get(_atoms(self.topology, name), self._pool.settings))
+            if self.topology.size(name) > 1:
+                names.setdefault((self.topology.axis(name).key, options), name)
         with self._lock:
             self._check()
             if verify and self._pool.can_agree:
                 limit = self._pool.settings.timeout or timedelta(seconds=_VERIFY_TIMEOUT)
-                self._pool.agree("topology", {**self._plan, "create": sorted(by_key.values())}, limit)
-            for key in sorted(by_key):
+                common = {self.topology.axis(name).key: name for name in self.topology.axes_in_use()}
+                makes = sorted(str(common.get(key, name)) for (key, _), name in names.items())
+                self._pool.agree("topology", {**self._plan, "create": makes}, limit)
+            for _, name in sorted(names.items()):
                 try:
-                    self.group(by_key[key])
+                    self.group(name)
                 except RankRangeError:  # the plan leaves this rank out
                     continue
 
@@ -267,3 +275,17 @@ def _checked(options: GroupOptions, where: str) -> Settings:
     settings = settings_of(options, where)
     _c10d.check_settings(settings, where)
     return settings
+
+
+def _atoms(topology: RankGrid, axis: AxisName) -> frozenset[str]:
+    """The digits of an axis, however it is spelled."""
+    parts = parse_axis(axis if isinstance(axis, str) else tuple(axis), topology.names)
+    return frozenset(atom for part in parts for atom in topology.aliases.get(part, (part,)))
+
+
+def _plan_of(topology: RankGrid) -> dict[str, object]:
+    """What ranks compare."""
+    plan = topology.as_dict()
+    if not isinstance(topology.span, range):  # as long as the world
+        plan["span"] = hashlib.sha256(str(topology.span).encode()).hexdigest()[:16]
+    return plan

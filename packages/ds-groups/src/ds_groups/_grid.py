@@ -444,13 +444,13 @@ class RankGrid:
         Args:
             backend: of the groups; None is the default group's.
             timeout: of the groups' collectives, in seconds or as a timedelta; None is PyTorch's default.
-            pg_options: of the backend, such as ``ProcessGroupNCCL.Options``, or a function that makes them.
-            warm_up: use every group once when it is made, so that a communicator that cannot work fails there.
-            axes: axis -> options of its groups, where they differ.
+            pg_options: the backend's own, such as ``ProcessGroupNCCL.Options()``, or a function that makes them.
+            warm_up: use every group once when it is made.
+            axes: axis -> what is different for its groups.
 
         Raises:
             NotInitializedError: there is no default process group.
-            TopologyError: ``world_size`` is not that of the default process group, or an option is none.
+            TopologyError: ``world_size`` is not that of the default process group, or an option is wrong.
         """
         from ._bound import BoundTopology
 

@@ -7,6 +7,8 @@ joins ranks of different stages. So every mesh here is a slice of one root that 
 
 [Note: bound mesh] Slices of a plain mesh that flatten or slice further have PyTorch make groups, by all ranks of the
 world in one order. `BoundMesh` asks the topology for them instead. It is pickled and copied as a plain `DeviceMesh`.
+`torch.compile` takes no subclass of it before PyTorch 2.12, where a mesh of one dimension, which is what compiled
+tensor parallel code holds, is therefore a plain one.
 
 [Note: two kinds] PyTorch 2.6 to 2.9 keeps a tensor of ranks in each mesh and its root in a table beside it. From 2.10
 on, a mesh is a layout, sizes and strides over the ranks of the root, and holds its root. Both are tried after
@@ -166,7 +168,7 @@ class RootMesh(BoundMesh):
             )
 
 
-def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> BoundMesh:
+def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> DeviceMesh:
     """The mesh of these dimensions around this rank. The members of its groups must call.
 
     Raises:
@@ -179,14 +181,14 @@ def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> BoundMesh:
         _check_order(bound, dim)
         root.learn(dim)
     groups = [bound.group(dim.axis) for dim in dims]
-    mesh = BoundMesh.__new__(BoundMesh)
+    kind = BoundMesh if len(dims) > 1 or _compiles_subclasses() else DeviceMesh
+    mesh: DeviceMesh = kind.__new__(kind)
     names = tuple(dim.name for dim in dims)
     if mesh_kind() == "layout":
-        layout = _make_layout([dim.factors for dim in dims])
         DeviceMesh.__init__(
             mesh,
             root.device_type,
-            _layout=layout,
+            _layout=_make_layout([dim.factors for dim in dims]),
             _rank_map=root._rank_map,
             mesh_dim_names=names,
             _root_mesh=root,
@@ -196,14 +198,15 @@ def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> BoundMesh:
         DeviceMesh.__init__(mesh, root.device_type, grid, mesh_dim_names=names, _init_backend=False)
         tables: Any = device_mesh._mesh_resources
         tables.child_to_root_mapping[mesh] = root
-    mesh._bound, mesh._dims = bound, tuple(dims)
+    if isinstance(mesh, BoundMesh):
+        mesh._bound, mesh._dims = bound, tuple(dims)
     if hasattr(root, "_pg_registry"):
         root._pg_registry.update({group.group_name: group for group in groups})
     if _keeps_infos():
         vars(mesh)["_dim_group_infos"] = [_group_info(group) for group in groups]
     else:
         vars(mesh)["_dim_group_names"] = [group.group_name for group in groups]
-    _check(mesh, root, grid, groups)
+    _check(mesh, root, grid, names, groups)
     return mesh
 
 
@@ -272,7 +275,9 @@ def _check_order(bound: BoundTopology, dim: MeshDim) -> None:
         )
 
 
-def _check(mesh: BoundMesh, root: RootMesh, grid: torch.Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+def _check(
+    mesh: DeviceMesh, root: RootMesh, grid: torch.Tensor, names: Sequence[str], groups: Sequence[dist.ProcessGroup]
+) -> None:
     """Raise unless the mesh answers what it was made of."""
     if mesh.mesh.tolist() != grid.tolist():
         raise _unsupported(mesh, f"holds the ranks {mesh.mesh.tolist()} instead of {grid.tolist()}")
@@ -280,18 +285,18 @@ def _check(mesh: BoundMesh, root: RootMesh, grid: torch.Tensor, groups: Sequence
         raise _unsupported(mesh, "has lost its root")
     for place, group in enumerate(groups):
         if mesh.get_group(place) is not group:
-            raise _unsupported(mesh, f"has another group in dimension {mesh._dims[place].name}")
+            raise _unsupported(mesh, f"has another group in dimension {names[place]}")
         numbered = dist.get_process_group_ranks(group)
         along = grid[tuple(slice(None) if at == place else step for at, step in enumerate(_here(mesh)))].tolist()
         if list(numbered) != along:
             raise TopologyError(
-                f"dimension {mesh._dims[place].name!r} of the mesh has the ranks {along} in this order, and its "
+                f"dimension {names[place]!r} of the mesh has the ranks {along} in this order, and its "
                 f"process group numbers {list(numbered)}: a collective along it would mix them up; bind() the plan "
                 "with groups of its own (a backend, a time-out) or give the span in ascending order"
             )
 
 
-def _here(mesh: BoundMesh) -> Sequence[int]:
+def _here(mesh: DeviceMesh) -> Sequence[int]:
     here = mesh.get_coordinate()
     if here is None:
         raise _unsupported(mesh, "does not hold this rank")
@@ -310,6 +315,11 @@ def _make_layout(dims: Sequence[Sequence[Factor]]) -> Any:
         return layouts._MeshLayout([layouts._FlatLayout(*pair) for pair in zip(shapes, strides, strict=True)])
     flat = [tuple(part[0] if len(part) == 1 else part for part in parts) for parts in (shapes, strides)]
     return layouts._MeshLayout(*flat)
+
+
+def _compiles_subclasses() -> bool:
+    """Whether `torch.compile` treats a subclass of `DeviceMesh` as one, as PyTorch 2.12 began to."""
+    return any(base.__name__ == "OpaqueBase" for base in DeviceMesh.__mro__)
 
 
 def _keeps_infos() -> bool:
