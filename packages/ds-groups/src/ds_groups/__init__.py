@@ -30,6 +30,7 @@ from .errors import (
     StoreError,
     TopologyError,
     TopologyWarning,
+    UnsupportedTorchError,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __all__ = [
     "StoreError",
     "TopologyError",
     "TopologyWarning",
+    "UnsupportedTorchError",
     "deepspeed",
     "megatron",
     "parallel_state",

@@ -268,7 +268,6 @@ class ParallelTopology(RankGrid):
         """The topology as JSON can hold it, sizes and options by name; equal for equal topologies."""
         found = super().as_dict()
         experts = found["views"].pop(0)
-        del found["digits"]
         sizes = {name: getattr(self, name) for name in _SIZES}
         experts = {"ep_axes": "-".join(experts["over"]), "ep_order": "-".join(experts["digits"])}
         return {**found, **sizes, "order": self.order, **experts}
