@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ds_groups
 import pytest
-from ds_groups import deepspeed, megatron
+from ds_groups import ParallelTopology, deepspeed, megatron
 from ds_groups._command import main
 
 MEGATRON = ["--preset", "megatron", "--world", "64", "--tp", "4", "--pp", "2", "--ep", "4", "--ranks-per-node", "8"]
@@ -95,11 +95,12 @@ def test_every_preset_takes_its_flags(run):
     _, out, _ = run(
         "--preset", "torchtitan", "--world", "32", "--dp-replicate", "2", "--tp", "4", "--etp", "2", "--json"
     )
-    assert json.loads(out)["layout"]["digits"]["dp_replicate"] == 2
+    assert json.loads(out)["layout"]["dp_replicate"] == 2
     _, out, _ = run(
         "--world", "32", "--tp", "4", "--order", "dp-tp-cp-pp", "--ep-axes", "tp-cp-dp", "--by-lane", "--json"
     )
-    assert list(json.loads(out)["layout"]["digits"])[:2] == ["dp_shard", "dp_replicate"]
+    expected = ParallelTopology(32, tp=4, order="dp-tp-cp-pp", ep_axes="tp-cp-dp", by_lane=True)
+    assert json.loads(out)["layout"] == json.loads(json.dumps(expected.as_dict()))
 
 
 def test_advise(run):
