@@ -29,9 +29,12 @@ from .errors import (
     StoreError,
     TopologyError,
     TopologyWarning,
+    UnsupportedTorchError,
 )
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from . import parallel_state
     from ._bound import BoundTopology
 
@@ -55,11 +58,19 @@ __all__ = [
     "StoreError",
     "TopologyError",
     "TopologyWarning",
+    "UnsupportedTorchError",
     "deepspeed",
+    "from_mesh",
     "megatron",
     "parallel_state",
     "torchtitan",
 ]
+
+
+def from_mesh(mesh: DeviceMesh) -> BoundTopology:
+    """The topology that a PyTorch `DeviceMesh` was cut from; see `BoundTopology.from_mesh`."""
+    found: BoundTopology = importlib.import_module("._bound", __name__).BoundTopology.from_mesh(mesh)
+    return found
 
 
 def __getattr__(name: str) -> Any:

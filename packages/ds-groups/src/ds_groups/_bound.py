@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from . import _c10d
+from ._collection import ProcessGroupCollection
 from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh, take_mesh
+from ._mpu_view import ModelParallelUnit
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
 from .errors import RankRangeError, StaleGroupsError, TopologyError
@@ -20,6 +22,7 @@ from .errors import RankRangeError, StaleGroupsError, TopologyError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ._axis import Partition
     from ._torch_mesh import RootMesh
 
 
@@ -119,17 +122,27 @@ class BoundTopology:
             RankRangeError: the plan leaves this rank out.
             TopologyError: no such axis.
         """
+        found = self.topology.axis(axis)
+        return self.group_of(found, found.name)
+
+    def group_of(self, partition: Partition, name: str) -> dist.ProcessGroup:
+        """The process group of this rank in groups that are no axis of the plan, made on first use.
+
+        Args:
+            partition: the groups. An `Axis` is one.
+            name: what they are for, shown by PyTorch's tools and in errors.
+
+        Raises:
+            RankRangeError: this rank is in none of them; others as for `group`.
+        """
         with self._lock:
             self._check()
-            found = self.topology.axis(axis)
-            group = self._by_axis.get(found.key)
+            group = self._by_axis.get(partition.key)
             if group is None:
-                group = self._pool.get(found, found.name, self._settings.get(found.key))
-                self._by_axis[found.key] = group
+                group = self._pool.get(partition, name, self._settings.get(partition.key))
+                self._by_axis[partition.key] = group
             elif not _c10d.is_alive(group):
-                raise StaleGroupsError(
-                    f"the {found.name} group was destroyed by somebody else; close() and bind() again"
-                )
+                raise StaleGroupsError(f"the {name} group was destroyed by somebody else; close() and bind() again")
             return group
 
     def create(self, *axes: AxisName, verify: bool = True) -> None:
@@ -214,6 +227,14 @@ class BoundTopology:
             UnsupportedTorchError: the meshes of this PyTorch are not known.
         """
         return build_mesh(self, axes, names, device_type)
+
+    def as_mpu(self) -> ModelParallelUnit:
+        """These groups with the functions of Megatron's ``mpu``, for ``deepspeed.initialize(mpu=...)``."""
+        return ModelParallelUnit(self)
+
+    def as_process_group_collection(self) -> ProcessGroupCollection:
+        """These groups by the names of Megatron-Core's ``ProcessGroupCollection``; made when an attribute is read."""
+        return ProcessGroupCollection(self)
 
     def close(self) -> None:
         """Let go of the groups; the default process group stays. Every rank must call. Safe to repeat.
