@@ -43,9 +43,9 @@ def test_strided_layout_takes_lane_after_lane():
 
 def test_spec_must_fit_the_call():
     spec = SimpleNamespace(world_size=8, ep_size=4, tp_size=2, pp_size=1)
-    assert tables.spec_tables(spec, 8, 4, 2, 1)[0] == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert tables.from_spec(spec, 8, 4, 2, 1)[0].table() == ((0, 1, 2, 3), (4, 5, 6, 7))
     with pytest.raises(TopologyError, match=r"folding_spec\.tp_size=2 is not the 4 of this call"):
-        tables.spec_tables(spec, 8, 4, 4, 1)
+        tables.from_spec(spec, 8, 4, 4, 1)
 
 
 @pytest.mark.parametrize("kind", ["folded", "lane", "strided"])
@@ -60,6 +60,13 @@ def test_replicas_hold_the_same_experts(kind, before):
         except DivisibilityError:
             continue
         checked += 1
+        axes = getattr(tables, {"folded": "folded", "lane": "lanes", "strided": "strided"}[kind])(
+            *arguments, data_before_expert=before
+        )
+        for axis, table in zip(axes, (expert, data), strict=True):
+            assert sorted(axis.table()) == sorted(table), (kind, arguments)
+            assert all(axis.ranks(rank) == group for group in table for rank in group)
+            assert axis.is_ascending
         place = {rank: group.index(rank) for group in expert for rank in group}
         for groups, size in ((expert, ep), (data, world // pp // ep // (tp if kind == "lane" else 1))):
             assert sorted(rank for group in groups for rank in group) == list(range(world))

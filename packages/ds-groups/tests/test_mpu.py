@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from ds_groups import _mpu
+from ds_groups._launchers import LAUNCHERS
 
 
 @pytest.mark.parametrize(
@@ -27,9 +28,13 @@ def test_the_newest_name_wins():
 
 
 def test_ranks_per_node(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    assert _mpu.ranks_per_node(24) == 6
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for launcher in LAUNCHERS:
+        monkeypatch.delenv(launcher.rank, raising=False)
+    for rank, size in (("RANK", "LOCAL_WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")):
+        with monkeypatch.context() as launched:
+            launched.setenv(rank, "1")
+            launched.setenv(size, "6")
+            assert _mpu.ranks_per_node(24) == 6
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert _mpu.ranks_per_node(24) == 24
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)

@@ -145,6 +145,11 @@ class Axis:
     def __repr__(self) -> str:
         return f"Axis({self.name!r}, size={self.size})"
 
+    @property
+    def factors(self) -> tuple[Factor, ...] | None:
+        """What the positions of a group differ by: all sums of multiples of these strides. None where groups differ."""
+        return self._factors
+
     def _members(self, position: int) -> list[int]:
         if self._factors is not None:
             start = position - sum(position // stride % size * stride for size, stride in self._factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,6 +16,7 @@ from ._collection import ProcessGroupCollection
 from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh, take_mesh
 from ._mpu_view import ModelParallelUnit
+from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
 from .errors import RankRangeError, StaleGroupsError, TopologyError
@@ -79,19 +81,20 @@ class BoundTopology:
         self.rank = pool.rank
         self.mode = pool.mode
         self._pool = pool
-        self._settings: dict[str, Settings] = {}  # by the key of the axis
-        plan: dict[str, object] = {**topology.as_dict(), **pool.settings.as_dict(), "mode": pool.mode}
+        self._settings: dict[frozenset[str], Settings] = {}  # by the digits of the axis
+        plan: dict[str, object] = {**_plan_of(topology), **pool.settings.as_dict(), "mode": pool.mode}
         for name, options in (axes or {}).items():
             if not isinstance(options, GroupOptions):
                 raise TopologyError(f"axes[{name!r}] must be a GroupOptions, got {options!r}")
-            axis = topology.axis(name)
-            if axis.key in self._settings and self._settings[axis.key] != _checked(options.over(base), ""):
-                raise TopologyError(f"axes[{name!r}] has the ranks of another axis in axes, but other options")
-            self._settings[axis.key] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
-            plan[f"options of {name}"] = settings.as_dict()
+            topology.axis(name)
+            atoms = _atoms(topology, name)
+            if atoms in self._settings:
+                raise TopologyError(f"axes[{name!r}] names an axis a second time, in another spelling")
+            self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
+            plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
         self._plan = plan
         self.roots: dict[str, RootMesh] = {}
-        self._by_axis: dict[str, dist.ProcessGroup] = {}
+        self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
 
@@ -100,7 +103,7 @@ class BoundTopology:
         return self.topology.size(axis)
 
     def ranks(self, axis: AxisName) -> tuple[int, ...]:
-        """The global ranks of this rank's group along ``axis``, ascending."""
+        """The global ranks of this rank's group along ``axis``, as it numbers them."""
         return self.topology.ranks(axis, self.rank)
 
     def index(self, axis: AxisName) -> int:
@@ -123,27 +126,19 @@ class BoundTopology:
             TopologyError: no such axis.
         """
         found = self.topology.axis(axis)
-        return self.group_of(found, found.name)
+        return self._get(found, found.name, _atoms(self.topology, axis))
 
     def group_of(self, partition: Partition, name: str) -> dist.ProcessGroup:
         """The process group of this rank in groups that are no axis of the plan, made on first use.
 
         Args:
-            partition: the groups. An `Axis` is one.
+            partition: the groups.
             name: what they are for, shown by PyTorch's tools and in errors.
 
         Raises:
             RankRangeError: this rank is in none of them; others as for `group`.
         """
-        with self._lock:
-            self._check()
-            group = self._by_axis.get(partition.key)
-            if group is None:
-                group = self._pool.get(partition, name, self._settings.get(partition.key))
-                self._by_axis[partition.key] = group
-            elif not _c10d.is_alive(group):
-                raise StaleGroupsError(f"the {name} group was destroyed by somebody else; close() and bind() again")
-            return group
+        return self._get(partition, name, frozenset({f"partition {partition.key}"}))
 
     def create(self, *axes: AxisName, verify: bool = True) -> None:
         """Make groups now, in one canonical order whatever the order of ``axes``. Every rank must call.
@@ -157,16 +152,21 @@ class BoundTopology:
             PlanTimeoutError: some ranks did not call. Nothing has been made.
             GroupCreationError: as for `group`.
         """
-        wanted = [self.topology.axis(name) for name in axes or self.topology.axes_in_use()]
-        by_key = {axis.key: axis.name for axis in wanted if axis.size > 1}
+        names: dict[tuple[str, str], AxisName] = {}  # (groups, options) -> the first name for them
+        for name in axes or self.topology.axes_in_use():
+            options = str(self._settings.get(_atoms(self.topology, name), self._pool.settings))
+            if self.topology.size(name) > 1:
+                names.setdefault((self.topology.axis(name).key, options), name)
         with self._lock:
             self._check()
             if verify and self._pool.can_agree:
                 limit = self._pool.settings.timeout or timedelta(seconds=_VERIFY_TIMEOUT)
-                self._pool.agree("topology", {**self._plan, "create": sorted(by_key.values())}, limit)
-            for key in sorted(by_key):
+                common = {self.topology.axis(name).key: name for name in self.topology.axes_in_use()}
+                makes = sorted(str(common.get(key, name)) for (key, _), name in names.items())
+                self._pool.agree("topology", {**self._plan, "create": makes}, limit)
+            for _, name in sorted(names.items()):
                 try:
-                    self.group(by_key[key])
+                    self.group(name)
                 except RankRangeError:  # the plan leaves this rank out
                     continue
 
@@ -275,6 +275,16 @@ class BoundTopology:
         state = self._closed or ("stale" if self._pool.is_stale() else f"{len(self)} groups")
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
 
+    def _get(self, partition: Partition, name: str, key: frozenset[str]) -> dist.ProcessGroup:
+        with self._lock:
+            self._check()
+            group = self._by_axis.get(key)
+            if group is None:
+                group = self._by_axis[key] = self._pool.get(partition, name, self._settings.get(key))
+            elif not _c10d.is_alive(group):
+                raise StaleGroupsError(f"the {name} group was destroyed by somebody else; close() and bind() again")
+            return group
+
     def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
         self._pool.adopt(self.topology.ranks(axis, self.rank), group)
 
@@ -288,3 +298,19 @@ def _checked(options: GroupOptions, where: str) -> Settings:
     settings = settings_of(options, where)
     _c10d.check_settings(settings, where)
     return settings
+
+
+def _atoms(topology: RankGrid, axis: AxisName) -> frozenset[str]:
+    """The digits of an axis, however it is spelled."""
+    parts = parse_axis(axis if isinstance(axis, str) else tuple(axis), topology.names)
+    return frozenset(atom for part in parts for atom in topology.aliases.get(part, (part,)))
+
+
+def _plan_of(topology: RankGrid) -> dict[str, object]:
+    """What ranks compare."""
+    plan = topology.as_dict()
+    if "order" in plan:  # the sizes have names of their own, by which a difference is told
+        del plan["digits"]
+    if not isinstance(topology.span, range):  # as long as the world
+        plan["span"] = hashlib.sha256(str(topology.span).encode()).hexdigest()[:16]
+    return plan

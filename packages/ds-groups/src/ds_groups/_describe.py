@@ -21,13 +21,14 @@ def describe(grid: RankGrid, axes: Sequence[AxisName], order: str, max_groups: i
     for axis in axes:
         size = grid.size(axis)
         count = len(grid.span) // size
-        shown = [_members(group) for group in islice(grid.groups(axis), max_groups)]
+        shown = [members(group) for group in islice(grid.groups(axis), max_groups)]
         more = ["..."] if count > max_groups else []
         lines.append(f"{grid.axis(axis).name:<{width}}  {size:>4}  {count:>6}  {' | '.join([*shown, *more])}")
     return "\n".join(lines)
 
 
-def _members(group: tuple[int, ...]) -> str:
+def members(group: tuple[int, ...]) -> str:
+    """The ranks of a group, shortened where there are many."""
     if len(group) <= _SHOWN_RANKS:
         return " ".join(map(str, group))
     return f"{' '.join(map(str, group[:3]))} ... {group[-1]}"

@@ -13,9 +13,9 @@ Group = dist.ProcessGroup
 
 def find(name: str, kind: str) -> Made:
     """The group of this kind, ``expert`` or ``expert_data``, called ``name``, which is ``ep_size_<size>``."""
-    known = ", ".join(sorted(_get_expert_parallel_group_dict())) or "none"
-    what = f"the expert parallel group {name!r} (there are: {known})"
-    return state.get(name, kind, what, "_create_expert_and_data_parallel(size)")
+    how = "_create_expert_and_data_parallel(size)"
+    known = ", ".join(sorted(_get_expert_parallel_group_dict())) or "none yet"
+    return state.get(name, kind, f"the expert parallel group {name!r}", how, f"; there are: {known}")
 
 
 def _get_max_expert_size() -> int | None:

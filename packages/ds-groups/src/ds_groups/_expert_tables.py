@@ -72,7 +72,7 @@ def lane_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_exper
 
 def strided_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
     """Every group of `strided`, in the order in which DeepSpeed makes them."""
-    ParallelTopology(world_size, tp=tp, pp=pp)  # refuses sizes that do not divide
+    ParallelTopology(world_size, tp=tp, pp=pp, ep=ep)  # refuses sizes that do not divide
     expert: list[tuple[int, ...]] = []
     data: list[tuple[int, ...]] = []
     size = world_size // pp

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TextIO
 
 from ._axis import Axis
 from ._describe import describe
@@ -25,12 +25,16 @@ from ._names import parse_axis
 from .errors import DivisibilityError, RankRangeError, TopologyError
 
 if TYPE_CHECKING:
+    import os
     from datetime import timedelta
 
+    from matplotlib.figure import Figure
     from typing_extensions import Self
 
     from ._bound import BoundTopology
     from ._options import GroupOptions
+    from ._rehearsal import Rehearsal
+    from ._traffic import Traffic
 
 AxisName = str | Sequence[str]
 NODE_AXES = ("local", "node")
@@ -372,6 +376,58 @@ class RankGrid:
         span = "" if self.span == range(self.world_size) else f", span={_short(self.span)}"
         return f"{type(self).__name__}({sizes}{span}){views}"
 
+    def show(self, axis: AxisName, *, file: TextIO | None = None, max_nodes: int = 16) -> None:
+        """Print a picture of the groups along ``axis``: a row a node, a cell a rank, a letter or number a group.
+
+        Args:
+            axis: as for `axis`.
+            file: where to; None is standard output. Coloured where it is a terminal and rich is installed.
+            max_nodes: rows; the last line says how many more nodes there are.
+        """
+        from ._show import show
+
+        show(self, axis, file=file, max_nodes=max_nodes)
+
+    def plot(
+        self,
+        axes: Sequence[AxisName] = (),
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_nodes: int = 128,
+        figsize: tuple[float, float] | None = None,
+    ) -> Figure:
+        """Draw the groups along ``axes``: nodes from left to right, the ranks of a node from top to bottom.
+
+        Args:
+            axes: one panel each; none means all that are in use.
+            path: where to save the figure, in the format that its name ends with; None saves nothing.
+            max_nodes: the nodes that are drawn, from the first; the picture says how many more there are.
+            figsize: width and height in inches; None chooses.
+
+        Returns:
+            The figure. It is not registered with ``pyplot``.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from ._plot import plot
+
+        return plot(self, axes, path, max_nodes=max_nodes, figsize=figsize)
+
+    def rehearse(self, *axes: AxisName, traffic: Mapping[AxisName, Traffic] | None = None) -> Rehearsal:
+        """What this layout will make, without making it: groups, communicators, memory, bytes between nodes.
+
+        Args:
+            axes: along which there will be groups; none means all that are in use.
+            traffic: as for `ParallelTopology.advise`; None is 1 GB along every axis.
+
+        Returns:
+            Figures that print as a report; ``as_dict()`` is for JSON.
+        """
+        from ._rehearsal import rehearse
+
+        return rehearse(self, axes, traffic)
+
     # Process groups
 
     def bind(
@@ -388,13 +444,13 @@ class RankGrid:
         Args:
             backend: of the groups; None is the default group's.
             timeout: of the groups' collectives, in seconds or as a timedelta; None is PyTorch's default.
-            pg_options: of the backend, such as ``ProcessGroupNCCL.Options``, or a function that makes them.
-            warm_up: use every group once when it is made, so that a communicator that cannot work fails there.
-            axes: axis -> options of its groups, where they differ.
+            pg_options: the backend's own, such as ``ProcessGroupNCCL.Options()``, or a function that makes them.
+            warm_up: use every group once when it is made.
+            axes: axis -> what is different for its groups.
 
         Raises:
             NotInitializedError: there is no default process group.
-            TopologyError: ``world_size`` is not that of the default process group, or an option is none.
+            TopologyError: ``world_size`` is not that of the default process group, or an option is wrong.
         """
         from ._bound import BoundTopology
 

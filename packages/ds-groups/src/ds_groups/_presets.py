@@ -184,7 +184,7 @@ def deepspeed(
         cp=sp,
         pp=pp,
         ep=ep,
-        ep_axes="cp-dp" if experts == "lane" else "tp-cp-dp",
+        ep_axes={"lane": "dp" if sp == 1 else "cp-dp"}.get(experts, "tp-cp-dp"),
         data_before_expert=data_before_expert,
         by_lane=experts == "lane_by_lane",
         ranks_per_node=ranks_per_node,

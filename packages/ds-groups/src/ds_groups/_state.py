@@ -53,19 +53,18 @@ class ParallelState:
         self._variables = Variables()
         self._made: dict[tuple[Hashable, str], Made] = {}  # here, not by DeepSpeed
         self._pool: GroupPool | None = None
-        self._clones: GroupPool | None = None  # groups that are never the default one
 
     def pool(self) -> GroupPool:
         """Where the groups of the present world are made."""
         self.refresh()
         if self._pool is None:
-            self._pool, self._clones = GroupPool(), GroupPool(share_world=False)
+            self._pool = GroupPool(share_world=False)  # whoever gets a group may destroy it
         return self._pool
 
     def refresh(self) -> None:
         """Forget what was destroyed since, with the world or alone, and publish the rest."""
         if self._pool is not None and self._pool.is_stale():
-            self._pool = self._clones = None
+            self._pool = None
             del self.tensor_size, self.tensor_rank
         dead = {made.group for made in self._made.values() if not _c10d.is_alive(made.group)}
         if dead:
@@ -85,11 +84,11 @@ class ParallelState:
         made = self._made.get((name, kind))
         return made if group is None or (made is not None and made.group is group) else Made(group)
 
-    def get(self, name: Hashable, kind: str, what: str, how: str) -> Made:
-        """What `find` finds; `NotInitializedError` tells ``how`` to make it."""
+    def get(self, name: Hashable, kind: str, what: str, how: str, more: str = "") -> Made:
+        """What `find` finds; `NotInitializedError` tells ``how`` to make it, and ``more``."""
         made = self.find(name, kind)
         if made is None:
-            raise NotInitializedError(f"{what} is not initialized: call {how} first, on every rank")
+            raise NotInitializedError(f"{what} is not initialized: call {how} first, on every rank{more}")
         return made
 
     def make(self, name: Hashable, layout: Layout, plan: Plan | None = None) -> dict[str, Made]:
@@ -117,11 +116,9 @@ class ParallelState:
         for kind, good in fits.items():
             if not good:
                 raise _conflict(name, kind, made[kind], layout[kind])
-        holder = self._clones if name == "world" else pool
-        assert holder is not None
         for kind, axis in layout.items():
             if kind not in made:
-                made[kind] = self._made[name, kind] = Made(holder.get(axis, f"{name} {kind}"), axis)
+                made[kind] = self._made[name, kind] = Made(pool.get(axis, f"{name} {kind}"), axis)
         self.refresh()  # publishes
         return made
 
@@ -135,26 +132,25 @@ class ParallelState:
         return self.make(name, build())[kind].group if made is None else made.group
 
     def close(self) -> None:
-        """Destroy every group made here and forget all. Every rank must call."""
-        for pool in (self._clones, self._pool):
-            if pool is not None:
-                pool.close()
-        self._pool = self._clones = None
+        """Let go of every group made here and forget it; those that nobody else holds are destroyed. All must call."""
+        made = {made.group for made in self._made.values()}
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
         del self.tensor_size, self.tensor_rank
-        self.refresh()
+        self._forget(lambda group: group in made)
 
     def release(self, group: dist.ProcessGroup | None) -> None:
         """Forget a group that was destroyed, the engine's too; None: everything, with the world."""
         if group is None:
-            self._pool = self._clones = None
+            self._pool = None
             self.tensor_size = self.tensor_rank = None
         self._forget(lambda held: group is None or held is group)
 
     def _forget(self, gone: Callable[[object], bool]) -> None:
         self._made = {key: made for key, made in self._made.items() if not gone(made.group)}
-        for pool in (self._clones, self._pool):
-            if pool is not None:
-                pool.discard_dead()
+        if self._pool is not None:
+            self._pool.discard_dead()
         if TENSOR in self._variables.remove(gone):
             self.tensor_size = self.tensor_rank = None
 

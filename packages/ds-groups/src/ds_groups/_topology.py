@@ -19,6 +19,10 @@ from .errors import DivisibilityError, TopologyError, TopologyWarning
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ._advise import Advice
+    from ._grid import AxisName
+    from ._traffic import Traffic
+
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp")
 DATA_AXES = ("dp_shard", "dp_replicate")
@@ -238,10 +242,35 @@ class ParallelTopology(RankGrid):
                 found.setdefault(self.axis(name).key, name)
         return tuple(found.values())
 
+    def advise(self, traffic: Mapping[AxisName, Traffic]) -> Advice:
+        """Compare every order of the axes by the bytes that leave a node. A model; nothing is measured.
+
+        Args:
+            traffic: axis -> bytes that one rank sends along it in a step, or (bytes, pattern). See `_traffic`: the
+                pattern is ``"ring"``, ``"all-to-all"`` or ``"pipeline"``, by default that of the axis' name.
+
+        Returns:
+            The orders, the best first, each with its bytes a rank; ``print`` shows the arithmetic.
+
+        Raises:
+            TopologyError: ``ranks_per_node`` is not known, or the traffic is malformed.
+        """
+        from ._advise import advise
+
+        return advise(self, traffic)
+
     def default_axes(self) -> tuple[str, ...]:
         """The dense axes with more than one rank, the slowest first: the dimensions of its device mesh."""
         order = [axis for axis in reversed(self.order.split("-")) if axis != "ep"]
         return tuple(axis for axis in order if self.size(axis) > 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The topology as JSON can hold it, sizes and options by name; equal for equal topologies."""
+        found = super().as_dict()
+        experts = found["views"].pop(0)
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        experts = {"ep_axes": "-".join(experts["over"]), "ep_order": "-".join(experts["digits"])}
+        return {**found, **sizes, "order": self.order, **experts}
 
     def __repr__(self) -> str:
         shown = [str(self.world_size)]

@@ -25,6 +25,10 @@ class RankRangeError(TopologyError):
     """A rank outside the world, listed twice, or in no group at all."""
 
 
+class MissingDependencyError(GroupsError, ImportError):
+    """An optional package is not installed; the message says which."""
+
+
 class NotInitializedError(GroupsError, RuntimeError):
     """A group was asked for that nobody has made, or there is no process group to make it from."""
 
