@@ -32,7 +32,7 @@ def adopted(rank):
     again = bound.to_device_mesh(*names)
     assert again.mesh.tolist() == mesh.mesh.tolist()
     assert ds_groups.from_mesh(again).to_device_mesh(*names) == again
-    assert bound.to_device_mesh("dp_replicate")._flatten().get_group() is mesh.get_group("dp_replicate")
+    assert bound.to_device_mesh("dp_replicate").get_group() is mesh.get_group("dp_replicate")
     bound.close()
     joined.close()
     assert all(alive(mesh.get_group(name)) for name in names)
