@@ -34,6 +34,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from . import parallel_state
     from ._bound import BoundTopology
 
@@ -60,10 +62,17 @@ __all__ = [
     "TopologyWarning",
     "UnsupportedTorchError",
     "deepspeed",
+    "from_mesh",
     "megatron",
     "parallel_state",
     "torchtitan",
 ]
+
+
+def from_mesh(mesh: DeviceMesh) -> BoundTopology:
+    """The topology that a PyTorch `DeviceMesh` was cut from; see `BoundTopology.from_mesh`."""
+    found: BoundTopology = importlib.import_module("._bound", __name__).BoundTopology.from_mesh(mesh)
+    return found
 
 
 def __getattr__(name: str) -> Any:

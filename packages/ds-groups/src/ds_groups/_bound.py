@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from . import _c10d
+from ._collection import ProcessGroupCollection
 from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh, take_mesh
+from ._mpu_view import ModelParallelUnit
 from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
@@ -23,6 +25,7 @@ from .errors import RankRangeError, StaleGroupsError, TopologyError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ._axis import Partition
     from ._torch_mesh import RootMesh
 
 
@@ -125,17 +128,19 @@ class BoundTopology:
             TopologyError: no such axis.
         """
         found = self.topology.axis(axis)
-        atoms = _atoms(self.topology, axis)
-        with self._lock:
-            self._check()
-            group = self._by_axis.get(atoms)
-            if group is None:
-                group = self._by_axis[atoms] = self._pool.get(found, found.name, self._settings.get(atoms))
-            elif not _c10d.is_alive(group):
-                raise StaleGroupsError(
-                    f"the {found.name} group was destroyed by somebody else; close() and bind() again"
-                )
-            return group
+        return self._get(found, found.name, _atoms(self.topology, axis))
+
+    def group_of(self, partition: Partition, name: str) -> dist.ProcessGroup:
+        """The process group of this rank in groups that are no axis of the plan, made on first use.
+
+        Args:
+            partition: the groups.
+            name: what they are for, shown by PyTorch's tools and in errors.
+
+        Raises:
+            RankRangeError: this rank is in none of them; others as for `group`.
+        """
+        return self._get(partition, name, frozenset({f"partition {partition.key}"}))
 
     def create(self, *axes: AxisName, verify: bool = True) -> None:
         """Make groups now, in one canonical order whatever the order of ``axes``. Every rank must call.
@@ -226,6 +231,14 @@ class BoundTopology:
         """
         return build_mesh(self, axes, names, device_type)
 
+    def as_mpu(self) -> ModelParallelUnit:
+        """These groups with the functions of Megatron's ``mpu``, for ``deepspeed.initialize(mpu=...)``."""
+        return ModelParallelUnit(self)
+
+    def as_process_group_collection(self) -> ProcessGroupCollection:
+        """These groups by the names of Megatron-Core's ``ProcessGroupCollection``; made when an attribute is read."""
+        return ProcessGroupCollection(self)
+
     def close(self) -> None:
         """Let go of the groups; the default process group stays. Every rank must call. Safe to repeat.
 
@@ -264,6 +277,16 @@ class BoundTopology:
     def __repr__(self) -> str:
         state = self._closed or ("stale" if self._pool.is_stale() else f"{len(self)} groups")
         return f"BoundTopology({self.topology}, rank={self.rank}, mode={self.mode!r}, {state})"
+
+    def _get(self, partition: Partition, name: str, key: frozenset[str]) -> dist.ProcessGroup:
+        with self._lock:
+            self._check()
+            group = self._by_axis.get(key)
+            if group is None:
+                group = self._by_axis[key] = self._pool.get(partition, name, self._settings.get(key))
+            elif not _c10d.is_alive(group):
+                raise StaleGroupsError(f"the {name} group was destroyed by somebody else; close() and bind() again")
+            return group
 
     def _adopt(self, axis: str, group: dist.ProcessGroup) -> None:
         self._pool.adopt(self.topology.ranks(axis, self.rank), group)

@@ -175,6 +175,7 @@ def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> DeviceMesh:
         TopologyError: dimensions overlap, a name is taken, or a group numbers its ranks unlike the mesh.
         UnsupportedTorchError: PyTorch's mesh does not answer as it should.
     """
+    kept = mesh_kind()  # all that can be wrong is known before any group is made
     bound = root._bound
     grid = rank_grid(bound, dims)
     for dim in dims:
@@ -184,7 +185,7 @@ def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> DeviceMesh:
     kind = BoundMesh if len(dims) > 1 or _compiles_subclasses() else DeviceMesh
     mesh: DeviceMesh = kind.__new__(kind)
     names = tuple(dim.name for dim in dims)
-    if mesh_kind() == "layout":
+    if kept == "layout":
         DeviceMesh.__init__(
             mesh,
             root.device_type,
