@@ -134,7 +134,8 @@ def test_folding_spec(deepspeed_as):
     for world, tp, ep in itertools.product((4, 8, 16), (1, 2, 4), (2, 4)):
         spec = build_folding_spec(world_size=world, pp_size=1, tp_size=tp, ep_size=ep)
         expected = expected_folding_group_tables(spec)
-        assert tables.spec_tables(spec, world, ep, tp, 1) == (expected.ep_groups, expected.edp_groups)
+        expert, data = tables.from_spec(spec, world, ep, tp, 1)
+        assert (expert.table(), data.table()) == (expected.ep_groups, expected.edp_groups)
         topology = ParallelTopology(world, tp=tp, ep=ep)
         assert tuple(topology.groups("tp")) == expected.tp_groups
         assert tuple(topology.groups("dp")) == expected.dense_dp_groups
@@ -174,7 +175,7 @@ def test_where_deepspeed_names_a_rank_outside_the_group(deepspeed_as):
 
 
 def test_ulysses_leaves_the_data_parallel_ranks():
-    assert sequence_layout(8, 4)["data"] == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert sequence_layout(8, 4)["data"].table() == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
 def side_by_side(rank):
