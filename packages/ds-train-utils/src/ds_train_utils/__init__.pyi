@@ -50,7 +50,13 @@ from ds_fragment.tensor_fragment import (
     set_full_hp_param as set_full_hp_param,
     tensor_fragment as tensor_fragment,
 )
-from ds_groups import BoundTopology as BoundTopology, GroupsError as GroupsError, ParallelTopology as ParallelTopology
+from ds_groups import (
+    BoundTopology as BoundTopology,
+    GroupOptions as GroupOptions,
+    GroupsError as GroupsError,
+    ParallelTopology as ParallelTopology,
+    RankGrid as RankGrid,
+)
 from ds_groups.parallel_state import (
     destroy_groups as destroy_groups,
     get_data_parallel_group as get_data_parallel_group,

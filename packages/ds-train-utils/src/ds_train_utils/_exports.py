@@ -115,7 +115,7 @@ _NAMES = {
     ),
     # What the seven offer besides.
     "ds_logging": ("CommsLogger", "RankFilter", "configure", "set_step", "warning_once"),
-    "ds_groups": ("BoundTopology", "GroupsError", "ParallelTopology"),
+    "ds_groups": ("BoundTopology", "GroupOptions", "GroupsError", "ParallelTopology", "RankGrid"),
     "ds_ondevice": ("MaterializeError", "MaterializeReport", "is_deferred", "load_into", "materialize"),
     "ds_fragment": (
         "FlatPartition",
