@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 from ds_groups import GroupOptions, ParallelTopology
-from ds_groups._nccl_memory import nccl_memory
+from ds_groups._rehearse.nccl_memory import nccl_memory
 
 
 def used() -> int:

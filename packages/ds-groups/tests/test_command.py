@@ -11,7 +11,7 @@ from pathlib import Path
 import ds_groups
 import pytest
 from ds_groups import ParallelTopology, deepspeed, megatron
-from ds_groups._command import main
+from ds_groups._rehearse.command import main
 
 MEGATRON = ["--preset", "megatron", "--world", "64", "--tp", "4", "--pp", "2", "--ep", "4", "--ranks-per-node", "8"]
 LARGE = ["--preset", "megatron", "--world", "131072", "--tp", "8", "--pp", "16", "--ep", "8", "--ranks-per-node", "8"]

@@ -15,7 +15,7 @@ import ds_groups
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = [f"ds_groups.{info.name}" for info in pkgutil.iter_modules(ds_groups.__path__)]
+MODULES = [info.name for info in pkgutil.walk_packages(ds_groups.__path__, "ds_groups.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

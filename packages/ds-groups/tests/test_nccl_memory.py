@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ds_groups import TopologyError
-from ds_groups._nccl_memory import MIB, nccl_memory
+from ds_groups._rehearse.nccl_memory import MIB, nccl_memory
 
 
 def test_one_rank_takes_nothing():

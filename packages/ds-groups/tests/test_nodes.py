@@ -7,7 +7,7 @@ import random
 
 import pytest
 from ds_groups import ParallelTopology, RankGrid, deepspeed, megatron, torchtitan
-from ds_groups._nodes import Spread, spread
+from ds_groups._rehearse.nodes import Spread, spread
 
 
 def count_one_by_one(grid, axis, per_node):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from ds_groups import ParallelTopology, RankGrid, deepspeed, megatron
-from ds_groups._nccl_memory import nccl_memory
+from ds_groups._rehearse.nccl_memory import nccl_memory
 
 
 def test_figures_of_every_axis():

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from ._bound import BoundTopology
     from ._options import GroupOptions
-    from ._rehearsal import Rehearsal
-    from ._traffic import Traffic
+    from ._rehearse.rehearsal import Rehearsal
+    from ._rehearse.traffic import Traffic
 
 AxisName = str | Sequence[str]
 NODE_AXES = ("local", "node")
@@ -384,7 +384,7 @@ class RankGrid:
             file: where to; None is standard output. Coloured where it is a terminal and rich is installed.
             max_nodes: rows; the last line says how many more nodes there are.
         """
-        from ._show import show
+        from ._rehearse.show import show
 
         show(self, axis, file=file, max_nodes=max_nodes)
 
@@ -410,9 +410,9 @@ class RankGrid:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from ._plot import plot
+        from ._rehearse.plot import draw
 
-        return plot(self, axes, path, max_nodes=max_nodes, figsize=figsize)
+        return draw(self, axes, path, max_nodes=max_nodes, figsize=figsize)
 
     def rehearse(self, *axes: AxisName, traffic: Mapping[AxisName, Traffic] | None = None) -> Rehearsal:
         """What this layout will make, without making it: groups, communicators, memory, bytes between nodes.
@@ -424,7 +424,7 @@ class RankGrid:
         Returns:
             Figures that print as a report; ``as_dict()`` is for JSON.
         """
-        from ._rehearsal import rehearse
+        from ._rehearse.rehearsal import rehearse
 
         return rehearse(self, axes, traffic)
 

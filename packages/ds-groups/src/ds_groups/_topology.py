@@ -19,9 +19,9 @@ from .errors import DivisibilityError, TopologyError, TopologyWarning
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._advise import Advice
     from ._grid import AxisName
-    from ._traffic import Traffic
+    from ._rehearse.advise import Advice
+    from ._rehearse.traffic import Traffic
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp")
@@ -246,7 +246,7 @@ class ParallelTopology(RankGrid):
         """Compare every order of the axes by the bytes that leave a node. A model; nothing is measured.
 
         Args:
-            traffic: axis -> bytes that one rank sends along it in a step, or (bytes, pattern). See `_traffic`: the
+            traffic: axis -> bytes that one rank sends along it in a step, or (bytes, pattern). See `Traffic`: the
                 pattern is ``"ring"``, ``"all-to-all"`` or ``"pipeline"``, by default that of the axis' name.
 
         Returns:
@@ -255,9 +255,9 @@ class ParallelTopology(RankGrid):
         Raises:
             TopologyError: ``ranks_per_node`` is not known, or the traffic is malformed.
         """
-        from ._advise import advise
+        from ._rehearse.advise import compare_orders
 
-        return advise(self, traffic)
+        return compare_orders(self, traffic)
 
     def default_axes(self) -> tuple[str, ...]:
         """The dense axes with more than one rank, the slowest first: the dimensions of its device mesh."""

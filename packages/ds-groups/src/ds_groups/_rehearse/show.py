@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ._describe import members
-from .errors import TopologyError
+from ds_groups._describe import members
+from ds_groups.errors import TopologyError
 
 if TYPE_CHECKING:
-    from ._grid import AxisName, RankGrid
+    from ds_groups._grid import AxisName, RankGrid
 
 _ROW = 16  # ranks in a row where the size of a node is not known
 _COLUMNS = 100  # of a file that is no terminal

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .errors import TopologyError
+from ds_groups.errors import TopologyError
 
 if TYPE_CHECKING:
-    from ._traffic import Pattern
+    from .traffic import Pattern
 
 KIB, MIB = 2**10, 2**20
 GRANULE = 2 * MIB  # what CUDA maps at a time, and CUDA_IPC_MIN of p2p.cc

@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-from ._nodes import Spread
-from .errors import TopologyError
+from ds_groups.errors import TopologyError
+
+from .nodes import Spread
 
 if TYPE_CHECKING:
-    from ._grid import AxisName, RankGrid
+    from ds_groups._grid import AxisName, RankGrid
 
 Pattern = Literal["ring", "all-to-all", "pipeline"]
 Traffic: TypeAlias = "float | tuple[float, Pattern]"

@@ -8,13 +8,14 @@ from fractions import Fraction
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ._describe import members
-from ._nccl_memory import ASSUMPTIONS, MIB, nccl_memory
-from ._nodes import Spread, spread
-from ._traffic import Load, Pattern, Traffic, default_pattern, format_bytes, leaving, parse_traffic
+from ds_groups._describe import members
+
+from .nccl_memory import ASSUMPTIONS, MIB, nccl_memory
+from .nodes import Spread, spread
+from .traffic import Load, Pattern, Traffic, default_pattern, format_bytes, leaving, parse_traffic
 
 if TYPE_CHECKING:
-    from ._grid import AxisName, RankGrid
+    from ds_groups._grid import AxisName, RankGrid
 
 _UNIT = 10**9
 _SHOWN_GROUPS = 2

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-from ._grid import View
-from ._names import parse_axis
-from ._nodes import spread
-from ._presets import megatron
-from ._traffic import LINKS, AxisTraffic, Load, Traffic, format_bytes, leaving, parse_traffic
-from .errors import DivisibilityError, TopologyError, TopologyWarning
+from ds_groups._grid import View
+from ds_groups._names import parse_axis
+from ds_groups._presets import megatron
+from ds_groups.errors import DivisibilityError, TopologyError, TopologyWarning
+
+from .nodes import spread
+from .traffic import LINKS, AxisTraffic, Load, Traffic, format_bytes, leaving, parse_traffic
 
 if TYPE_CHECKING:
-    from ._grid import AxisName
-    from ._topology import ParallelTopology
+    from ds_groups._grid import AxisName
+    from ds_groups._topology import ParallelTopology
 
 _SHOWN_ORDERS = 3
 
@@ -95,7 +96,7 @@ class Advice:
         return "\n".join(lines)
 
 
-def advise(topology: ParallelTopology, traffic: Mapping[AxisName, Traffic]) -> Advice:
+def compare_orders(topology: ParallelTopology, traffic: Mapping[AxisName, Traffic]) -> Advice:
     """What `ParallelTopology.advise` returns."""
     nodes = topology.ranks_per_node
     if nodes is None:

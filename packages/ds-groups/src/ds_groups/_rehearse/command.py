@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, get_args
 
-from .__about__ import __version__
-from ._describe import members
-from ._presets import deepspeed, megatron, torchtitan
-from ._topology import ParallelTopology, launched_world_size
-from ._traffic import Pattern, Traffic
-from .errors import MissingDependencyError, TopologyError, TopologyWarning
+from ds_groups.__about__ import __version__
+from ds_groups._describe import members
+from ds_groups._presets import deepspeed, megatron, torchtitan
+from ds_groups._topology import ParallelTopology, launched_world_size
+from ds_groups.errors import MissingDependencyError, TopologyError, TopologyWarning
+
+from .traffic import Pattern, Traffic
 
 PRESETS: dict[str, Callable[..., ParallelTopology]] = {
     "plain": ParallelTopology,

@@ -13,10 +13,10 @@ from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._digits import Factor, complement, offsets
+from ds_groups._digits import Factor, complement, offsets
 
 if TYPE_CHECKING:
-    from ._grid import AxisName, RankGrid
+    from ds_groups._grid import AxisName, RankGrid
 
 
 class Spread(NamedTuple):

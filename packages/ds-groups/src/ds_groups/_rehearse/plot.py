@@ -6,15 +6,16 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._nodes import spread
-from ._show import group_numbers
-from .errors import MissingDependencyError, TopologyError
+from ds_groups.errors import MissingDependencyError, TopologyError
+
+from .nodes import spread
+from .show import group_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ._grid import AxisName, RankGrid
+    from ds_groups._grid import AxisName, RankGrid
 
 _ROW = 16  # ranks in a column where the size of a node is not known
 # Seven of Okabe and Ito's colours, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/).
@@ -23,7 +24,7 @@ _SHADES = (0.0, 0.4, 0.65)  # how much white: groups of one colour that are near
 _ABSENT = (1.0, 1.0, 1.0)
 
 
-def plot(
+def draw(
     grid: RankGrid,
     axes: Sequence[AxisName] = (),
     path: str | os.PathLike[str] | None = None,
