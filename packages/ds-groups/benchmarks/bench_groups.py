@@ -19,9 +19,9 @@ import json
 import logging
 import multiprocessing
 import platform
+import socket
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -87,7 +87,14 @@ def tables(rounds: int) -> dict[str, float]:
         from deepspeed.utils.groups import _get_expert_parallel_ranks as theirs
 
         ways["DeepSpeed: expert tables"] = lambda: theirs(WORLD, 8, 8, 16)
+    from ds_groups import _expert_tables
     from ds_groups.parallel_state import _get_expert_parallel_ranks as ours
+
+    def layout() -> None:
+        for axis in _expert_tables.folded(WORLD, 8, 16, data_before_expert=False):
+            axis.ranks(rank)
+
+    ways["parallel_state: layout and own ranks of expert groups"] = layout
 
     ways["parallel_state: expert tables"] = lambda: ours(WORLD, 8, 8, 16)
     found = interleaved(ways, rounds)
@@ -188,13 +195,14 @@ def modes(rounds: int) -> dict[str, float]:
     return found
 
 
-def _gloo(rank: int, world: int, folder: str, rounds: int, queue: Any) -> None:
+def _gloo(rank: int, world: int, port: int, rounds: int, queue: Any) -> None:
     import torch
     import torch.distributed as dist
     from ds_groups import ParallelTopology
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     rows = {"tp": [[0, 1], [2, 3]], "dp": [[0, 2], [1, 3]]}
 
     def with_torch() -> None:
@@ -208,6 +216,11 @@ def _gloo(rank: int, world: int, folder: str, rounds: int, queue: Any) -> None:
             groups.create()
             dist.barrier()
 
+    def unverified() -> None:
+        with ParallelTopology(world, tp=2).bind() as groups:
+            groups.create(verify=False)
+            dist.barrier()
+
     def with_mesh() -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -216,10 +229,13 @@ def _gloo(rank: int, world: int, folder: str, rounds: int, queue: Any) -> None:
         for group in mesh.get_all_groups():
             dist.destroy_process_group(group)
 
-    found = interleaved(
-        {"ds-groups: create()": with_ours, "new_subgroups_by_enumeration": with_torch, "init_device_mesh": with_mesh},
-        rounds,
-    )
+    ways: Ways = {
+        "ds-groups: create()": with_ours,
+        "ds-groups: create(verify=False)": unverified,
+        "new_subgroups_by_enumeration": with_torch,
+        "init_device_mesh": with_mesh,
+    }
+    found = interleaved(ways, rounds)
     if rank == 0:
         queue.put(found)
     dist.barrier()
@@ -227,16 +243,18 @@ def _gloo(rank: int, world: int, folder: str, rounds: int, queue: Any) -> None:
 
 
 def gloo(rounds: int) -> dict[str, float]:
-    """The groups of tp=2 and dp=2 on 4 gloo ranks of this machine, made and destroyed; a file is the store."""
+    """The groups of tp=2 and dp=2 on 4 gloo ranks of this machine, made and destroyed."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_gloo, args=(rank, 4, folder, rounds, queue)) for rank in range(4)]
-        for process in ranks:
-            process.start()
-        found: dict[str, float] = queue.get(timeout=120)
-        for process in ranks:
-            process.join(30)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=_gloo, args=(rank, 4, port, rounds, queue)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    found: dict[str, float] = queue.get(timeout=120)
+    for process in ranks:
+        process.join(30)
     return found
 
 

@@ -62,12 +62,7 @@ def folded_tables(world_size: int, ep: int, pp: int, *, data_before_expert: bool
 def lane_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
     """Every group of `lanes`, lane after lane, as DeepSpeed lists them."""
     expert, data = lanes(world_size, tp, ep, pp, data_before_expert=data_before_expert)
-    stage = world_size // pp
-
-    def by_lane(group: tuple[int, ...]) -> tuple[int, int, int]:
-        return group[0] // stage, group[0] % tp, group[0]
-
-    return tuple(sorted(expert.table(), key=by_lane)), tuple(sorted(data.table(), key=by_lane))
+    return _by_lane(expert.table(), tp, pp), _by_lane(data.table(), tp, pp)
 
 
 def strided_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_expert: bool) -> tuple[Table, Table]:
@@ -86,3 +81,10 @@ def strided_tables(world_size: int, tp: int, ep: int, pp: int, *, data_before_ex
         expert += groups
         data += [tuple(sorted(replicas)) for replicas in zip(*groups, strict=True)]
     return tuple(expert), tuple(data)
+
+
+def _by_lane(groups: Table, tp: int, pp: int) -> Table:
+    """Groups inside lanes, which come ordered by stage and first rank, so that lanes take turns: lane after lane."""
+    stage = len(groups) // pp
+    starts = [first + lane for first in range(0, len(groups), stage) for lane in range(tp)]
+    return tuple([group for start in starts for group in groups[start : (start // stage + 1) * stage : tp]])
