@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from ds_groups import ParallelTopology, StaleGroupsError, TopologyError
+from ds_groups import ParallelTopology, RankGrid, StaleGroupsError, TopologyError, deepspeed, megatron, torchtitan
 from ds_groups._pool import GroupPool
 from ds_groups.errors import NotInitializedError
 from ranks import run_ranks
@@ -55,6 +56,42 @@ def test_every_group_reduces_over_its_ranks(world):
         for axis in axes:
             for group in topology.groups(axis):
                 assert {answers[rank][number][axis] for rank in group} == {sum(10**rank for rank in group)}
+
+
+GRIDS = [
+    RankGrid({"a": 2, "b": 2}, span=(3, 1, 0, 2)).view(x=4),
+    RankGrid({"a": 2, "b": 2}, ranks_per_node=2).view(over=("b", "a"), x=2, y=2),
+    megatron(4, tp=2, ep=2, etp=1),
+    torchtitan(4, dp_replicate=2, ep=2),
+    deepspeed(4, tp=2, ep=2, hpz=2, experts="lane_by_lane"),
+]
+
+
+def reduce_along_everything(rank):
+    """Along every axis of every grid, and every pair that can be joined: the sum, and each member's place."""
+    found = []
+    for grid in GRIDS:
+        with grid.bind(timeout=20) as bound:
+            sums = {}
+            for axis in [*grid.names, *itertools.permutations(grid.names, 2)]:
+                with contextlib.suppress(TopologyError):  # joined digits that overlap
+                    value = torch.zeros(4, dtype=torch.int64)
+                    value[rank] = bound.index(axis) + 1
+                    dist.all_reduce(value, group=bound.group(axis))
+                    sums[axis] = value.tolist()
+            dist.barrier()
+            found.append(sums)
+    return found
+
+
+def test_every_axis_of_every_view():
+    answers = run_ranks(reduce_along_everything, 4)
+    for number, grid in enumerate(GRIDS):
+        assert set(answers[0][number]) >= set(grid.names)
+        for rank, sums in enumerate(answers):
+            for axis, places in sums[number].items():
+                group = grid.ranks(axis, rank)  # held against an oracle in test_grid.py
+                assert places == [group.index(other) + 1 if other in group else 0 for other in range(4)], (grid, axis)
 
 
 def count_groups(rank):

@@ -145,7 +145,7 @@ def one_root(rank):
     assert count_groups() == before + 2  # none of pp, which is only in the root
     root = find_root(data)
     assert find_root(tensor) is root
-    assert root.mesh.tolist() == torch.arange(8).reshape(2, 1, 2, 1, 2).tolist()
+    assert root.mesh.tolist() == torch.arange(8).reshape(2, 2, 2).tolist()
     assert root["pp"].get_group() is bound.group("pp") is root.get_group("pp") is root.get_group(0)
     assert root["dp", "tp"].mesh.tolist() == bound.to_device_mesh("dp", "tp").mesh.tolist()
     return summed(rank, root["pp"].get_group())
@@ -158,7 +158,8 @@ def test_meshes_share_one_root_that_makes_groups_when_asked():
 def expert_slices(rank):
     bound = ParallelTopology(8, tp=2, pp=2, ep=2).bind(timeout=20)
     mesh = bound.to_device_mesh("pp", "dp_replicate", "edp", "ep")
-    assert find_root(mesh) is find_root(bound.to_device_mesh("dp", "tp"))
+    assert find_root(mesh) == mesh  # as PyTorch's own mesh of all ranks
+    assert find_root(bound.to_device_mesh("edp", "ep")) is find_root(bound.to_device_mesh("dp", "tp"))
     assert mesh.mesh.tolist() == torch.arange(8).reshape(2, 1, 2, 2).tolist()
     flat = mesh["dp_replicate", "edp"]._flatten()
     assert flat.mesh_dim_names == ("dp_replicate_edp",)

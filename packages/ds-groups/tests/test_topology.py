@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
+import pickle
 from math import prod
 
 import pytest
-from ds_groups import ParallelTopology
+from ds_groups import ParallelTopology, TopologyWarning, megatron
+from ds_groups._launchers import LAUNCHERS
 from ds_groups.errors import DivisibilityError, RankRangeError, TopologyError
 
 AXES = ("tp", "cp", "dp", "pp")
@@ -181,3 +185,66 @@ def test_refused_questions():
         topology.size("tp_ep")
     with pytest.raises(RankRangeError, match=r"tp coordinate 2 is outside 0\.\.1"):
         topology.rank_at(tp=2)
+
+
+@pytest.mark.parametrize("launcher", [launcher for launcher in LAUNCHERS if launcher.size], ids=lambda one: one.name)
+def test_the_launcher_says_how_many_ranks_there_are(launcher, monkeypatch):
+    for other in LAUNCHERS:
+        monkeypatch.delenv(other.rank, raising=False)
+    with pytest.raises(TopologyError, match="world_size was left out"):
+        ParallelTopology(tp=2)
+    monkeypatch.setenv(launcher.rank, "3")
+    monkeypatch.setenv(launcher.size, "12")
+    assert ParallelTopology(tp=2) == ParallelTopology(12, tp=2)
+    assert megatron(tp=3).dp == 4
+
+
+def test_replace_computes_again_what_was_left_out():
+    topology = ParallelTopology(16, tp=2, ep=4)
+    for change in (topology.replace, lambda **sizes: dataclasses.replace(topology, **sizes)):
+        assert change(tp=4) == ParallelTopology(16, tp=4, ep=4)
+        assert change(world_size=64, pp=2) == ParallelTopology(64, tp=2, pp=2, ep=4)
+        assert change(dp_replicate=2).dp_shard == 4
+        with pytest.raises(DivisibilityError, match="tp \\* cp \\* dp \\* pp = 4 \\* 1 \\* 8 \\* 1 = 32 must equal"):
+            change(tp=4, dp=8)
+    given = ParallelTopology(16, tp=2, dp=topology.dp)  # the number, not that it was computed
+    with pytest.raises(DivisibilityError, match="leave dp out"):
+        given.replace(tp=4)
+    same = pickle.loads(pickle.dumps(topology))
+    assert same == topology
+    assert same.replace(tp=4).dp == 4
+    assert copy.deepcopy(topology).replace(tp=4).dp == 4
+
+
+def test_hybrid_sharding_by_either_half():
+    assert ParallelTopology(16, tp=2, dp_replicate=2) == ParallelTopology(16, tp=2, dp_shard=4)
+    assert ParallelTopology(16, dp_replicate=2, dp_shard=4, tp=2).dp == 8
+    for sizes in ({"dp_replicate": 3}, {"dp_replicate": 2, "dp_shard": 3}, {"dp": 8, "dp_replicate": 3, "tp": 2}):
+        with pytest.raises(DivisibilityError):
+            ParallelTopology(16, **sizes)
+
+
+def test_experts_stay_in_a_replica_or_say_so():
+    topology = ParallelTopology(16, dp_replicate=2, ep=4)
+    assert topology.ranks("ep", 9) == (8, 9, 10, 11)
+    assert topology.ranks("edp", 9) == (9, 13)
+    assert topology.ranks(("edp", "dp_replicate"), 9) == (1, 5, 9, 13)
+    with pytest.warns(TopologyWarning, match="expert groups cross the 8 replicas"):
+        across = ParallelTopology(16, dp_replicate=8, ep=4)
+    assert across == ParallelTopology(16, dp_replicate=8, ep=4, ep_axes="tp-cp-dp")
+    with pytest.raises(DivisibilityError, match="expert size 3 must divide"):
+        ParallelTopology(16, dp_replicate=2, ep=3)
+
+
+def test_tensor_parallel_experts():
+    topology = ParallelTopology(16, tp=4, ep=4, etp=2)
+    assert topology.ranks("etp", 5) == (4, 5)
+    assert topology.ranks("ep", 5) == (1, 3, 5, 7)
+    assert topology.ranks("edp", 5) == (5, 13)
+    assert ParallelTopology(16, tp=4, ep=2, ep_axes="dp").etp == 4
+    with pytest.raises(TopologyError, match="etp=2 must be tp=4 where ep_axes='dp' leaves tp out"):
+        ParallelTopology(16, tp=4, etp=2, ep_axes="dp")
+    with pytest.raises(DivisibilityError, match=r"expert size etp \* ep = 2 \* 3 = 6 must divide tp \* cp \* dp"):
+        ParallelTopology(16, tp=4, etp=2, ep=3)
+    with pytest.raises(TopologyError, match="places ep already"):
+        ParallelTopology(16, order="tp-cp-ep-dp-pp", data_before_expert=True)

@@ -95,7 +95,7 @@ class BoundTopology:
             plan[f"options of {'_'.join(sorted(atoms))}"] = settings.as_dict()
         self._with_options = tuple(axes or ())  # may have the ranks of another axis, but not its groups
         self._plan = plan
-        self.roots: dict[str, RootMesh] = {}
+        self.roots: dict[tuple[object, ...], RootMesh] = {}  # by device type and dimensions
         self._by_axis: dict[frozenset[str], dist.ProcessGroup] = {}
         self._lock = threading.RLock()
         self._closed = ""
@@ -213,8 +213,9 @@ class BoundTopology:
     ) -> DeviceMesh:
         """A PyTorch `DeviceMesh` over these groups, with none of its own. The members of its groups must call.
 
-        All meshes of one topology are slices of one root, which holds all ranks of the plan: they can be sliced and
-        flattened further, joined by FSDP2 and tensor parallelism, and left without ``"pp"`` in a pipeline stage.
+        Meshes that leave axes out are slices of one root, which holds all ranks of the plan: they can be sliced and
+        flattened further, joined by FSDP2 and tensor parallelism, and left without ``"pp"`` in a pipeline stage. A
+        mesh of all ranks is its own root, as PyTorch's is.
         What is flattened has the topology's groups too, so only the members of such a group must call.
 
         Args:

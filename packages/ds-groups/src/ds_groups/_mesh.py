@@ -26,10 +26,22 @@ def build_mesh(
 ) -> DeviceMesh:
     """The mesh that `BoundTopology.to_device_mesh` returns."""
     dims = mesh_dims(bound, axes, names)
-    rank_grid(bound, dims)  # all input is checked before any group is made
+    grid = rank_grid(bound, dims)  # all input is checked before any group is made
     kind = device_type or _device_type()
-    root = bound.roots.get(kind) or bound.roots.setdefault(kind, RootMesh(bound, kind))
+    # FSDP1 treats a mesh of all ranks as one only where it is its own root.
+    whole = grid.numel() == len(bound.topology.span) and grid.flatten().tolist() == list(bound.topology.span)
+    of_root = dims if whole else root_dims(bound.topology)
+    key = (kind, *of_root)
+    root = bound.roots.get(key)
+    if root is None:
+        root = bound.roots[key] = RootMesh(bound, kind, of_root)
     return make_slice(root, dims)
+
+
+def root_dims(topology: RankGrid) -> list[MeshDim]:
+    """One dimension a digit with more than one rank, the slowest varying first."""
+    digits = [digit for digit in reversed(topology.digits) if digit.size > 1] or [topology.digits[0]]
+    return [MeshDim(digit.name, (digit.name,), (Factor(digit.size, digit.stride),)) for digit in digits]
 
 
 def mesh_dims(bound: BoundTopology, axes: Sequence[AxisName], names: Sequence[str] | None) -> list[MeshDim]:

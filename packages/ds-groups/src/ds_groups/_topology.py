@@ -210,7 +210,7 @@ class ParallelTopology(RankGrid):
         for name in ("tp", "etp"):
             if self.size(name) == 1:
                 continue
-            crossing = next((group for group in self.groups(name) if group[0] // nodes != group[-1] // nodes), None)
+            crossing = next((group for group in self.groups(name) if len({rank // nodes for rank in group}) > 1), None)
             if crossing is not None:
                 warnings.warn(
                     f"{name}={self.size(name)} leaves a node of {nodes} ranks: the group of ranks "

@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 import torch
@@ -120,19 +121,24 @@ class BoundMesh(DeviceMesh):
 
 
 class RootMesh(BoundMesh):
-    """All ranks of a plan, one dimension a digit, the slowest varying first. Its groups are made when asked for."""
+    """All ranks of a plan in the order of its span. Its groups are made when they are asked for.
 
-    def __init__(self, bound: BoundTopology, device_type: str) -> None:
-        digits = tuple(reversed(bound.topology.digits))
+    Args:
+        bound: whose groups it has.
+        device_type: of the mesh.
+        dims: its dimensions, which hold every rank, the slowest varying first.
+    """
+
+    def __init__(self, bound: BoundTopology, device_type: str, dims: Sequence[MeshDim]) -> None:
         ranks = torch.tensor(list(bound.topology.span), dtype=torch.int, device="cpu")
         super().__init__(
             device_type,
-            ranks.reshape([digit.size for digit in digits]),
-            mesh_dim_names=tuple(digit.name for digit in digits),
+            ranks.reshape([prod(factor.size for factor in dim.factors) for dim in dims]),
+            mesh_dim_names=tuple(dim.name for dim in dims),
             _init_backend=False,
         )
         self._bound = bound
-        self._dims = tuple(MeshDim(digit.name, (digit.name,), (Factor(digit.size, digit.stride),)) for digit in digits)
+        self._dims = tuple(dims)
         self._known = {dim.name: dim for dim in self._dims}
 
     def get_group(self, mesh_dim: int | str | None = None) -> dist.ProcessGroup:
@@ -160,12 +166,15 @@ class RootMesh(BoundMesh):
             TopologyError: the name means something else.
         """
         topology = self._bound.topology
-        known = self._known.setdefault(dim.name, dim)
-        if topology.axis(known.axis).key != topology.axis(dim.axis).key:
+        known = self._known[dim.name].axis if dim.name in self._known else dim.axis
+        if dim.name not in self._known and dim.name in topology.names:
+            known = (dim.name,)
+        if topology.axis(known).key != topology.axis(dim.axis).key:
             raise TopologyError(
-                f"names: {dim.name!r} is the axis {'_'.join(known.axis)} in the meshes of this topology and cannot be "
+                f"names: {dim.name!r} is the axis {'_'.join(known)} in the meshes of this topology and cannot be "
                 f"{'_'.join(dim.axis)} too; choose another name"
             )
+        self._known.setdefault(dim.name, dim)
 
 
 def make_slice(root: RootMesh, dims: Sequence[MeshDim]) -> DeviceMesh:
