@@ -1,4 +1,4 @@
-"""Ranks that wait for each other in a circle are told so; ranks that are only slow are not."""
+"""Ranks that wait for each other in a cycle are told so; ranks that are only slow are not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def plans_differ(rank):
     watch()
     bound = ParallelTopology(4, tp=4 if rank else 2).bind(timeout=30)
     if rank in (2, 3):
-        with pytest.raises(GroupCreationError):  # waits in the group of four with rank 1: in the round of the circle
+        with pytest.raises(GroupCreationError):  # waits in the group of four with rank 1: in the round of the cycle
             ParallelTopology(4, tp=4).bind(timeout=31).group("tp")
         return None
     if rank == 1:

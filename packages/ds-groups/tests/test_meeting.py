@@ -192,12 +192,12 @@ def test_a_look_reads_little(length, found):
         Waits(store, rank).note(waits[-1])
     store.start()
     looking = Waits(store, 0)
-    _, picture, circle = looking.look(waits[0])
+    _, picture, cycle = looking.look(waits[0])
     assert sum(store.counts.values()) <= LOOK_READS + 1
-    assert [wait.rank for wait in circle] == (list(range(length)) if found else [])
+    assert [wait.rank for wait in cycle] == (list(range(length)) if found else [])
     assert picture[0] == ("pair 0", (1,))
     if found:
-        assert looking.stands(circle)
+        assert looking.stands(cycle)
         assert sum(store.counts.values()) < 100
         waits[-1].round.arrive(1, "{}")  # the last one's partner comes: something moves
-        assert not looking.stands(circle)
+        assert not looking.stands(cycle)

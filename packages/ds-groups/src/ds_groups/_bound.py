@@ -122,7 +122,7 @@ class BoundTopology:
             StaleGroupsError: closed, or the process group was destroyed since.
             GroupCreationError: the backend could not make it, or others did not take part in time; names them. They
                 can all ask again.
-            DeadlockError: ranks wait for each other in a circle, because they ask in different orders.
+            DeadlockError: ranks wait for each other in a cycle, because they ask in different orders.
             PlanMismatchError: other members ask for it with other options.
             RankRangeError: the plan leaves this rank out.
             TopologyError: no such axis.

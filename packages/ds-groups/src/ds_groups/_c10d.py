@@ -57,7 +57,7 @@ def default_group() -> dist.ProcessGroup:
     Raises:
         NotInitializedError: there is none.
     """
-    group = dist.group.WORLD if is_initialized() else None
+    group = current_world()
     if group is None:
         raise NotInitializedError("there is no process group: call torch.distributed.init_process_group() first")
     return group

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ds.groups")
 
 LOOK_AFTER = 5.0  # seconds that a rank waits until it asks who waits for whom; doubles every time
-LOOK_AGAIN = 0.5  # seconds until a circle is read again
+LOOK_AGAIN = 0.5  # seconds until a cycle is read again
 WARN_AGAIN = 300.0  # seconds between warnings of one wait
 
 
@@ -151,7 +151,7 @@ class Registry:
         Raises:
             NotMetError: some did not come in time.
             PlanMismatchError: they hold different texts.
-            DeadlockError: ranks wait for each other in a circle.
+            DeadlockError: ranks wait for each other in a cycle.
             StoreError: the store cannot be used.
         """
         assert self._store is not None
@@ -300,21 +300,21 @@ class Registry:
             pause *= 2
 
     def _look(self, wait: Wait, waited: float, deadline: float, *, warn: bool) -> Verdict | None:
-        """Say who waits for whom, and end a wait that is part of a circle."""
+        """Say who waits for whom, and end a wait that is part of a cycle."""
         waits = self._waits_of()
         waits.note(wait, long=True)
-        seen, picture, circle = waits.look(wait)
+        seen, picture, cycle = waits.look(wait)
         if not picture[wait.rank][1]:
             return wait.round.verdict()  # the last one came just now
         if warn:
             _log.warning("rank %d waits for %.0f s already\n%s", self.rank, waited, describe(picture, seen))
-        if not circle:
+        if not cycle:
             return None
         verdict = wait.round.wait(min(LOOK_AGAIN, max(0.0, deadline - time.monotonic())))
-        if verdict is not None or not waits.stands(circle):
+        if verdict is not None or not waits.stands(cycle):
             return verdict
-        waiting = {other.rank: picture[other.rank] for other in circle}
-        for other in circle:
+        waiting = {other.rank: picture[other.rank] for other in cycle}
+        for other in cycle:
             other.round.decide({"deadlock": waiting})
         return wait.round.verdict()
 

@@ -1,8 +1,8 @@
-"""`Waits`: which rank waits for which, read from notes in the store; finds ranks that wait in a circle.
+"""`Waits`: which rank waits for which, read from notes in the store; finds ranks that wait in a cycle.
 
 [Note: deadlock] A rank that waits in a round needs every member of it. So if rank 0 needs rank 1, which waits in
-another round that needs rank 0, neither can go on: one circle is a deadlock, whatever else the ranks wait for. The
-notes are not one snapshot, so a circle is read a second time after a pause, and counts if nothing in it has moved.
+another round that needs rank 0, neither can go on: one cycle is a deadlock, whatever else the ranks wait for. The
+notes are not one snapshot, so a cycle is read a second time after a pause, and counts if nothing in it has moved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._meeting import Part, Round, spell
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-READS = 40  # that one look may do; as many again confirm a circle
+READS = 40  # that one look may do; as many again confirm a cycle
 _LISTED = 256  # more members than these are written down only when the wait gets long
 _SHOWN = 8
 
@@ -79,7 +79,7 @@ class Waits:
         """Follow who waits for whom, from this rank on.
 
         Returns:
-            What the ranks on the way wait for; that as a picture; and the waits of a circle, empty if there is none.
+            What the ranks on the way wait for; that as a picture; and the waits of a cycle, empty if there is none.
         """
         seen: dict[int, Wait | None] = {own.rank: own}
         picture: Picture = {}
@@ -101,16 +101,16 @@ class Waits:
                 if rank not in seen and reads > 0:
                     reads -= 1
                     found = seen[rank] = self.read(rank)
-                    circle = follow([*path, found]) if found is not None else []
-                    if circle:
-                        return circle
+                    cycle = follow([*path, found]) if found is not None else []
+                    if cycle:
+                        return cycle
             return []
 
         return seen, picture, follow([own])
 
-    def stands(self, circle: Sequence[Wait]) -> bool:
-        """Whether each rank of the circle waits as before for the next one."""
-        for wait, following in zip(circle, [*circle[1:], circle[0]], strict=True):
+    def stands(self, cycle: Sequence[Wait]) -> bool:
+        """Whether each rank of the cycle waits as before for the next one."""
+        for wait, following in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
             now = wait if wait.rank == self._rank else self.read(wait.rank)
             if now is None or now.round.base != wait.round.base:
                 return False

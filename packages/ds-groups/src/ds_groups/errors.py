@@ -64,7 +64,7 @@ class GroupCreationError(GroupsError, RuntimeError):
 
 
 class DeadlockError(GroupCreationError):
-    """Ranks wait for each other in a circle. Raised on every rank that waits where the circle passes.
+    """Ranks wait for each other in a cycle. Raised on every rank that waits where the cycle passes.
 
     Attributes:
         waits: rank -> (what it waits for, the ranks that it waits for).
