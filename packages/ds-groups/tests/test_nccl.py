@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ds_groups import GroupOptions, ParallelTopology, StaleGroupsError, parallel_state as groups
+from ds_groups import GroupOptions, ParallelTopology, StaleGroupsError, from_mesh, parallel_state as groups
 from ranks import run_ranks
 
 WORLD = min(torch.cuda.device_count(), 4)
@@ -160,3 +160,39 @@ def broken_off(rank, folder, bound):
 def test_abort_and_bind_again(tmp_path, bound):
     answers = run_ranks(broken_off, WORLD, str(tmp_path), bound, init=False, timeout=120)
     assert answers == [expected(rank)[0] for rank in range(WORLD)]
+
+
+def meshes(rank, folder, bound):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    start(rank, folder, bound, "nccl")
+    turns = []
+    for _ in range(2):
+        plan = ParallelTopology(WORLD, dp_shard=1).bind(timeout=60)
+        mesh = plan.to_device_mesh("dp_replicate", "dp_shard")
+        assert mesh.device_type == "cuda"
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4).cuda()
+        eager = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+        torch.nn.functional.linear(torch.ones(2, 4, device="cuda"), *eager).sum().backward()
+        fully_shard(layer, mesh=mesh)
+        layer(torch.ones(2, 4, device="cuda")).sum().backward()
+        for parameter, reference in zip(layer.parameters(), eager, strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad)
+        rows = torch.arange(4.0 * WORLD).reshape(WORLD, 4).cuda()
+        tensor = distribute_tensor(rows, plan.to_device_mesh("dp"), [Shard(0)])
+        torch.testing.assert_close((tensor * 2).full_tensor(), rows * 2)
+        turns.append(total(rank, mesh._flatten("loss").get_group()))
+        assert from_mesh(mesh).group("dp_replicate") is mesh.get_group("dp_replicate")
+        torch.cuda.synchronize()
+        dist.barrier()
+        plan.close()
+    dist.destroy_process_group()
+    return turns
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_meshes(tmp_path, bound):
+    whole = sum(10.0**member for member in range(WORLD))
+    assert run_ranks(meshes, WORLD, str(tmp_path), bound, init=False, timeout=100) == [[whole, whole]] * WORLD
