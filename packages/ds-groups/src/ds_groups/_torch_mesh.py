@@ -319,7 +319,11 @@ def _unsupported(mesh: DeviceMesh, what: str) -> UnsupportedTorchError:
 
 def _make_layout(dims: Sequence[Sequence[Factor]]) -> Any:
     shapes = [tuple(size for size, _ in reversed(factors)) or (1,) for factors in dims]
-    strides = [tuple(stride for _, stride in reversed(factors)) or (1,) for factors in dims]
+    strides: list[tuple[int, ...]] = []
+    below = 1  # a dimension of one rank has the stride that a tensor's would have, by which PyTorch compares meshes
+    for factors in reversed(dims):
+        strides.insert(0, tuple(stride for _, stride in reversed(factors)) or (below,))
+        below = factors[-1].size * factors[-1].stride if factors else below
     layouts: Any = _mesh_layout
     if hasattr(layouts, "_FlatLayout"):
         return layouts._MeshLayout([layouts._FlatLayout(*pair) for pair in zip(shapes, strides, strict=True)])
