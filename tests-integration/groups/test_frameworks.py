@@ -136,3 +136,55 @@ def test_torchtitan(fake_world, world, backend):
             compared.add(name)
             assert tuple(mesh.mesh.flatten().tolist()) == topology.ranks(axis, 0), (sizes, name)
     assert compared >= {"pp", "dp_replicate", "cp", "tp", "ep", "efsdp"}
+
+
+def answers_of(found, rank):
+    """Groups as their global ranks."""
+    if isinstance(found, dist.ProcessGroup):
+        return sorted(dist.get_process_group_ranks(found))
+    return sorted(found) if isinstance(found, list) else found
+
+
+@pytest.mark.parametrize("rank", [0, 5, 15])
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 2, "cp": 2, "pp": 2, "ep": 2, "etp": 1}, {"tp": 4, "ep": 2}, {"cp": 2, "pp": 4}], ids=str
+)
+def test_mpu_and_collection_answer_as_megatron(rank, sizes):
+    """Every getter that both have, after Megatron's own `initialize_model_parallel` over a fake process group."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    dist.init_process_group("fake", rank=rank, world_size=16, store=FakeStore())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=sizes.get("tp", 1),
+                pipeline_model_parallel_size=sizes.get("pp", 1),
+                context_parallel_size=sizes.get("cp", 1),
+                expert_model_parallel_size=sizes.get("ep", 1),
+                expert_tensor_parallel_size=sizes.get("etp"),
+                create_gloo_process_groups=False,
+            )
+        bound = megatron(16, **sizes).bind()
+        mpu, ours = bound.as_mpu(), bound.as_process_group_collection()
+        compared = 0
+        for name, getter in vars(parallel_state).items():
+            if name.startswith(("get_", "is_pipeline")) and name in dir(mpu):
+                if not name.endswith(("_group", "_rank", "_world_size", "_ranks", "_stage")):
+                    continue
+                try:
+                    theirs = getter()
+                except (AssertionError, TypeError):  # not initialized by it, or wants arguments
+                    continue
+                compared += 1
+                assert answers_of(getattr(mpu, name)(), rank) == answers_of(theirs, rank), name
+        assert compared > 25
+        collection = ProcessGroupCollection.use_mpu_process_groups()
+        for name in dir(ours):
+            theirs = getattr(collection, name, None)
+            if theirs is not None and theirs is not dist.GroupMember.NON_GROUP_MEMBER:
+                assert answers_of(getattr(ours, name), rank) == answers_of(theirs, rank), name
+        bound.close()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
