@@ -7,6 +7,8 @@ differ in these digits only. An axis holds digits of one view at most, and digit
 
 [Note: span] The place of a rank in the grid is its *position*, 0 to n - 1; ``span[position]`` is the rank. The span is
 ``range(n)``, another range (an offset), or any order of any ranks.
+
+This file is one class, longer than most: what users call on a layout, half of it docstrings.
 """
 
 from __future__ import annotations
