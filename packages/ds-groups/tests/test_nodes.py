@@ -58,7 +58,7 @@ def test_random_grids():
 
 
 def test_groups_that_are_no_moved_copies_are_counted_one_by_one():
-    grid = RankGrid({"tp": 6, "dp": 4}).view(ep=8, edp=3)
+    grid = RankGrid({"tp": 6, "dp": 4}).view(over=("dp", "tp"), ep=3, edp=8)
     assert grid.axis("ep").factors is None
     assert spread(grid, "ep", 4) == count_one_by_one(grid, "ep", 4)
 

@@ -43,6 +43,7 @@ class Axis:
     Attributes:
         name: as it was asked for.
         size: ranks in a group.
+        digits: names of its digits, however the axis was spelled.
         key: a short text. Axes of equal keys have the same groups, also in other grids of the same world.
 
     Args:
@@ -66,6 +67,7 @@ class Axis:
     ) -> None:
         self.name = name
         self.size = prod(digit.size for digit in (*base, *turned))
+        self.digits = frozenset(digit.name for digit in (*base, *turned))
         self._grid, self._base, self._over, self._turned = grid, base, over, turned
         self._count = len(grid.span)
         strides = [source.stride for source, _ in over]

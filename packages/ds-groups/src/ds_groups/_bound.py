@@ -17,7 +17,6 @@ from ._collection import ProcessGroupCollection
 from ._grid import AxisName, RankGrid
 from ._mesh import build_mesh, take_mesh
 from ._mpu_view import ModelParallelUnit
-from ._names import parse_axis
 from ._options import GroupOptions, Settings, seconds, settings_of
 from ._pool import GroupPool
 from .errors import RankRangeError, StaleGroupsError, TopologyError
@@ -87,8 +86,7 @@ class BoundTopology:
         for name, options in (axes or {}).items():
             if not isinstance(options, GroupOptions):
                 raise TopologyError(f"axes[{name!r}] must be a GroupOptions, got {options!r}")
-            topology.axis(name)
-            atoms = _atoms(topology, name)
+            atoms = topology.axis(name).digits
             if atoms in self._settings:
                 raise TopologyError(f"axes[{name!r}] names an axis a second time, in another spelling")
             self._settings[atoms] = settings = _checked(options.over(base), f"axes[{name!r}]: ")
@@ -128,7 +126,7 @@ class BoundTopology:
             TopologyError: no such axis.
         """
         found = self.topology.axis(axis)
-        return self._get(found, found.name, _atoms(self.topology, axis))
+        return self._get(found, found.name, found.digits)
 
     def group_of(self, partition: Partition, name: str) -> dist.ProcessGroup:
         """The process group of this rank in groups that are no axis of the plan, made on first use.
@@ -156,7 +154,7 @@ class BoundTopology:
         """
         names: dict[tuple[str, str], AxisName] = {}  # (groups, options) -> the first name for them
         for name in axes or (*self.topology.axes_in_use(), *self._with_options):
-            settings = self._settings.get(_atoms(self.topology, name), self._pool.settings)
+            settings = self._settings.get(self.topology.axis(name).digits, self._pool.settings)
             options = json.dumps(settings.as_dict(), sort_keys=True)  # in the same order on every rank
             if self.topology.size(name) > 1:
                 names.setdefault((self.topology.axis(name).key, options), name)
@@ -302,12 +300,6 @@ def _checked(options: GroupOptions, where: str) -> Settings:
     settings = settings_of(options, where)
     _c10d.check_settings(settings, where)
     return settings
-
-
-def _atoms(topology: RankGrid, axis: AxisName) -> frozenset[str]:
-    """The digits of an axis, however it is spelled."""
-    parts = parse_axis(axis if isinstance(axis, str) else tuple(axis), topology.names)
-    return frozenset(atom for part in parts for atom in topology.aliases.get(part, (part,)))
 
 
 def _plan_of(topology: RankGrid) -> dict[str, object]:

@@ -99,7 +99,14 @@ def refine(digit: Digit, over: Sequence[tuple[Digit, Digit]]) -> list[Factor] | 
     """
     found: list[Factor] = []
     first, last = digit.stride, digit.stride * digit.size
+    joined: list[tuple[Digit, Digit]] = []  # neighbours count as one digit does
     for source, place in over:
+        if joined and source.stride == joined[-1][0].stride * joined[-1][0].size:
+            size = joined[-1][0].size * source.size
+            joined[-1] = (joined[-1][0]._replace(size=size), joined[-1][1]._replace(size=size))
+        else:
+            joined.append((source, place))
+    for source, place in joined:
         low, high = max(first, place.stride), min(last, place.stride * place.size)
         if low < high:
             end = place.stride * place.size

@@ -345,10 +345,6 @@ class RankGrid:
         order = getattr(self, "order", "-".join(digit.name for digit in self.digits))
         return describe(self, axes, order, max_groups)
 
-    def default_axes(self) -> tuple[str, ...]:
-        """The grid's own axes with more than one rank, the slowest first: the dimensions of its device mesh."""
-        return tuple(digit.name for digit in reversed(self.digits) if digit.size > 1)
-
     def as_dict(self) -> dict[str, Any]:
         """The grid as JSON can hold it; equal for equal grids."""
         span = self.span

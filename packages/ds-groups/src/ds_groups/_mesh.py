@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ._digits import Factor, complement, offsets
+from ._digits import Factor
 from ._grid import AxisName, RankGrid
 from ._names import parse_axis
 from ._torch_mesh import MeshDim, RootMesh, find_root, make_slice, rank_grid
@@ -59,38 +59,22 @@ def mesh_dims(bound: BoundTopology, axes: Sequence[AxisName], names: Sequence[st
         raise TopologyError(f"names={names} must name each of the axes {tuple(spelled)} once")
     parts = [parse_axis(axis, topology.names) for axis in axes]
     topology.axis(tuple(chain.from_iterable(parts)))  # refuses axes that overlap or cannot be mixed
-    return [
-        MeshDim(name, axis, axis_factors(topology, axis, bound.rank)) for name, axis in zip(chosen, parts, strict=True)
-    ]
+    return [MeshDim(name, axis, axis_factors(topology, axis)) for name, axis in zip(chosen, parts, strict=True)]
 
 
-def axis_factors(topology: RankGrid, axis: tuple[str, ...], rank: int) -> tuple[Factor, ...]:
+def axis_factors(topology: RankGrid, axis: tuple[str, ...]) -> tuple[Factor, ...]:
     """The strides that the positions of the ranks along ``axis`` take, the fastest first.
 
     Raises:
-        RankRangeError: the plan leaves ``rank`` out.
         TopologyError: they take none, as where experts cut into several axes unevenly.
     """
     found = topology.axis(axis)
-    members = [topology.position(member) for member in found.ranks(rank)]
-    steps = [member - members[0] for member in members]
-    factors: list[Factor] = []
-    done = 1
-    while done < len(steps) and steps[done] > 0:
-        size = 1
-        while size * done < len(steps) and steps[size * done] == size * steps[done]:
-            size += 1
-        factors.append(Factor(size, steps[done]))
-        done *= size
-    strided = offsets(factors) == steps
-    if strided and not {digit.name for digit in topology.digits}.issuperset(_digits_of(topology, axis)):
-        strided = _groups(factors, topology) == set(found.table())  # a view may cut elsewhere in another way
-    if not strided:
+    if found.factors is None:
         raise TopologyError(
             f"the ranks along {found.name!r} are no strides of the plan, which is all that a DeviceMesh can hold; "
             "use group() for this axis"
         )
-    return tuple(factors)
+    return found.factors
 
 
 def take_mesh(mesh: DeviceMesh) -> tuple[RankGrid, dict[str, dist.ProcessGroup]]:
@@ -168,16 +152,6 @@ def _default_axes(topology: RankGrid) -> tuple[str, ...]:
         if axis not in axes and topology.size(axis) > 1:
             axes.append(axis)
     return tuple(axes) or ("dp" if whole else names[-1],)
-
-
-def _digits_of(topology: RankGrid, axis: tuple[str, ...]) -> list[str]:
-    return [digit for name in axis for digit in topology.aliases.get(name, (name,))]
-
-
-def _groups(factors: Sequence[Factor], topology: RankGrid) -> set[tuple[int, ...]]:
-    span = topology.span
-    starts = offsets(complement(sorted(factors, key=lambda factor: factor.stride), len(span)))
-    return {tuple(span[start + step] for step in offsets(factors)) for start in starts}
 
 
 def _device_type() -> str:

@@ -259,11 +259,6 @@ class ParallelTopology(RankGrid):
 
         return compare_orders(self, traffic)
 
-    def default_axes(self) -> tuple[str, ...]:
-        """The dense axes with more than one rank, the slowest first: the dimensions of its device mesh."""
-        order = [axis for axis in reversed(self.order.split("-")) if axis != "ep"]
-        return tuple(axis for axis in order if self.size(axis) > 1)
-
     def as_dict(self) -> dict[str, Any]:
         """The topology as JSON can hold it, sizes and options by name; equal for equal topologies."""
         found = super().as_dict()
