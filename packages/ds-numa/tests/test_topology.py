@@ -9,15 +9,36 @@ from ds_numa.errors import TopologyError
 
 FULL = {
     "nodes": {
-        "0": {"cpus": "0-1,4-5", "memory_bytes": 1 << 30, "kind": "cpu", "distances": {"0": 10, "8": 40}},
-        "8": {"cpus": "2-3,6-7", "memory_bytes": None, "kind": "cpu", "distances": {"0": 40, "8": 10}},
-        "9": {"cpus": "", "memory_bytes": 1 << 20, "kind": "hbm", "distances": {}},
+        "0": {
+            "cpus": "0-1,4-5",
+            "memory_bytes": 1 << 30,
+            "kind": "cpu",
+            "distances": {"0": 10, "8": 40},
+            "initiators": [0],
+        },
+        "8": {
+            "cpus": "2-3,6-7",
+            "memory_bytes": None,
+            "kind": "cpu",
+            "distances": {"0": 40, "8": 10},
+            "initiators": [8],
+        },
+        "9": {"cpus": "", "memory_bytes": 1 << 20, "kind": "hbm", "distances": {}, "initiators": [8]},
     },
     "cores": [[0, 4], [1, 5], [2, 6], [3, 7]],
     "allowed": "0-3,5",
     "allowed_memory": "0,8",
-    "gpus": [{"pci": "0000:c1:00.0", "node": 8, "uuid": "GPU-1", "memory_node": None, "model": "X"}],
+    "gpus": [
+        {"pci": "0000:c1:00.0", "node": 8, "uuid": "GPU-1", "memory_node": None, "model": "X"}
+        | {"vendor": "nvidia", "usable": True}
+    ],
     "numa": True,
+    "sockets": ["0-1,4-5", "2-3,6-7"],
+    "l3": ["0-1,4-5", "2-3,6-7"],
+    "core_classes": ["0-1,4-5", "2-3,6-7"],
+    "nics": [{"pci": "0000:c2:00.0", "node": 8, "names": ["mlx5_0", "ib0"], "kind": "infiniband"}],
+    "visible": ["0000:c1:00.0"],
+    "cpu_quota": 1.5,
 }
 
 
@@ -27,6 +48,7 @@ def test_a_description_survives_json() -> None:
     assert Topology.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
     assert machine.gpus == (Gpu("0000:c1:00.0", 8, "GPU-1", None, "X"),)
     assert machine.node(8).cpus == (2, 3, 6, 7)
+    assert (machine.sockets_of(8), machine.sockets_of(9)) == ((1,), (0, 1))
     assert (machine.distance(0, 8), machine.distance(9, 9), machine.distance(9, 0)) == (40, 10, 20)
 
 

@@ -28,7 +28,7 @@ from ds_numa.numactl import (
     parse_range_list,
 )
 from ds_numa.plan import Binding, Plan, plan_binding
-from ds_numa.topology import Gpu, Node, Topology
+from ds_numa.topology import Gpu, Nic, Node, Topology, probe
 
 __all__ = [
     "AffinityConflictError",
@@ -37,6 +37,7 @@ __all__ = [
     "CoreListError",
     "Gpu",
     "GpuLookupError",
+    "Nic",
     "Node",
     "NotEnoughCoresError",
     "NumaError",
@@ -56,6 +57,7 @@ __all__ = [
     "parse_range",
     "parse_range_list",
     "plan_binding",
+    "probe",
     "visible_gpus",
 ]
 

@@ -1,8 +1,9 @@
-"""What a machine looks like: NUMA nodes, physical cores, GPUs, and which CPUs this process may use.
+"""What a machine looks like: sockets, NUMA nodes, caches, cores, devices, and which CPUs this process may use.
 
 [Note: words] A *CPU* is what the kernel numbers: one hardware thread. A *core* is a physical core, with one CPU or,
 under SMT, several sibling CPUs. A *node* is a NUMA node; its id need not be dense (0, 8), it may have no CPUs
-(high-bandwidth memory, GPU memory, memory expanders) and, rarely, no memory.
+(high-bandwidth memory, GPU memory, memory expanders) and, rarely, no memory. A *socket* is a physical package; it holds
+one node or several, and a node may hold several sockets. An *L3* is the set of CPUs that share one last-level cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, Literal, get_args
 from ds_numa._ranges import format_ranges, parse_range_list
 from ds_numa.errors import CoreListError, TopologyError
 
-NodeKind = Literal["cpu", "hbm", "gpu", "empty", "unknown"]
+NodeKind = Literal["cpu", "hbm", "gpu", "cxl", "ram", "empty", "unknown"]
+Vendor = Literal["nvidia", "amd", "intel"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,11 @@ class Node:
         id: the kernel's number of it.
         cpus: its online CPUs, allowed or not.
         memory_bytes: size of its memory, or None when the kernel does not say.
-        kind: ``cpu`` has CPUs; of those without, ``hbm`` is high-bandwidth memory, ``gpu`` a GPU's own memory,
-            ``empty`` has no memory either, and ``unknown`` is whatever nothing on the machine tells apart.
+        kind: ``cpu`` has CPUs; of those without, ``hbm`` is high-bandwidth memory, ``gpu`` a GPU's own memory, ``cxl``
+            a memory expander, ``ram`` ordinary memory whose CPUs are offline or absent, ``empty`` has no memory either,
+            and ``unknown`` is whatever nothing on the machine tells apart.
         distances: the kernel's distance to other nodes by id; 10 is local.
+        initiators: the nodes that firmware names as nearest to this node's memory; empty where it names none.
     """
 
     id: int
@@ -36,6 +40,7 @@ class Node:
     memory_bytes: int | None = None
     kind: NodeKind = "cpu"
     distances: Mapping[int, int] = field(default_factory=dict, hash=False)
+    initiators: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,11 @@ class Gpu:
     Attributes:
         pci: its PCI address, ``0000:17:00.0``.
         node: the NUMA node that it hangs on, or None when the kernel does not say.
-        uuid: NVIDIA's name of it, or None.
+        uuid: the name that its vendor's runtime knows it by (NVIDIA: ``GPU-...``, AMD: ``GPU-<unique id>``), or None.
         memory_node: the node that its own memory forms (Grace), or None.
         model: the product's name, or None.
+        vendor: who made it; None stands for NVIDIA where there is a uuid, and is unknown where there is none.
+        usable: False for a GPU that is on the bus but that this process was not given (containers, Slurm).
     """
 
     pci: str
@@ -55,6 +62,29 @@ class Gpu:
     uuid: str | None = None
     memory_node: int | None = None
     model: str | None = None
+    vendor: Vendor | None = None
+    usable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.vendor is None and self.uuid is not None:
+            object.__setattr__(self, "vendor", "nvidia")
+
+
+@dataclass(frozen=True)
+class Nic:
+    """One network card.
+
+    Attributes:
+        pci: its PCI address.
+        node: the NUMA node that it hangs on, or None when the kernel does not say.
+        names: its RDMA devices and network interfaces, such as ``("mlx5_0", "ib0")``.
+        kind: ``infiniband``, ``ethernet``, or what else the PCI class says.
+    """
+
+    pci: str
+    node: int | None = None
+    names: tuple[str, ...] = ()
+    kind: str = "ethernet"
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,13 @@ class Topology:
         allowed_memory: the nodes whose memory this process may use, or None for all.
         gpus: in order of their PCI address, which is the order of NVML.
         numa: False where the kernel shows no NUMA nodes; then `nodes` holds one that stands for the machine.
+        sockets: the CPUs of each physical package; empty where the machine does not say.
+        l3: the CPUs that share each last-level cache; empty where the machine does not say.
+        core_classes: the CPUs of each kind of core, the fastest first (P cores, E cores); empty where all are alike.
+        nics: network cards in order of their PCI address.
+        visible: PCI addresses of the GPUs that this process's environment shows, in the order of ``cuda:0``, ``cuda:1``
+            and so on; None where no environment was read (a described machine): then `gpus` that are usable, in order.
+        cpu_quota: how many CPUs' worth of time the cgroup grants this process, such as 1.5; None without a quota.
     """
 
     nodes: tuple[Node, ...]
@@ -76,6 +113,12 @@ class Topology:
     allowed_memory: tuple[int, ...] | None = None
     gpus: tuple[Gpu, ...] = ()
     numa: bool = True
+    sockets: tuple[tuple[int, ...], ...] = ()
+    l3: tuple[tuple[int, ...], ...] = ()
+    core_classes: tuple[tuple[int, ...], ...] = ()
+    nics: tuple[Nic, ...] = ()
+    visible: tuple[str, ...] | None = None
+    cpu_quota: float | None = None
 
     def __post_init__(self) -> None:
         cpus = [cpu for core in self.cores for cpu in core]
@@ -101,6 +144,10 @@ class Topology:
                     f"node {node.id} is of kind {node.kind!r} and has CPUs ({format_ranges(node.cpus)}): "
                     f"kind is 'cpu' with CPUs and one of {get_args(NodeKind)[1:]} without"
                 )
+        for name, groups in (("sockets", self.sockets), ("l3", self.l3), ("core_classes", self.core_classes)):
+            grouped = [cpu for group in groups for cpu in group]
+            if len(grouped) != len(set(grouped)) or not set(grouped) <= set(cpus):
+                raise TopologyError(f"{name} = {groups} must hold CPUs of cores, each at most once")
 
     @classmethod
     def here(cls) -> Topology:
@@ -159,6 +206,7 @@ class Topology:
                 "memory_bytes": node.memory_bytes,
                 "kind": node.kind,
                 "distances": {str(other): distance for other, distance in node.distances.items()},
+                "initiators": list(node.initiators),
             }
             for node in self.nodes
         }
@@ -169,6 +217,12 @@ class Topology:
             "allowed_memory": None if self.allowed_memory is None else format_ranges(self.allowed_memory),
             "gpus": [vars(gpu).copy() for gpu in self.gpus],
             "numa": self.numa,
+            "sockets": [format_ranges(group) for group in self.sockets],
+            "l3": [format_ranges(group) for group in self.l3],
+            "core_classes": [format_ranges(group) for group in self.core_classes],
+            "nics": [vars(nic) | {"names": list(nic.names)} for nic in self.nics],
+            "visible": None if self.visible is None else list(self.visible),
+            "cpu_quota": self.cpu_quota,
         }
 
     def node(self, node_id: int) -> Node:
@@ -181,6 +235,18 @@ class Topology:
             if node.id == node_id:
                 return node
         raise TopologyError(f"node_id = {node_id} is no node here: there are {[node.id for node in self.nodes]}")
+
+    def sockets_of(self, node_id: int) -> tuple[int, ...]:
+        """Which `sockets` (by index) hold CPUs of this node; for a node without CPUs, those of its nearest nodes.
+
+        Empty where the machine does not tell its sockets.
+        """
+        cpus = set(self.node(node_id).cpus)
+        if not cpus:
+            others = [node for node in self.nodes if node.cpus]
+            reach = min((self.distance(node_id, node.id) for node in others), default=0)
+            cpus = {cpu for node in others if self.distance(node_id, node.id) == reach for cpu in node.cpus}
+        return tuple(i for i, socket in enumerate(self.sockets) if not cpus.isdisjoint(socket))
 
     def distance(self, a: int, b: int) -> int:
         """The kernel's distance between two nodes: 10 for a node to itself, and 20 where the kernel gives none."""
@@ -198,6 +264,7 @@ def _from_dict(data: Mapping[str, Any]) -> Topology:
                 memory_bytes=entry.get("memory_bytes"),
                 kind=entry.get("kind") or ("cpu" if cpus else "unknown"),
                 distances={int(other): int(distance) for other, distance in (entry.get("distances") or {}).items()},
+                initiators=_numbers(entry.get("initiators")),
             )
         )
     nodes.sort(key=lambda node: node.id)
@@ -211,10 +278,32 @@ def _from_dict(data: Mapping[str, Any]) -> Topology:
         allowed_memory=None if allowed_memory is None else _numbers(allowed_memory),
         gpus=tuple(Gpu(**gpu) for gpu in data.get("gpus") or ()),
         numa=bool(data.get("numa", True)),
+        sockets=_groups(data, "sockets"),
+        l3=_groups(data, "l3"),
+        core_classes=_groups(data, "core_classes"),
+        nics=tuple(Nic(**nic | {"names": tuple(nic.get("names") or ())}) for nic in data.get("nics") or ()),
+        visible=None if data.get("visible") is None else tuple(data["visible"]),
+        cpu_quota=data.get("cpu_quota"),
     )
+
+
+def _groups(data: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_numbers(group) for group in data.get(name) or ())
 
 
 def _numbers(value: str | Iterable[int] | None) -> tuple[int, ...]:
     if isinstance(value, str):
         return tuple(parse_range_list(value)) if value.strip() else ()
     return tuple(sorted(int(number) for number in value or ()))
+
+
+def probe(root: str | Path = "/") -> Topology:
+    """Read a machine: the one that this process runs on, or one whose ``sys`` and ``proc`` trees were copied.
+
+    Args:
+        root: ``"/"`` for this machine, limited to what this process may use; else the folder that holds the trees.
+
+    Raises:
+        TopologyError: there is no ``sys/devices/system/cpu`` below `root`, or nothing allowed is online.
+    """
+    return Topology.here() if Path(root) == Path("/") else Topology.from_sysfs(root)
