@@ -5,7 +5,7 @@ Source: kernel Documentation/admin-guide/cputopology.rst and Documentation/ABI/t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ds_numa._files import Tree
 from ds_numa._ranges import format_ranges
@@ -38,54 +38,73 @@ def read_cores(tree: Tree, online: Sequence[int]) -> Groups:
             (topology + "core_cpus_list", topology + "core_cpus"),
             (topology + "thread_siblings_list", topology + "thread_siblings"),
         )
-        core = left.intersection(siblings or ()) | {cpu}
-        left -= core
-        cores.append(tuple(sorted(core)))
+        core = [sibling for sibling in siblings or () if sibling in left]
+        if cpu not in core:
+            core = sorted([*core, cpu])
+        left.difference_update(core)
+        cores.append(tuple(core))
     return tuple(cores)
 
 
-def split_cores(cores: Groups, place: Callable[[int], object], notes: list[str]) -> Groups:
-    """Take apart cores whose CPUs are in several places (nodes and sockets), which no real core is."""
+def split_cores(cores: Groups, groups: Iterable[Iterable[int]], notes: list[str]) -> Groups:
+    """Take apart cores whose CPUs are in different groups (nodes and sockets), which no real core is."""
+    places: dict[int, tuple[int, ...]] = {}
+    for number, group in enumerate(groups):
+        for cpu in group:
+            places[cpu] = (*places.get(cpu, ()), number)
     kept: list[tuple[int, ...]] = []
     wrong = []
     for core in cores:
-        parts: dict[object, list[int]] = {}
-        for cpu in core:
-            parts.setdefault(place(cpu), []).append(cpu)
-        kept += [tuple(part) for part in parts.values()]
-        if len(parts) > 1:
-            wrong.append(format_ranges(core))
+        where = [places.get(cpu) for cpu in core]
+        if where.count(where[0]) == len(where):
+            kept.append(core)
+            continue
+        kept += [tuple(cpu for cpu in core if places.get(cpu) == place) for place in set(where)]
+        wrong.append(format_ranges(core))
     if wrong:
         more = f" (and {len(wrong) - 1} more cores like it)" if len(wrong) > 1 else ""
         notes.append(f"CPUs {wrong[0]} are siblings that lie on several nodes or sockets{more}: each part is a core")
     return tuple(sorted(kept))
 
 
-def read_sockets(tree: Tree, cores: Groups, notes: list[str]) -> Groups:
-    """The online CPUs of each physical package; none where the kernel does not tell them all."""
+def read_sockets(tree: Tree, cores: Groups, l3: Groups, notes: list[str]) -> Groups:
+    """The online CPUs of each physical package; none where the kernel does not tell them all.
+
+    Reading one file for each core would take most of the time on a large machine. So a whole package is taken from the
+    kernel's list of it or, in a copy without these lists, a whole cache's CPUs where its first and its last CPU agree.
+    """
+    caches = {cpu: group for group in l3 for cpu in group}
     packages: dict[int, set[int]] = {}
     told: set[int] = set()
     lists = True
     for core in cores:
         if core[0] in told:
             continue
-        for cpu in core:  # one readable file is enough for a core
-            topology = f"{FOLDER}/cpu{cpu}/topology/"
-            package = tree.number(topology + "physical_package_id")
-            if package is not None and package >= 0:
-                break
-        else:
+        found = next(((cpu, package) for cpu in core if (package := _package(tree, cpu)) is not None), None)
+        if found is None:
             continue
-        # One list tells the whole package, which saves reading a file for each core.
-        mates = (lists or None) and tree.cpus(
-            (topology + "package_cpus_list", topology + "package_cpus"),
-            (topology + "core_siblings_list", topology + "core_siblings"),
-        )
-        lists = mates is not None
-        members = {*core, *(mates or ())} - told
+        cpu, package = found
+        members = {*core}
+        if lists:
+            topology = f"{FOLDER}/cpu{cpu}/topology/"
+            mates = tree.cpus(
+                (topology + "package_cpus_list", topology + "package_cpus"),
+                (topology + "core_siblings_list", topology + "core_siblings"),
+            )
+            lists = mates is not None
+            members.update(mates or ())
+        cache = caches.get(cpu, core)
+        if not lists and len(cache) > len(core) and _package(tree, cache[-1]) == package:
+            members.update(cache)
+        members -= told
         packages.setdefault(package, set()).update(members)
         told |= members
     return _complete([packages[key] for key in sorted(packages)], cores, "sockets", notes)
+
+
+def _package(tree: Tree, cpu: int) -> int | None:
+    package = tree.number(f"{FOLDER}/cpu{cpu}/topology/physical_package_id")
+    return None if package is None or package < 0 else package
 
 
 def read_l3(tree: Tree, cores: Groups, notes: list[str]) -> Groups:

@@ -44,10 +44,10 @@ class Tree:
             self.fault(path, f"cannot be read ({errno.errorcode.get(error.errno or 0, '?')})")
             return None
         try:
-            raw = chunk = os.read(handle, 1 << 16)
-            while len(chunk) >= 4000:  # the kernel gives long files in pieces of up to a page
-                chunk = os.read(handle, 1 << 16)
-                raw += chunk
+            raw = os.read(handle, 4096)
+            if len(raw) > 3000:  # the kernel gives long files in pieces of up to a page
+                while chunk := os.read(handle, 1 << 16):
+                    raw += chunk
         except OSError as error:
             self.fault(path, f"cannot be read ({errno.errorcode.get(error.errno or 0, '?')})")
             return None
@@ -132,15 +132,18 @@ def parse_list(text: str) -> list[int]:
     >>> parse_list("0-2,8"), parse_list("")
     ([0, 1, 2, 8], [])
     """
-    found: set[int] = set()
+    found: list[int] = []
     for part in text.split(",") if text else ():
         first, dash, last = part.partition("-")
         start = int(first)
         end = int(last) if dash else start
         if not 0 <= start <= end <= _HIGHEST:
             raise ValueError(part)
-        found.update(range(start, end + 1))
-    return sorted(found)
+        if dash:
+            found.extend(range(start, end + 1))
+        else:
+            found.append(start)
+    return sorted(set(found)) if len(found) > 1 else found
 
 
 def parse_mask(text: str) -> list[int]:

@@ -44,14 +44,14 @@ def read_sysfs(
     nodes = read_nodes(tree, online, notes)
     shown = nodes or (Node(0, tuple(online)),)
     cores = read_cores(tree, online)
-    sockets = read_sockets(tree, cores, notes)
-    cores = _split(cores, shown, sockets, notes)
+    l3 = read_l3(tree, cores, notes)
+    sockets = read_sockets(tree, cores, l3, notes)
+    cores = split_cores(cores, [*(node.cpus for node in shown), *sockets], notes)
     with_cpus = [node.id for node in shown if node.cpus]
     bus = place_alone(read_bus(tree), with_cpus, {node.id for node in shown}, notes)
     owned = {*gpu_memory, *(gpu.memory_node for gpu in bus.gpus if gpu.memory_node is not None)}
     offline = read_offline(tree, online) if any(node.kind == "unknown" for node in nodes) else []
     nodes = classify_memory(tree, nodes, owned, offline, notes)
-    l3 = read_l3(tree, cores, notes)
     classes = read_core_classes(tree, cores, notes)
     quota = read_quota(tree)
     allowed_memory = memory if allowed_memory is None else allowed_memory
@@ -86,16 +86,3 @@ def _choose_allowed(mask: list[int] | None, online: list[int], cpuset: list[int]
         wanted = format_ranges(mask)
         raise TopologyError(f"allowed = {wanted!r} holds no online CPU: allow some of {format_ranges(online)}")
     return usable
-
-
-def _split(
-    cores: tuple[tuple[int, ...], ...],
-    nodes: tuple[Node, ...],
-    sockets: tuple[tuple[int, ...], ...],
-    notes: list[str],
-) -> tuple[tuple[int, ...], ...]:
-    homes: dict[int, list[int]] = {}
-    for group in (*(node.cpus for node in nodes), *sockets):
-        for cpu in group:
-            homes.setdefault(cpu, []).append(id(group))
-    return split_cores(cores, lambda cpu: tuple(homes.get(cpu, ())), notes)
