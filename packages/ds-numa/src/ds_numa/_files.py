@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 _HIGHEST = (1 << 16) - 1  # far above any CPU or node; keeps garbage from filling the memory
 
@@ -30,7 +31,7 @@ class Tree:
 
     def fault(self, path: str, reason: str) -> None:
         """Remember that a file tells nothing; files whose paths differ in digits alone are of one kind."""
-        kind = "".join("#" if letter.isdigit() else letter for letter in path)
+        kind = re.sub(r"\d+", "#", path)
         self._faults.setdefault((kind, reason), []).append(path)
 
     def text(self, path: str) -> str | None:
