@@ -27,7 +27,7 @@ def read_nodes(tree: Tree, online: Iterable[int], notes: list[str]) -> tuple[Nod
     ids = tree.ids(FOLDER, "node")
     # The file `distance` has one column for each online node, in order of their ids, which may be sparse.
     columns = tree.numbers(f"{FOLDER}/online") or ids
-    nodes = []
+    nodes: list[Node] = []
     untold = []
     for node_id in ids:
         folder = f"{FOLDER}/node{node_id}"
