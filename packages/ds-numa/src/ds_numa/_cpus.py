@@ -34,9 +34,9 @@ def read_cores(tree: Tree, online: Sequence[int]) -> Groups:
         if cpu not in left:
             continue
         topology = f"{FOLDER}/cpu{cpu}/topology/"
-        siblings = tree.cpus(
-            (topology + "core_cpus_list", topology + "core_cpus"),
+        siblings = tree.numbers(topology + "core_cpus_list") or tree.cpus(
             (topology + "thread_siblings_list", topology + "thread_siblings"),
+            (topology + "core_cpus_list", topology + "core_cpus"),
         )
         core = [sibling for sibling in siblings or () if sibling in left]
         if cpu not in core:

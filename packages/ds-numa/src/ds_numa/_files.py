@@ -133,18 +133,23 @@ def parse_list(text: str) -> list[int]:
     >>> parse_list("0-2,8"), parse_list("")
     ([0, 1, 2, 8], [])
     """
+    if not text:
+        return []
     found: list[int] = []
-    for part in text.split(",") if text else ():
-        first, dash, last = part.partition("-")
-        start = int(first)
-        end = int(last) if dash else start
+    for part in text.split(","):
+        if part.isdecimal():
+            found.append(int(part))
+            continue
+        first, _, last = part.partition("-")
+        start, end = int(first), int(last)
         if not 0 <= start <= end <= _HIGHEST:
             raise ValueError(part)
-        if dash:
-            found.extend(range(start, end + 1))
-        else:
-            found.append(start)
-    return sorted(set(found)) if len(found) > 1 else found
+        found += range(start, end + 1)
+    if len(found) > 1:
+        found = sorted(set(found))
+    if found[-1] > _HIGHEST:
+        raise ValueError(text)
+    return found
 
 
 def parse_mask(text: str) -> list[int]:
