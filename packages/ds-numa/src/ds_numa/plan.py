@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from ds_numa._assign import Mode, assign
@@ -183,14 +184,13 @@ def plan_binding(
     limit = _thread_limit(topology, num_local_procs, notes)
     bindings = []
     for rank, share in enumerate(shares):
-        cpus = tuple(sorted(cpu for core in share for cpu in core.cpus))
+        cpus = tuple(sorted(chain.from_iterable([core.cpus for core in share])))
         mine = set(cpus)
         num_cores = len({core.number for core in share})
         nodes = tuple(node.id for node in topology.nodes if not mine.isdisjoint(node.cpus))
         bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limit))
-    dealt = {cpu for binding in bindings for cpu in binding.cpus}
-    idle = tuple(cpu for cpu in topology.allowed if cpu not in dealt)
-    return Plan(tuple(bindings), (*notes, *chooser.notes()), idle)
+    idle = set(topology.allowed).difference(*(binding.cpus for binding in bindings))
+    return Plan(tuple(bindings), (*notes, *chooser.notes()), tuple(sorted(idle)))
 
 
 def select_cpus(topology: Topology, cores: str | Iterable[int] | None, argument: str) -> list[int]:
