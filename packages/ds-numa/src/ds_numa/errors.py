@@ -33,3 +33,7 @@ class GpuLookupError(NumaError):
 
 class AffinityConflictError(NumaError):
     """An environment variable makes another library pin threads as well."""
+
+
+class MissingDependencyError(NumaError, ImportError):
+    """An optional package is not installed; the message says which."""

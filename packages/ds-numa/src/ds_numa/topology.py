@@ -11,10 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
 from ds_numa._ranges import format_ranges, parse_range_list
 from ds_numa.errors import CoreListError, TopologyError
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.figure import Figure
+
+    from ds_numa.plan import Plan
 
 NodeKind = Literal["cpu", "hbm", "gpu", "cxl", "ram", "empty", "unknown"]
 Vendor = Literal["nvidia", "amd", "intel"]
@@ -224,6 +231,42 @@ class Topology:
             "visible": None if self.visible is None else list(self.visible),
             "cpu_quota": self.cpu_quota,
         }
+
+    def show(self, plan: Plan | None = None, *, file: TextIO | None = None) -> None:
+        """Print the machine as a drawing of characters, a character for each core; in colour on a terminal with rich.
+
+        Args:
+            plan: a plan for this machine: a core shows the rank that has it, and the ranks' bindings stand below.
+            file: where to; standard output when left out.
+
+        >>> Topology.from_dict({"nodes": {"0": {"cpus": "0-3"}, "1": {"cpus": "4-7"}}}).show()
+        2 nodes, 8 cores, 8 CPUs; allowed: CPUs 0-7
+        node 0: CPUs 0-3
+          cores ####
+        node 1: CPUs 4-7
+          cores ####
+        # a core
+        """
+        from ds_numa._draw import show
+
+        show(self, plan, file=file)
+
+    def plot(self, plan: Plan | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the machine with matplotlib: sockets, nodes, caches, cores, GPUs, cards, and the ranks of a plan.
+
+        Args:
+            plan: a plan for this machine: each rank has a colour.
+            path: a file to save it to as well; its ending says the format.
+
+        Returns:
+            The figure.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from ds_numa._plot import plot
+
+        return plot(self, plan, path)
 
     def node(self, node_id: int) -> Node:
         """The node of this id.
