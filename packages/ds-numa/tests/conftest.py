@@ -10,13 +10,31 @@ from typing import Any
 import pytest
 
 Machine = Callable[..., Path]
+# What launchers, OpenMP libraries and GPU runtimes call their variables.
+_SURROUNDINGS = (
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "NODE_RANK",
+        "LOCAL_",
+        "OMPI_",
+        "MPI_",
+        "PMI",
+        "MV2_",
+        "PALS_",
+        "JSM_",
+        "FLUX_",
+        "HOROVOD_",
+    ),
+    *("ALPS_", "SLURM_", "OMP_", "KMP_", "GOMP_", "CUDA_", "HIP_", "ROCR_", "ZE_", "DS_NUMA_"),
+)
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher, no pinning, no GPU choice from the surroundings reaches a test."""
     for name in list(os.environ):
-        if name.startswith(("LOCAL_", "OMPI_", "MPI_", "SLURM_", "KMP_", "GOMP_", "CUDA_", "DS_NUMA_")):
+        if name.startswith(_SURROUNDINGS):
             monkeypatch.delenv(name)
 
 
