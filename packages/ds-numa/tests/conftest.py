@@ -93,3 +93,17 @@ def machine(tmp_path: Path) -> Machine:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def put_process(tmp_path: Path) -> Callable[..., None]:
+    """Write a process into ``tmp_path/proc`` as proc(5) shows it; no environment where it may not be read."""
+
+    def put(pid: int, parent: int, cpus: str, env: Mapping[str, str] | None) -> None:
+        folder = tmp_path / f"proc/{pid}"
+        folder.mkdir(parents=True)
+        (folder / "status").write_text(f"Name:\tx\nPPid:\t{parent}\nCpus_allowed:\tff\nCpus_allowed_list:\t{cpus}\n")
+        if env is not None:
+            (folder / "environ").write_bytes(b"".join(f"{name}={value}\0".encode() for name, value in env.items()))
+
+    return put

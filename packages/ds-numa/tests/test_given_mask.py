@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -141,15 +141,6 @@ def test_one_rank_and_ranks_of_the_caller_are_no_launchers(tmp_path: Path) -> No
     assert find_given_mask(ranks_env("ompi", 1, 2), MACHINE, range(8), 1, 4, root=tmp_path) is None
 
 
-def tree(root: Path, launcher: str, mine: str, env: dict[str, str]) -> None:
-    """This process with `mine`, below a launcher with its own mask."""
-    for pid, parent, cpus, known in ((os.getpid(), 7, mine, env), (7, 1, launcher, {"HOME": "/"})):
-        folder = root / f"proc/{pid}"
-        folder.mkdir(parents=True)
-        (folder / "status").write_text(f"PPid:\t{parent}\nCpus_allowed_list:\t{cpus}\n")
-        (folder / "environ").write_bytes(b"".join(f"{name}={value}\0".encode() for name, value in known.items()))
-
-
 @pytest.mark.parametrize(
     ("kind", "launcher", "ranks", "expected"),
     [
@@ -161,10 +152,16 @@ def tree(root: Path, launcher: str, mine: str, env: dict[str, str]) -> None:
     ],
 )
 def test_the_launchers_mask_is_evidence(
-    tmp_path: Path, kind: str, launcher: str, ranks: int, expected: tuple[int, int] | None
+    tmp_path: Path,
+    put_process: Callable[..., None],
+    kind: str,
+    launcher: str,
+    ranks: int,
+    expected: tuple[int, int] | None,
 ) -> None:
     env = ranks_env(kind, 0, ranks)
-    tree(tmp_path, launcher, "0-7", env)
+    put_process(os.getpid(), 7, "0-7", env)
+    put_process(7, 1, launcher, {"HOME": "/"})
     found = find_given_mask(env, MACHINE, range(8), 0, ranks, root=tmp_path)
     assert (found and (found.sharers, found.index)) == expected
 

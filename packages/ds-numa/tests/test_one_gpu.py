@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ds_numa._one_gpu import gpu_is_shared
-from test_process_tree import put
 
 ENV = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3"}
 
@@ -19,10 +19,10 @@ ENV = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3"}
     ],
 )
 def test_a_choice_that_the_launcher_had_already_is_everybodys(
-    tmp_path: Path, launcher: dict[str, str] | None, shared: bool
+    tmp_path: Path, put_process: Callable[..., None], launcher: dict[str, str] | None, shared: bool
 ) -> None:
-    put(tmp_path, 9, 7, "0-3", ENV)
-    put(tmp_path, 7, 1, "0-3", launcher)
+    put_process(9, 7, "0-3", ENV)
+    put_process(7, 1, "0-3", launcher)
     assert gpu_is_shared(ENV, 1, 2, root=tmp_path, pid=9) is shared
 
 

@@ -1,63 +1,57 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ds_numa._process_tree import find_launcher, read_cpuset
 
 
-def put(root: Path, pid: int, parent: int, cpus: str, env: dict[str, str] | None) -> None:
-    """A process as proc(5) shows it; without an environment where it may not be read."""
-    folder = root / f"proc/{pid}"
-    folder.mkdir(parents=True)
-    (folder / "status").write_text(f"Name:\tx\nPPid:\t{parent}\nCpus_allowed:\tff\nCpus_allowed_list:\t{cpus}\n")
-    if env is not None:
-        (folder / "environ").write_bytes(b"".join(f"{name}={value}\0".encode() for name, value in env.items()))
-
-
+Put = Callable[..., None]
 RANK = {"HOME": "/", "LOCAL_RANK": "1"}
 
 
-def test_the_nearest_process_without_the_variable_launched_this_one(tmp_path: Path) -> None:
-    put(tmp_path, 9, 8, "0-3", RANK)
-    put(tmp_path, 8, 7, "0-3", RANK)  # a wrapper of this rank
-    put(tmp_path, 7, 1, "0-7", {"CUDA_VISIBLE_DEVICES": "3"})
-    put(tmp_path, 1, 0, "0-15", {})
+def test_the_nearest_process_without_the_variable_launched_this_one(tmp_path: Path, put_process: Put) -> None:
+    put_process(9, 8, "0-3", RANK)
+    put_process(8, 7, "0-3", RANK)  # a wrapper of this rank
+    put_process(7, 1, "0-7", {"CUDA_VISIBLE_DEVICES": "3"})
+    put_process(1, 0, "0-15", {})
     found = find_launcher(tmp_path, ["LOCAL_RANK"], 9)
     assert found == (7, tuple(range(8)), {"CUDA_VISIBLE_DEVICES": "3"})
 
 
-def test_a_process_of_somebody_else_is_the_launcher(tmp_path: Path) -> None:
-    put(tmp_path, 9, 7, "0-3", RANK)
-    put(tmp_path, 7, 1, "0-7", None)
+def test_a_process_of_somebody_else_is_the_launcher(tmp_path: Path, put_process: Put) -> None:
+    put_process(9, 7, "0-3", RANK)
+    put_process(7, 1, "0-7", None)
     assert find_launcher(tmp_path, ["LOCAL_RANK"], 9) == (7, tuple(range(8)), None)
 
 
 @pytest.mark.parametrize("own", [{}, None])
-def test_a_rank_that_was_set_after_the_start_tells_nothing(tmp_path: Path, own: dict[str, str] | None) -> None:
-    put(tmp_path, 9, 7, "0-3", own)
-    put(tmp_path, 7, 1, "0-7", {})
+def test_a_rank_that_was_set_after_the_start_tells_nothing(
+    tmp_path: Path, put_process: Put, own: dict[str, str] | None
+) -> None:
+    put_process(9, 7, "0-3", own)
+    put_process(7, 1, "0-7", {})
     assert find_launcher(tmp_path, ["LOCAL_RANK"], 9) is None
 
 
-def test_the_end_of_a_containers_processes(tmp_path: Path) -> None:
-    put(tmp_path, 9, 1, "0-3", RANK)
-    put(tmp_path, 1, 0, "0-3", RANK)
+def test_the_end_of_a_containers_processes(tmp_path: Path, put_process: Put) -> None:
+    put_process(9, 1, "0-3", RANK)
+    put_process(1, 0, "0-3", RANK)
     assert find_launcher(tmp_path, ["LOCAL_RANK"], 9) is None
 
 
-def test_a_circle_ends(tmp_path: Path) -> None:
-    put(tmp_path, 9, 8, "0-3", RANK)
-    put(tmp_path, 8, 9, "0-3", RANK)
+def test_a_circle_ends(tmp_path: Path, put_process: Put) -> None:
+    put_process(9, 8, "0-3", RANK)
+    put_process(8, 9, "0-3", RANK)
     assert find_launcher(tmp_path, ["LOCAL_RANK"], 9) is None
 
 
-def test_a_mask_that_cannot_be_read(tmp_path: Path) -> None:
-    put(tmp_path, 9, 7, "0-3", RANK)
-    put(tmp_path, 7, 1, "what?", {})
+def test_a_mask_that_cannot_be_read(tmp_path: Path, put_process: Put) -> None:
+    put_process(9, 7, "0-3", RANK)
+    put_process(7, 1, "what?", {})
     assert find_launcher(tmp_path, ["LOCAL_RANK"], 9) == (7, None, {})
 
 
