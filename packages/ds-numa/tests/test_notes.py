@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from ds_numa import Binding, Topology
-from ds_numa._notes import environment_notes, library_notes, machine_notes
+from ds_numa._notes import core_notes, environment_notes, gpu_notes, library_notes
 
 TWO_CORES = Binding(0, (0, 1, 8, 9), 2, (0,))
 
@@ -90,6 +90,7 @@ BOX = {
 )
 def test_odd_shares_are_named(cpus: tuple[int, ...], gpu: int | None, words: list[str]) -> None:
     binding = Binding(0, cpus, 2, (cpus[0] // 4,), gpu=None if gpu is None else f"0000:1{gpu}:00.0")
-    notes = machine_notes(Topology.from_dict(BOX), binding)
+    box = Topology.from_dict(BOX)
+    notes = core_notes(box, binding) + gpu_notes(box, binding)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from ds_numa._process_tree import find_launcher, read_cpuset
 
-
 Put = Callable[..., None]
 RANK = {"HOME": "/", "LOCAL_RANK": "1"}
 

@@ -57,25 +57,20 @@ def library_notes(binding: Binding, env: Mapping[str, str], *, set_threads: bool
     return []
 
 
-def machine_notes(topology: Topology, binding: Binding) -> list[str]:
-    """What is odd about this share of this machine."""
-    cpus = set(binding.cpus)
-    notes = []
-    kinds = [len(cpus.intersection(group)) for group in topology.core_classes]
-    if sum(1 for kind in kinds if kind) > 1:
-        notes.append(f"fast and slow cores are mixed ({' + '.join(map(str, kinds))} CPUs, the fastest first)")
+def core_notes(topology: Topology, binding: Binding) -> list[str]:
+    """Fast and slow cores in one share."""
+    kinds = [len(set(binding.cpus).intersection(group)) for group in topology.core_classes]
+    if sum(1 for kind in kinds if kind) < 2:
+        return []
+    return [f"fast and slow cores are mixed ({' + '.join(map(str, kinds))} CPUs, the fastest first)"]
+
+
+def gpu_notes(topology: Topology, binding: Binding) -> list[str]:
+    """A GPU that hangs elsewhere than the CPUs, where no plan chose them."""
     gpu = next((gpu for gpu in topology.gpus if gpu.pci == binding.gpu), None)
-    if gpu is not None and gpu.node is not None and gpu.node not in binding.nodes:
-        sockets = topology.sockets_of(gpu.node) if any(node.id == gpu.node for node in topology.nodes) else ()
-        near = any(not cpus.isdisjoint(topology.sockets[i]) for i in sockets)
-        what = "node" if near or not sockets else "socket"
-        notes.append(
-            f"GPU {gpu.pci} hangs on node {gpu.node}, on another {what} than this rank's CPUs: data crosses over"
-        )
-    limit = getattr(binding, "thread_limit", None)
-    if limit is not None and limit < len(binding.cpus):
-        notes.append(
-            f"a CPU quota grants the time of fewer CPUs than the {len(binding.cpus)} here: at most "
-            f"{binding.omp_num_threads} threads are advised"
-        )
-    return notes
+    if gpu is None or gpu.node is None or gpu.node in binding.nodes:
+        return []
+    sockets = topology.sockets_of(gpu.node) if any(node.id == gpu.node for node in topology.nodes) else ()
+    near = any(not set(binding.cpus).isdisjoint(topology.sockets[i]) for i in sockets)
+    what = "node" if near or not sockets else "socket"
+    return [f"GPU {gpu.pci} hangs on node {gpu.node}, on another {what} than this rank's CPUs: data crosses over"]

@@ -8,20 +8,20 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from ds_numa._affinity import read_mask, read_masks, restore_masks, set_mask
-from ds_numa._given_mask import GivenMask, find_given_mask
-from ds_numa._gpus import visible_gpus
+from ds_numa._assign import Mode
+from ds_numa._devices import UNSET, Devices
+from ds_numa._given_mask import find_given_mask
 from ds_numa._launcher import find_rank
 from ds_numa._mempolicy import read_memory_policy, set_memory_policy
-from ds_numa._notes import environment_notes, library_notes, machine_notes
-from ds_numa._nvml import nvml_mig_parent
-from ds_numa._one_gpu import gpu_is_shared
-from ds_numa._ranges import format_ranges, read_core_list
+from ds_numa._notes import core_notes, environment_notes, library_notes
+from ds_numa._own_share import Options, find_gpus, plan_share
+from ds_numa._ranges import format_ranges
 from ds_numa._report import BindReport, describe_memory
-from ds_numa.errors import BindingError, GpuLookupError, NotEnoughCoresError, RankError, TopologyError
-from ds_numa.plan import Binding, Plan, check_rank, plan_binding
+from ds_numa.errors import BindingError, NotEnoughCoresError, PlanError, RankError, TopologyError
+from ds_numa.plan import Binding, MemoryMode, Plan, check_rank
 from ds_numa.topology import Topology
 
 __all__ = ["MARK", "BindReport", "apply", "bind", "find_gpus"]
@@ -29,7 +29,6 @@ __all__ = ["MARK", "BindReport", "apply", "bind", "find_gpus"]
 logger = logging.getLogger("ds.numa")
 
 MARK = "DS_NUMA_BOUND"  # "<local rank>/<ranks>:<CPUs>", so that binding twice does not cut the share into shares
-_UNSET: Any = object()
 
 
 def apply(
@@ -113,12 +112,12 @@ def bind(
     local_rank: int | None = None,
     num_local_procs: int | None = None,
     *,
-    mode: str = "auto",
-    devices: Sequence[str | None] | Literal["auto"] | None = _UNSET,
-    gpus: Sequence[str | None] | Literal["auto"] | None = _UNSET,
+    mode: Mode = "auto",
+    devices: Devices = "auto",
+    gpus: Devices | Literal["unset"] = UNSET,
     cores: str | Iterable[int] | None = None,
     smt: bool = True,
-    memory: str = "preferred",
+    memory: MemoryMode | Literal["prefer"] = "preferred",
     reserve: int = 0,
     set_omp: bool = False,
     strict: bool = False,
@@ -152,9 +151,10 @@ def bind(
         BindingError: something was refused under `strict`.
     """
     _check_given(local_rank, num_local_procs)
-    if devices is not _UNSET and gpus is not _UNSET:
-        raise GpuLookupError("devices and gpus are two names of one argument: give devices alone")
-    chosen = devices if devices is not _UNSET else gpus if gpus is not _UNSET else "auto"
+    if gpus != UNSET:
+        if devices != "auto":
+            raise PlanError(f"devices = {devices!r} and gpus = {gpus!r} mean the same: give devices= alone")
+        devices = gpus
     found = find_rank(os.environ, local_rank, num_local_procs)
     rank, ranks = found.local_rank, found.num_local_procs
     mask = tuple(read_mask())
@@ -163,106 +163,18 @@ def bind(
     check_rank(rank, ranks)
     if os.environ.get(MARK) == _mark(rank, ranks, mask):
         return _finish(BindReport(rank, mask, notes=(f"it was bound before ({MARK} says so)",)), strict)
-    options: dict[str, Any] = {"cores": cores, "smt": smt, "memory": memory, "mode": mode, "reserve": reserve}
+    options = Options(mode, smt, memory, reserve, cores if cores is None or isinstance(cores, str) else list(cores))
     try:
         topology = Topology.here()
         given = find_given_mask(os.environ, topology, mask, rank, ranks)
-        binding, notes = _plan(topology, rank, ranks, chosen, given, options)
+        binding, notes = plan_share(topology, rank, ranks, devices, options, given)
     except (NotEnoughCoresError, TopologyError) as error:
         return _finish(BindReport(rank, mask, refused=(str(error),)), strict)
     report = apply(binding, set_omp=set_omp, strict=strict)
-    report = replace(report, notes=(*notes, *machine_notes(topology, binding), *report.notes))
+    report = replace(report, notes=(*notes, *core_notes(topology, binding), *report.notes))
     if report.cpus == binding.cpus:  # not if the system refused
         os.environ[MARK] = _mark(rank, ranks, report.cpus)
     return _finish(report, strict)
-
-
-def find_gpus(
-    topology: Topology, num_local_procs: int, local_rank: int | None = None
-) -> tuple[list[str | None] | None, tuple[str, ...]]:
-    """The GPU of each local rank, if rank i uses ``cuda:i``; else None and a note that says why not.
-
-    Where this process sees one GPU of a job of several ranks, that GPU stands at every rank's place: the ranks' own
-    shares of plans made so are disjoint, whichever GPUs the others see.
-    """
-    try:
-        visible = visible_gpus(topology.gpus, os.environ, mig_parent=nvml_mig_parent)
-    except GpuLookupError as error:
-        return None, (f"GPUs are left out: {error}",)
-    if not visible:
-        return None, ()
-    if len(visible) == 1 < num_local_procs:
-        who = "this rank" if local_rank is None else f"rank {local_rank}"
-        return [visible[0].pci] * num_local_procs, (
-            f"{who} of {num_local_procs} sees one GPU, {visible[0].pci}, and is placed by it",
-        )
-    if len(visible) < num_local_procs:
-        return None, (
-            f"GPUs are left out: {num_local_procs} ranks see {len(visible)}, so the others' are unknown: pass devices=",
-        )
-    return [gpu.pci for gpu in visible[:num_local_procs]], ()
-
-
-def _plan(
-    topology: Topology, rank: int, ranks: int, devices: Any, given: GivenMask | None, options: dict[str, Any]
-) -> tuple[Binding, tuple[str, ...]]:
-    """This rank's binding, and what to note about it."""
-    notes: tuple[str, ...] = ()
-    automatic = isinstance(devices, str) and devices == "auto"
-    if automatic:
-        devices, notes = find_gpus(topology, ranks, rank)
-    if given is not None:
-        return _keep(topology, rank, ranks, devices, given, options, notes)
-    all_gpus = [gpu.pci for gpu in topology.gpus]
-    alone = automatic and devices is not None and len(set(devices)) == 1 < ranks <= len(all_gpus)
-    if alone and not gpu_is_shared(os.environ, rank, ranks):
-        try:
-            plan = _deal(topology, len(all_gpus), all_gpus, options)
-        except NotEnoughCoresError:  # fewer CPUs than GPUs: the ranks share out their GPU's node instead
-            pass
-        else:
-            notes += (f"the {len(all_gpus)} GPUs of the machine share it out, one rank on each",)
-            return replace(plan[all_gpus.index(devices[0])], local_rank=rank), plan.notes + notes
-    plan = _deal(topology, ranks, devices, options)
-    return plan[rank], plan.notes + notes
-
-
-def _deal(topology: Topology, ranks: int, devices: Any, options: dict[str, Any]) -> Plan:
-    memory = {"preferred": "prefer"}.get(options["memory"], options["memory"])
-    return plan_binding(topology, ranks, gpus=devices, cores=options["cores"], smt=options["smt"], memory=memory)
-
-
-def _keep(
-    topology: Topology,
-    rank: int,
-    ranks: int,
-    devices: Sequence[str | None] | None,
-    given: GivenMask,
-    options: dict[str, Any],
-    notes: tuple[str, ...],
-) -> tuple[Binding, tuple[str, ...]]:
-    """The mask that the launcher cut, or this rank's part of it where several ranks share it."""
-    options = dict(options)
-    unused = [
-        f"{name} = {options[name]!r}" for name, usual in (("mode", "auto"), ("reserve", 0)) if options[name] != usual
-    ]
-    options |= {"mode": "auto", "reserve": 0}
-    if options["cores"] is not None:
-        cores = options["cores"]
-        numbers = read_core_list(cores, "cores") if isinstance(cores, str) else [int(core) for core in cores]
-        options["cores"] = sorted(set(numbers).intersection(topology.allowed))
-        if not options["cores"]:
-            raise NotEnoughCoresError(f"cores = {cores!r} holds none of this rank's CPUs; {given.note}")
-    count, index = (1, 0) if given.sharers is None or given.index is None else (given.sharers, given.index)
-    plan = _deal(topology, count, None, options)
-    binding = replace(plan[index], local_rank=rank)
-    if devices is not None:
-        if isinstance(devices, str) or len(devices) != ranks:
-            raise GpuLookupError(f"devices = {devices!r} must list one PCI address (or None) for each of {ranks} ranks")
-        # Planned alone, so that its address is checked; the CPUs are the launcher's choice, wherever the GPU hangs.
-        binding = replace(binding, gpu=_deal(topology, 1, [devices[rank]], options)[0].gpu)
-    notes = (given.note, *plan.notes, *notes)
-    return binding, notes + tuple(f"{option} is not used: the launcher bound the ranks" for option in unused)
 
 
 def _choose(plan: Plan, local_rank: int | None) -> Binding:
