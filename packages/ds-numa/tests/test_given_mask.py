@@ -127,12 +127,15 @@ def test_a_container_under_torchrun_is_cut(tmp_path: Path) -> None:
     assert shares(look(tmp_path, "torchrun", [range(8)] * 4)) == [None] * 4
 
 
-def test_a_cpuset_under_mpirun_is_cut(tmp_path: Path) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
+def test_a_cpuset_under_mpirun_is_cut(tmp_path: Path, put_process: Callable[..., None]) -> None:
+    put_process(os.getpid(), 0, "0-7", {})
+    (tmp_path / "proc/self").mkdir()
     (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/cpuset.cpus.effective").write_text("0-7\n")
     assert shares(look(tmp_path, "ompi", [range(8)] * 4)) == [None] * 4
+    found = look(tmp_path, "srun", [range(8)] * 4, {"SLURM_CPUS_PER_TASK": "8"})
+    assert shares(found) == [(1, 0)] * 4  # four tasks of eight CPUs cannot all be in here: each has its own cpuset
 
 
 def test_one_rank_and_ranks_of_the_caller_are_no_launchers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_numa._launcher import agreeing_launchers, launcher_name
-from ds_numa._process_tree import find_launcher, read_cpuset
+from ds_numa._process_tree import find_launcher, read_cpuset, read_own_mask
 from ds_numa._ranges import format_ranges
 from ds_numa.topology import Topology
 
@@ -77,12 +77,13 @@ def find_given_mask(
             return None
         return _given("Slurm", mask, len(sharers), sharers.index(local_rank))
 
-    cpuset = read_cpuset(root)
-    limit = {cpu for core in topology.cores for cpu in core}
-    if cpuset is not None and set(cpuset) >= set(mask):
-        limit &= set(cpuset)
+    online = {cpu for core in topology.cores for cpu in core}
+    # /proc is evidence only if it speaks of this process with this mask.
+    visible = read_own_mask(root) == tuple(mask)
+    cpuset = read_cpuset(root) if visible else None
+    limit = online.intersection(cpuset) if cpuset is not None and set(cpuset) >= set(mask) else online
     cut_by_whom, same_as_launcher = None, False
-    for row in rows:
+    for row in rows if visible else ():
         launcher = find_launcher(root, [row.local_rank or row.rank])
         if launcher is None or launcher.cpus is None:
             continue
@@ -91,10 +92,11 @@ def find_given_mask(
             cut_by_whom, limit = launcher_name(env, row), before
             break
         same_as_launcher = same_as_launcher or before == set(mask)
-    if cut_by_whom is None and not same_as_launcher and len(mask) < len(limit):
-        cut_by_whom = next((row.name for row in rows if row.name in _BINDING_LAUNCHERS), None)
-        if cut_by_whom is None and slurm and _is_slurms_size(env, topology, mask):
-            cut_by_whom = "Slurm"
+    if cut_by_whom is None and not same_as_launcher:
+        if slurm and len(mask) < len(online) and _is_slurms_size(env, topology, mask):
+            cut_by_whom, limit = "Slurm", online  # the cpuset may be that of one task
+        elif len(mask) < len(limit):
+            cut_by_whom = next((row.name for row in rows if row.name in _BINDING_LAUNCHERS), None)
     if cut_by_whom is None:
         return None
     if len(mask) * num_local_procs <= len(limit):

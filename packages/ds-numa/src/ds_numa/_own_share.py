@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from ds_numa._assign import Mode
 from ds_numa._devices import Devices
 from ds_numa._given_mask import GivenMask
 from ds_numa._gpus import visible_gpus
+from ds_numa._memory import read_memory_mode
 from ds_numa._notes import gpu_notes
 from ds_numa._nvml import nvml_mig_parent
 from ds_numa._one_gpu import gpu_is_shared
 from ds_numa._ranges import read_core_list
 from ds_numa._words import count
-from ds_numa.errors import GpuLookupError, NotEnoughCoresError
+from ds_numa.errors import GpuLookupError, NotEnoughCoresError, PlanError
 from ds_numa.plan import Binding, MemoryMode, Plan, plan_binding
 from ds_numa.topology import Topology
 
@@ -30,6 +31,11 @@ class Options:
     memory: MemoryMode | Literal["prefer"]
     reserve: int
     cores: str | Iterable[int] | None
+
+    def __post_init__(self) -> None:
+        read_memory_mode(self.memory)
+        if self.mode not in get_args(Mode):
+            raise PlanError(f"mode = {self.mode!r} must be one of {get_args(Mode)}")
 
     def plan(self, topology: Topology, ranks: int, devices: Devices) -> Plan:
         """Make the plan."""
@@ -133,5 +139,6 @@ def _limit_threads(topology: Topology, binding: Binding, ranks: int) -> tuple[Bi
         return binding, ()
     limit = max(1, int(quota / ranks))
     return replace(binding, thread_limit=limit), (
-        f"the cgroup grants {quota:g} CPUs of time to {count(ranks, 'rank')}: run at most {count(limit, 'thread')} in each",
+        f"the cgroup grants {quota:g} CPUs of time to {count(ranks, 'rank')}: "
+        f"run at most {count(limit, 'thread')} in each",
     )

@@ -43,6 +43,11 @@ def find_launcher(root: Path, variables: Sequence[str], pid: int | None = None) 
     return None
 
 
+def read_own_mask(root: Path) -> tuple[int, ...] | None:
+    """The CPUs of this process as ``/proc`` has them; None where it does not say."""
+    return _mask(root, os.getpid())
+
+
 def read_cpuset(root: Path) -> tuple[int, ...] | None:
     """The CPUs that this process's cgroup allows; None where no cpuset can be read."""
     mount = root / "sys/fs/cgroup"

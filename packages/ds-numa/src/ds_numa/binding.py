@@ -155,6 +155,7 @@ def bind(
         if devices != "auto":
             raise PlanError(f"devices = {devices!r} and gpus = {gpus!r} mean the same: give devices= alone")
         devices = gpus
+    options = Options(mode, smt, memory, reserve, cores if cores is None or isinstance(cores, str) else list(cores))
     found = find_rank(os.environ, local_rank, num_local_procs)
     rank, ranks = found.local_rank, found.num_local_procs
     mask = tuple(read_mask())
@@ -163,7 +164,6 @@ def bind(
     check_rank(rank, ranks)
     if os.environ.get(MARK) == _mark(rank, ranks, mask):
         return _finish(BindReport(rank, mask, notes=(f"it was bound before ({MARK} says so)",)), strict)
-    options = Options(mode, smt, memory, reserve, cores if cores is None or isinstance(cores, str) else list(cores))
     try:
         topology = Topology.here()
         given = find_given_mask(os.environ, topology, mask, rank, ranks)
