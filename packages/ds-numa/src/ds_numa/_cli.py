@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 all ranks sit well, 1 a rank does not or there is none",
     )
     doctor.set_defaults(call=_doctor)
-    doctor.add_argument("--pid", type=int, action="append", default=[], metavar="PID", help="only the job of this process")
+    doctor.add_argument(
+        "--pid", type=int, action="append", default=[], metavar="PID", help="only the job of this process"
+    )
     _add_mode(doctor)
     doctor.add_argument("--measure", action="store_true", help="also measure bandwidths, in about two seconds")
     doctor.add_argument("--json", action="store_true", help="as JSON")

@@ -64,7 +64,9 @@ def bind_started_rank() -> None:
     told = find_rank(os.environ, None, None).num_local_procs
     if ranks is not None and told is not None and told != ranks:
         if told > 1:  # 1: a launcher that another launcher started, such as torchrun under srun
-            sys.stderr.write(f"ds-numa: not bound: {found.launcher} started {told} ranks here, but --ranks is {ranks}\n")
+            sys.stderr.write(
+                f"ds-numa: not bound: {found.launcher} started {told} ranks here, but --ranks is {ranks}\n"
+            )
         return
     if bind_and_say(None, ranks, options):
         sys.stderr.flush()

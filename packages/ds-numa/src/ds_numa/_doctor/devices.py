@@ -12,7 +12,6 @@ from ds_numa.errors import GpuLookupError
 from ds_numa.topology import Topology
 
 
-
 def gpus_of_ranks(machine: Topology, ranks: Sequence[RankProcess]) -> tuple[list[str | None], list[str]]:
     """The PCI address of each rank's GPU, and notes on those that cannot be told.
 
@@ -61,9 +60,8 @@ def far_cards(machine: Topology, gpu: str | None, environ: Mapping[str, str]) ->
     if not used or not near or set(used) & set(near):
         return None
     nodes = format_ranges(card.node for card in used if card.node is not None)
-    return (
-        f"NCCL_IB_HCA = {value} names cards of node {nodes}, but its GPU hangs on node {home}, near "
-        + ", ".join("/".join(card.names) for card in near)
+    return f"NCCL_IB_HCA = {value} names cards of node {nodes}, but its GPU hangs on node {home}, near " + ", ".join(
+        "/".join(card.names) for card in near
     )
 
 

@@ -195,7 +195,9 @@ def _to_gpu(torch: Any, index: int, cpu: int, node: int | None) -> float:
     return max(rates[1:])
 
 
-def _differences(machine: Topology, copy: dict[int, dict[int, float]], to_gpu: dict[str, dict[int, float]]) -> list[str]:
+def _differences(
+    machine: Topology, copy: dict[int, dict[int, float]], to_gpu: dict[str, dict[int, float]]
+) -> list[str]:
     """Where firmware's claims and the figures disagree."""
     notes = []
     for node, row in copy.items():

@@ -11,7 +11,9 @@ def _bind() -> None:
     try:
         from ds_numa._run import bind_started_rank
     except ImportError as error:
-        sys.stderr.write(f"ds-numa: {sys.executable} is not bound: it cannot import ds_numa ({error}): install it there\n")
+        sys.stderr.write(
+            f"ds-numa: {sys.executable} is not bound: it cannot import ds_numa ({error}): install it there\n"
+        )
     else:
         bind_started_rank()
 
