@@ -1,9 +1,9 @@
 """``ds-numa run``: bind this process and become a program, or start a launcher whose ranks bind themselves.
 
-[Note: two ways] Inside a launcher, ``ds-numa run`` is one rank: it binds and becomes COMMAND. Around a launcher, it is no
-rank yet: it puts a folder with a ``sitecustomize`` module on ``PYTHONPATH`` and becomes the launcher. Every Python process
-below imports that module when it starts, and the ranks among them, which the launcher's variables tell, bind themselves
-before they import anything else.
+[Note: two ways] Inside a launcher, ``ds-numa run`` is one rank: it binds and becomes COMMAND. Around a launcher, it is
+no rank yet: it puts a folder with a ``sitecustomize`` module on ``PYTHONPATH`` and becomes the launcher. Every Python
+process below imports that module when it starts. The ranks among them, which the launcher's variables tell, bind
+themselves before they import anything else.
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ def is_launcher(command: Sequence[str]) -> bool:
     """
     words = [word for word in command if word != "-u"]
     name = os.path.basename(words[0])
-    if name.startswith("mpirun") or name.startswith("mpiexec"):  # mpirun.openmpi, mpiexec.hydra
-        return True
-    if name in _LAUNCHERS:
+    if name in _LAUNCHERS or name.startswith(("mpirun.", "mpiexec.")):  # mpirun.openmpi, mpiexec.hydra
         return True
     return name.startswith("python") and words[1:2] == ["-m"] and (words[2:3] or [""])[0].startswith(_MODULES)
 
 
 def start_launcher(command: Sequence[str], options: dict[str, Any]) -> int:
-    """Become a launcher whose ranks bind themselves with these options of `bind`, and ``strict``, ``quiet``, ``json``."""
+    """Become a launcher whose ranks bind with these options of `bind`, and ``strict``, ``quiet``, ``json``."""
     os.environ[OPTIONS] = json.dumps(options)
     others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(_SITE)]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_SITE), *others])

@@ -218,6 +218,6 @@ def _differences(
         elif home in row and row[best] > _CLEARLY * row[home]:
             notes.append(
                 f"GPU {pci}: firmware says node {home} ({row[home]:.1f} GB/s), but node {best} is faster "
-                f"({row[best]:.1f} GB/s): correct the node in the output of ds-numa show --json and pass it as --topology"
+                f"({row[best]:.1f} GB/s): correct it in the output of ds-numa show --json and pass that as --topology"
             )
     return notes
