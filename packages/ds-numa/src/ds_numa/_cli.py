@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="start a launcher whose ranks bind themselves, or bind this rank and become a program",
-        description="Around a launcher: start it, and every rank that it starts with Python binds itself first. Inside a "
-        "launcher: bind this process to its rank's share of the machine, then become COMMAND.",
+        description="Around a launcher: start it, and every rank that it starts with Python binds itself first. "
+        "Inside a launcher: bind this process to its rank's share of the machine, then become COMMAND.",
         epilog="examples:\n  ds-numa run --ranks 8 -- torchrun --nproc-per-node 8 train.py\n"
         "  torchrun --nproc-per-node 4 --no-python ds-numa run -- ./train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="whether the ranks of a running job sit where they should",
-        description="Find the ranks that run on this machine, and say of each whether its CPUs, its memory, its GPU and "
-        "its network cards are near each other, beside a plan. Changes nothing.",
+        description="Find the ranks that run on this machine, and say of each whether its CPUs, its memory, its GPU "
+        "and its network cards are near each other, beside a plan. Changes nothing.",
         epilog="exit codes: 0 all ranks sit well, 1 a rank does not or there is none",
     )
     doctor.set_defaults(call=_doctor)

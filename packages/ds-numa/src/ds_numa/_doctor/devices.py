@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ds_numa._doctor.jobs import RankProcess
 from ds_numa._gpus import visible_gpus
-from ds_numa._nvml import nvml_gpu_users, nvml_mig_parent
+from ds_numa._nvml import nvml_mig_parent, nvml_users
 from ds_numa._ranges import format_ranges
 from ds_numa.errors import GpuLookupError
 from ds_numa.topology import Topology
@@ -18,7 +18,7 @@ def gpus_of_ranks(machine: Topology, ranks: Sequence[RankProcess]) -> tuple[list
     NVML names the processes on each GPU; where it does not (a container has other process numbers) the rank's own
     environment and its local rank tell.
     """
-    users = nvml_gpu_users()
+    users = nvml_users()
     found: list[str | None] = []
     notes = []
     for rank in ranks:
