@@ -1,12 +1,13 @@
 """Compile the operators that DeepSpeed compiles on its first use on the CPU, so that no test waits for a compiler.
 
-    TORCH_EXTENSIONS_DIR=... DS_ACCELERATOR=cpu python tools/compile_deepspeed.py
+    TORCH_EXTENSIONS_DIR=... DS_ACCELERATOR=cpu python tools/compile_deepspeed.py [BUILDER ...]
 
 A test that is stopped while DeepSpeed compiles leaves a lock behind, and every later test waits for that lock.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
 from deepspeed.accelerator import get_accelerator
@@ -15,9 +16,9 @@ from deepspeed.accelerator import get_accelerator
 BUILDERS = ("ShareMemCommBuilder", "FusedAdamBuilder", "AsyncIOBuilder", "PinMemoryBuilder")
 
 
-def main() -> None:
+def main(names: tuple[str, ...]) -> None:
     """Compile each operator that this machine can have, and say how long it took."""
-    for name in BUILDERS:
+    for name in names:
         builder = get_accelerator().create_op_builder(name)
         if type(builder).__name__ != name or not builder.is_compatible(verbose=False):
             print(f"{name}: not on this machine")
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tuple(sys.argv[1:]) or BUILDERS)
