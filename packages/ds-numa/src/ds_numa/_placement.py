@@ -1,89 +1,122 @@
-"""Deal out cores to ranks: equally, or next to their GPUs. Pure."""
+"""Deal out cores so that no two ranks share one: equally, or next to the ranks' devices. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 
+from ds_numa._layout import Core, Layout
 from ds_numa._shares import equal_cuts
-from ds_numa.topology import Topology
 
 
-@dataclass(frozen=True)
-class Core:
-    """What is dealt out as one: the CPUs of a physical core, and its node (None if no node lists it)."""
-
-    cpus: tuple[int, ...]
-    node: int | None
-
-
-def place_equally(topology: Topology, cores: Sequence[Core], ranks: int) -> list[list[Core]]:
-    """Equal shares, in an order of the nodes that puts near ones next to each other."""
-    blocks = _by_node(topology, cores)
-    row = [core for block in blocks.values() for core in block]
-    return _cut(row, equal_cuts([len(block) for block in blocks.values()], ranks))
-
-
-def place_by_gpu(topology: Topology, cores: Sequence[Core], homes: Sequence[int | None]) -> list[list[Core]] | None:
-    """Each rank on its home node, that is its GPU's; cores of nodes where no rank lives go to the nearest ranks.
+def place_equally(layout: Layout, row: Sequence[Core], homes: Sequence[int | None]) -> list[list[Core]]:
+    """Equal shares of a row of cores; of those, each rank gets one as near to its home node as possible.
 
     Args:
-        topology: for the distances.
-        cores: what to deal out.
-        homes: by rank; None where it is unknown. A home without usable cores counts as the nearest node that has some.
+        layout: for the distances.
+        row: what to deal out, in the order of ``layout.row``.
+        homes: by rank; None where a rank has none.
+    """
+    parts = deal(layout, row, len(homes))
+    if all(home is None for home in homes):
+        return parts
+    costs = []  # of each rank and part
+    for home in homes:
+        far = {core.node: 0 if home is None else layout.distance(home, core.node) for core in row}
+        costs.append([sum(far[core.node] for core in part) / len(part) for part in parts])
+    places = {node: i for i, node in enumerate(layout.by_node)}
+    taken = [0] * len(homes)  # the part of each rank
+    by_home = sorted(range(len(homes)), key=lambda rank: (places.get(homes[rank], len(places)), rank))
+    for part, rank in enumerate(by_home):
+        taken[rank] = part
+    better = True
+    while better:  # each swap lowers the sum of the costs, so this ends
+        better = False
+        for a in range(len(homes)):
+            for b in range(a):
+                now = costs[a][taken[a]] + costs[b][taken[b]]
+                if costs[a][taken[b]] + costs[b][taken[a]] < now - 1e-9:
+                    taken[a], taken[b] = taken[b], taken[a]
+                    better = True
+    return [parts[part] for part in taken]
+
+
+def place_by_device(layout: Layout, homes: Sequence[int | None]) -> list[list[Core]] | None:
+    """Each rank on its home node; no rank leaves the socket domain of its home.
+
+    Cores of other nodes of the domain go to the ranks nearest to them. Cores of domains where no rank lives are not
+    dealt out.
+
+    Args:
+        layout: the cores.
+        homes: by rank, nodes with cores; a rank with None settles where there is the most room.
 
     Returns:
-        A share for every rank, or None where no home is known or a node has fewer cores than ranks.
+        A share for every rank, or None where a domain has fewer cores than ranks.
     """
-    blocks = _by_node(topology, cores)
-    known = {node.id for node in topology.nodes}
-    if all(home is None or home not in known for home in homes):
-        return None
-    tenants: dict[int | None, list[int]] = {node: [] for node in blocks}
-    strangers = []
+    tenants: dict[int | None, list[int]] = {node: [] for node in layout.by_node}
     for rank, home in enumerate(homes):
-        if home is None or home not in known:
-            strangers.append(rank)
-        else:
-            tenants[_nearest(topology, home, blocks)].append(rank)
-    for rank in strangers:
-        roomiest = max(blocks, key=lambda node: len(blocks[node]) / (len(tenants[node]) + 1))
-        tenants[roomiest].append(rank)
-    if any(len(blocks[node]) < len(ranks) for node, ranks in tenants.items()):
-        return None
+        if home is not None:
+            tenants[home].append(rank)
+    for rank, home in enumerate(homes):
+        if home is None:
+            room = {node: len(block) / (len(tenants[node]) + 1) for node, block in layout.by_node.items()}
+            tenants[max(room, key=lambda node: room[node])].append(rank)
     shares: dict[int, list[Core]] = {}
-    for node, ranks in tenants.items():
-        if ranks:
-            cuts = equal_cuts([len(blocks[node])], len(ranks))
-            shares.update(zip(sorted(ranks), _cut(blocks[node], cuts), strict=True))
-    lived_in = [node for node, ranks in tenants.items() if ranks]
-    for node, block in blocks.items():
-        if node not in lived_in:
-            reach = min(_distance(topology, node, other) for other in lived_in)
-            near = [rank for other in lived_in if _distance(topology, node, other) == reach for rank in tenants[other]]
-            near.sort(key=lambda rank: (len(shares[rank]), rank))
-            for rank, extra in zip(near, _cut(block, equal_cuts([len(block)], len(near))), strict=True):
-                shares[rank] = shares[rank] + extra
+    for domain in dict.fromkeys(layout.domain.get(node) for node in layout.by_node):
+        nodes = [node for node in layout.by_node if layout.domain.get(node) == domain]
+        there = sorted(rank for node in nodes for rank in tenants[node])
+        row = [core for node in nodes for core in layout.by_node[node]]
+        if len(row) < len(there):
+            return None
+        if any(len(layout.by_node[node]) < len(tenants[node]) for node in nodes):
+            home_of = {rank: node for node in nodes for rank in tenants[node]}
+            shares.update(zip(there, place_equally(layout, row, [home_of[rank] for rank in there]), strict=True))
+        elif there:
+            _settle(layout, {node: sorted(tenants[node]) for node in nodes}, shares)
     return [shares[rank] for rank in range(len(homes))]
 
 
-def _by_node(topology: Topology, cores: Sequence[Core]) -> dict[int | None, list[Core]]:
-    """Cores by node; each node is followed by the nearest one that has not come yet."""
-    left = {core.node for core in cores}
-    order = [min(left, key=lambda node: -1 if node is None else node)]
-    while rest := left.difference(order):
-        order.append(min(rest, key=lambda node: (_distance(topology, order[-1], node), -1 if node is None else node)))
-    return {node: [core for core in cores if core.node == node] for node in order}
+def deal(layout: Layout, row: Sequence[Core], ranks: int) -> list[list[Core]]:
+    """Shares of a row that differ by at most one core.
+
+    As many cuts as possible fall on the edge of a socket, then of a node, then of a cache. Where there are several
+    kinds of core (P cores, E cores), the shares differ by at most one core of each kind and lie apart in the row.
+    """
+    kinds = sorted({core.kind for core in row})
+    if len(kinds) < 2:
+        weights = {}
+        if len(row) % ranks:
+            weights = {i: ranks ** layout.level(*pair) for i, pair in enumerate(pairwise(row), 1)}
+        return [list(row[start:end]) for start, end in pairwise(equal_cuts(len(row), ranks, weights))]
+    shares: list[list[Core]] = [[] for _ in range(ranks)]
+    first = 0  # who gets the first core of a remainder: the one after who got the last, so that the sums are equal too
+    for kind in kinds:
+        cores = [core for core in row if core.kind == kind]
+        each, larger = divmod(len(cores), ranks)
+        start = 0
+        for rank, share in enumerate(shares):
+            end = start + each + ((rank - first) % ranks < larger)
+            share += cores[start:end]
+            start = end
+        first += larger
+    return shares
 
 
-def _nearest(topology: Topology, home: int, nodes: Iterable[int | None]) -> int | None:
-    return min(nodes, key=lambda node: _distance(topology, home, node))
-
-
-def _distance(topology: Topology, a: int | None, b: int | None) -> int:
-    return 1000 if a is None or b is None else topology.distance(a, b)  # far from everything: no node lists it
-
-
-def _cut(row: Sequence[Core], cuts: Sequence[int]) -> list[list[Core]]:
-    return [list(row[start:end]) for start, end in pairwise(cuts)]
+def _settle(layout: Layout, tenants: dict[int | None, list[int]], shares: dict[int, list[Core]]) -> None:
+    """Deal out the cores of one domain: those of the ranks' own nodes, then the others to the nearest ranks."""
+    lived_in = [node for node, ranks in tenants.items() if ranks]
+    for node in lived_in:
+        shares.update(zip(tenants[node], deal(layout, layout.by_node[node], len(tenants[node])), strict=True))
+    leftover: dict[tuple[int | None, ...], list[Core]] = {}  # by the lived-in nodes that are nearest
+    for node in tenants:
+        if node not in lived_in:
+            reach = min(layout.distance(node, other) for other in lived_in)
+            near = tuple(other for other in lived_in if layout.distance(node, other) == reach)
+            leftover.setdefault(near, []).extend(layout.by_node[node])
+    for near, row in leftover.items():
+        ranks = [rank for node in near for rank in tenants[node]]
+        ranks.sort(key=lambda rank: (len(shares[rank]), rank))
+        parts = sorted(deal(layout, row, len(ranks)), key=len, reverse=True)  # the largest to who has the least
+        for rank, part in zip(ranks, parts, strict=True):
+            shares[rank] = shares[rank] + part

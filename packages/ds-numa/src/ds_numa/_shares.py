@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping
 
 
-def equal_cuts(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Cut a row of ``sum(sizes)`` cores into `ranks` shares that differ by at most one core.
+def equal_cuts(total: int, ranks: int, weights: Mapping[int, int]) -> list[int]:
+    """Cut a row of cores into shares that differ by at most one core.
 
-    The row is made of blocks (the nodes). Of all ways to deal out the remainder, this takes one with the most cuts
-    between two blocks, so that as few block edges as possible fall inside a share; among those, the earlier ranks get
-    the larger shares.
+    The remainder may be dealt out in many ways. This takes the one whose cuts weigh the most; among equals, the earlier
+    ranks get the larger shares.
 
     Args:
-        sizes: how many cores each block has.
+        total: how many cores the row has.
         ranks: how many shares.
+        weights: what a cut at a position is worth, such as 1 at every edge of a node; positions left out are worth 0.
 
     Returns:
         ``ranks + 1`` positions; share i is ``[cuts[i], cuts[i + 1])``.
 
-    >>> equal_cuts([7], 2)
+    >>> equal_cuts(7, 2, {})
     [0, 4, 7]
-    >>> equal_cuts([8, 7], 2), equal_cuts([7, 8], 2)
+    >>> equal_cuts(15, 2, {8: 1}), equal_cuts(15, 2, {7: 1})
     ([0, 8, 15], [0, 7, 15])
     """
-    total = sum(sizes)
     each, larger = divmod(total, ranks)  # `larger` of the shares are one core larger
-    edges = set(accumulate(sizes))
-    # hits[i][u]: the most cuts on an edge from cut i on, when u of the first i shares are larger ones.
-    hits = [[0] * (larger + 1) for _ in range(ranks + 1)]
+    if larger == 0:
+        return [i * each for i in range(ranks + 1)]
+    # best[i][u]: the most that the cuts from cut i on can weigh, when u of the first i shares are larger ones.
+    best = [[0] * (larger + 1) for _ in range(ranks + 1)]
     for i in range(ranks - 1, -1, -1):
         left = ranks - i  # shares still to be cut
         for u in range(max(0, larger - left), min(i, larger) + 1):
-            best = max(hits[i + 1][n] for n in _next(u, larger, left))
-            hits[i][u] = best + (i * each + u in edges)
+            best[i][u] = max(best[i + 1][n] for n in _next(u, larger, left)) + weights.get(i * each + u, 0)
     cuts, used = [0], 0
     for i in range(ranks):
-        used = max(_next(used, larger, ranks - i), key=lambda n: (hits[i + 1][n], n))
+        used = max(_next(used, larger, ranks - i), key=lambda n: (best[i + 1][n], n))
         cuts.append((i + 1) * each + used)
     return cuts
 

@@ -81,7 +81,7 @@ def get_numactl_cmd(
     here = topology is None
     machine = Topology.here() if topology is None else topology
     cores = None if bind_core_list is None else select_cpus(machine, str(bind_core_list), "bind_core_list")
-    binding = plan_binding(machine, num_local_procs, cores=cores, memory="bind")[local_rank]
+    binding = plan_binding(machine, num_local_procs, cores=cores, devices=None, memory="bind")[local_rank]
     if here and not check_for_numactl_pkg():
         logger.warning("numactl is not installed, so its command will not start: install it, or use ds_numa.bind()")
     refusal = memory_policy_refusal() if here and binding.memory != "none" else None
@@ -92,9 +92,13 @@ def get_numactl_cmd(
 
 
 def numactl_args(binding: Binding, *, memory: bool = True) -> list[str]:
-    """A binding as arguments of `numactl`; with ``memory=False`` the CPUs only."""
+    """A binding as arguments of `numactl`; with ``memory=False`` the CPUs only.
+
+    Source: numactl(8). ``-m`` binds memory, ``-i`` interleaves it, ``-p`` prefers one node and ``-P`` several
+    (numactl 2.0.15 and later, Linux 5.15 and later).
+    """
     args = []
     if memory and binding.memory != "none":
-        flag = "-m" if binding.memory == "bind" else "-p" if len(binding.memory_nodes) == 1 else "-P"
-        args = [flag, format_ranges(binding.memory_nodes)]
+        flags = {"bind": "-m", "interleave": "-i", "preferred": "-p" if len(binding.memory_nodes) == 1 else "-P"}
+        args = [flags[binding.memory], format_ranges(binding.memory_nodes)]
     return [*args, "-C", format_ranges(binding.cpus)]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from ds_numa._gpus import normalise_pci
-from ds_numa._placement import Core, place_by_gpu, place_equally
+from ds_numa._assign import Mode, assign
+from ds_numa._devices import UNSET, Devices, resolve_devices
+from ds_numa._layout import Layout, read_cores
+from ds_numa._memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
 from ds_numa._ranges import format_ranges, read_core_list
-from ds_numa.errors import CoreListError, GpuLookupError, NotEnoughCoresError, PlanError, RankError
+from ds_numa._spare import keep_free, one_cpu_each, split_siblings
+from ds_numa._words import count, listed
+from ds_numa.errors import CoreListError, PlanError, RankError
 from ds_numa.topology import Topology
-
-MemoryMode = Literal["prefer", "bind", "none"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class Binding:
         cpus: its CPUs, ascending.
         num_cores: how many physical cores these are.
         nodes: the nodes of these CPUs.
-        memory: ``bind`` takes memory from `memory_nodes` only, ``prefer`` from them first, ``none`` leaves it alone.
+        memory: ``bind`` takes memory from `memory_nodes` only, ``preferred`` from them first, ``interleave`` from
+            each in turn, ``none`` leaves it alone.
         memory_nodes: see `memory`; empty for ``none``.
         gpu: PCI address of the rank's GPU, or None.
+        thread_limit: the most threads that the rank should run because the cgroup limits CPU time; None without limit.
     """
 
     local_rank: int
@@ -36,15 +40,16 @@ class Binding:
     memory: MemoryMode = "none"
     memory_nodes: tuple[int, ...] = ()
     gpu: str | None = None
+    thread_limit: int | None = None
 
     @property
     def omp_num_threads(self) -> int:
-        """The advised ``OMP_NUM_THREADS``: one thread for each physical core."""
-        return self.num_cores
+        """The advised ``OMP_NUM_THREADS``: one thread for each physical core, and no more than `thread_limit`."""
+        return max(1, self.num_cores if self.thread_limit is None else min(self.num_cores, self.thread_limit))
 
     def __str__(self) -> str:
-        where = f"CPUs {format_ranges(self.cpus)} ({_count(self.num_cores, 'core')}, {_nodes(self.nodes)})"
-        memory = "" if self.memory == "none" else f"; memory: {self.memory} {_nodes(self.memory_nodes)}"
+        where = f"CPUs {format_ranges(self.cpus)} ({count(self.num_cores, 'core')}, {listed('node', self.nodes)})"
+        memory = "" if self.memory == "none" else f"; memory: {self.memory} {listed('node', self.memory_nodes)}"
         return where + memory + (f"; GPU {self.gpu}" if self.gpu else "")
 
 
@@ -55,10 +60,12 @@ class Plan:
     Attributes:
         bindings: by local rank.
         notes: what is out of the ordinary, in words.
+        idle: CPUs that this process may use and no rank gets, ascending.
     """
 
     bindings: tuple[Binding, ...]
     notes: tuple[str, ...] = ()
+    idle: tuple[int, ...] = ()
 
     def __getitem__(self, local_rank: int) -> Binding:
         check_rank(local_rank, len(self.bindings))
@@ -75,10 +82,12 @@ class Plan:
             | {"memory_nodes": list(binding.memory_nodes), "omp_num_threads": binding.omp_num_threads}
             for binding in self.bindings
         ]
-        return {"bindings": bindings, "notes": list(self.notes)}
+        return {"bindings": bindings, "notes": list(self.notes), "idle": format_ranges(self.idle)}
 
     def __str__(self) -> str:
         lines = [f"rank {binding.local_rank}: {binding}" for binding in self.bindings]
+        if self.idle:
+            lines.append(f"idle: CPUs {format_ranges(self.idle)}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
@@ -96,67 +105,92 @@ def plan_binding(
     topology: Topology,
     num_local_procs: int,
     *,
-    cores: str | Iterable[int] | None = None,
+    mode: Mode = "auto",
+    devices: Devices = "auto",
+    gpus: Devices | Literal["unset"] = UNSET,
     smt: bool = True,
-    gpus: Sequence[str | None] | None = None,
-    memory: MemoryMode = "prefer",
+    memory: MemoryMode | Literal["prefer"] = "preferred",
+    reserve: int = 0,
+    cores: str | Iterable[int] | None = None,
 ) -> Plan:
     """Deal out the CPUs of a machine to its ranks.
 
-    Every CPU that may be used goes to exactly one rank, sibling CPUs of a core together. Without `gpus` the ranks'
-    shares differ by at most one core, and as few node boundaries as possible fall inside a share. With `gpus` a rank
-    gets cores of the node that its GPU hangs on (shares on one node differ by at most one core), and the cores of nodes
-    without a GPU go to the ranks nearest to them.
+    Sibling CPUs of a core stay together in every mode. Under ``auto``, ``cores`` and ``exclusive`` no CPU goes to two
+    ranks.
+
+    ======================  ============================================================================================
+    `mode`                  what a rank gets
+    ======================  ============================================================================================
+    ``auto``                With devices: a share of the cores of its device's node, and of nodes without devices on the
+                            same socket; other sockets stay idle. Without: an equal share of all cores.
+    ``cores``               An equal share of all cores, as near to its device as possible.
+    ``node``                All cores of its device's node, together with the other ranks there.
+    ``socket``              All cores of the socket of its device's node, likewise.
+    ``l3``                  One last-level cache of its device's node; the ranks there take the caches in turn.
+    ``exclusive``           A slice of its device's node, which is divided among all visible devices there, used or not.
+    ======================  ============================================================================================
+
+    Equal shares differ by at most one core, also of each kind (P cores, E cores), and as few edges of sockets, nodes
+    and caches as possible fall inside a share. Under ``node``, ``socket``, ``l3`` and ``exclusive`` ranks without a
+    device are spread evenly over the nodes, sockets or caches. What stays idle is in `Plan.idle`.
 
     Args:
         topology: the machine.
         num_local_procs: how many ranks run on it.
-        cores: the CPUs to deal out, as ``"0-7,16-23"`` or numbers; all that are allowed when left out.
+        mode: see above.
+        devices: PCI address of each rank's GPU, by local rank, None for a rank without; None where no rank uses one;
+            ``"auto"``: rank i uses ``cuda:i``, the i-th of ``topology.visible`` (or, where that is None, the i-th
+            usable GPU). Ranks that name the same GPU share its node.
+        gpus: the older name of `devices`.
         smt: with False a rank gets one CPU of each of its cores, and the siblings stay idle.
-        gpus: PCI address of each rank's GPU, by local rank; None for a rank without.
-        memory: see `Binding`. High-bandwidth memory next to a rank's CPUs is always preferred, never bound. Where
-            there is nothing to choose (one node, or all of them) the binding says ``none``.
+        memory: see `Binding`. High-bandwidth memory next to a rank's CPUs is always preferred, never bound. ``bind``
+            becomes ``preferred`` where it would shut out memory of unknown kind. Where there is nothing to choose (one
+            node, or all of them) the binding says ``none``. ``"prefer"`` is an older spelling of ``"preferred"``.
+        reserve: how many physical cores stay free, for the system or for data loader workers: the lowest of each node
+            in turn.
+        cores: the CPUs to deal out, as ``"0-7,16-23"`` or numbers; all that are allowed when left out.
 
     Returns:
         The plan. The same arguments give the same plan, so every rank can make it for itself.
 
     Raises:
         CoreListError: `cores` cannot be read, or names CPUs that are not there or not allowed.
-        GpuLookupError: `gpus` has the wrong length or names a GPU that the machine does not have.
-        NotEnoughCoresError: there are more ranks than CPUs.
-        PlanError: `memory` is none of the modes.
+        GpuLookupError: `devices` has the wrong length or names a GPU that the machine does not have.
+        NotEnoughCoresError: there are more ranks than CPUs, or too few are left beside the `reserve`, or a node has
+            fewer cores than devices (``exclusive``).
+        PlanError: `mode`, `memory` or `reserve` is none that there is, or both `devices` and `gpus` are given.
         RankError: `num_local_procs` is no number of ranks.
 
     >>> machine = Topology.from_dict({"nodes": {"0": {"cpus": "0-3"}, "1": {"cpus": "4-6"}}})
     >>> print(plan_binding(machine, 2))
-    rank 0: CPUs 0-3 (4 cores, node 0); memory: prefer node 0
-    rank 1: CPUs 4-6 (3 cores, node 1); memory: prefer node 1
+    rank 0: CPUs 0-3 (4 cores, node 0); memory: preferred node 0
+    rank 1: CPUs 4-6 (3 cores, node 1); memory: preferred node 1
     """
     check_rank(0, num_local_procs)
-    if memory not in get_args(MemoryMode):
-        raise PlanError(f"memory = {memory!r} must be one of {get_args(MemoryMode)}")
-    selected = select_cpus(topology, cores, "cores")
-    gpu_addresses = _check_gpus(topology, num_local_procs, gpus)
+    if mode not in get_args(Mode):
+        raise PlanError(f"mode = {mode!r} must be one of {get_args(Mode)}")
+    chooser = MemoryChooser(topology, read_memory_mode(memory))
     notes: list[str] = []
-    units = _units(topology, selected, num_local_procs, smt, notes)
-    shares = None
-    if any(gpu_addresses):
-        nodes_of_gpus = {gpu.pci: gpu.node for gpu in topology.gpus}
-        homes = [None if pci is None else nodes_of_gpus[pci] for pci in gpu_addresses]
-        shares = place_by_gpu(topology, units, homes)
-        if shares is None:
-            notes.append(
-                "the GPUs' nodes are unknown or have too few allowed cores: cores are dealt out equally instead"
-            )
-    if shares is None:
-        shares = place_equally(topology, units, num_local_procs)
+    addresses = resolve_devices(topology, num_local_procs, devices, gpus, notes)
+    units = read_cores(topology, select_cpus(topology, cores, "cores"))
+    units = keep_free(units, reserve, notes)
+    if mode in ("auto", "cores"):
+        units = split_siblings(units, num_local_procs, smt, notes)
+    if not smt:
+        units = one_cpu_each(units, notes)
+    layout = Layout(topology, units)
+    shares = assign(topology, layout, mode, addresses, notes)
+    limit = _thread_limit(topology, num_local_procs, notes)
     bindings = []
     for rank, share in enumerate(shares):
         cpus = tuple(sorted(cpu for core in share for cpu in core.cpus))
-        nodes = tuple(node.id for node in topology.nodes if not set(cpus).isdisjoint(node.cpus))
-        mode, memory_nodes = _choose_memory(topology, nodes, memory)
-        bindings.append(Binding(rank, cpus, len(share), nodes, mode, memory_nodes, gpu_addresses[rank]))
-    return Plan(tuple(bindings), tuple(notes))
+        mine = set(cpus)
+        num_cores = len({core.number for core in share})
+        nodes = tuple(node.id for node in topology.nodes if not mine.isdisjoint(node.cpus))
+        bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limit))
+    dealt = {cpu for binding in bindings for cpu in binding.cpus}
+    idle = tuple(cpu for cpu in topology.allowed if cpu not in dealt)
+    return Plan(tuple(bindings), (*notes, *chooser.notes()), idle)
 
 
 def select_cpus(topology: Topology, cores: str | Iterable[int] | None, argument: str) -> list[int]:
@@ -181,72 +215,13 @@ def select_cpus(topology: Topology, cores: str | Iterable[int] | None, argument:
     return sorted(numbers)
 
 
-def _check_gpus(topology: Topology, ranks: int, gpus: Sequence[str | None] | None) -> list[str | None]:
-    if gpus is None:
-        return [None] * ranks
-    if isinstance(gpus, str) or len(gpus) != ranks:
-        raise GpuLookupError(f"gpus = {gpus!r} must list one PCI address (or None) for each of the {ranks} ranks")
-    known = {gpu.pci for gpu in topology.gpus}
-    addresses = [None if pci is None else normalise_pci(pci) for pci in gpus]
-    strays = [pci for pci in addresses if pci is not None and pci not in known]
-    if strays:
-        raise GpuLookupError(f"gpus names {strays}, which this machine does not have: choose from {sorted(known)}")
-    return addresses
-
-
-def _units(topology: Topology, selected: list[int], ranks: int, smt: bool, notes: list[str]) -> list[Core]:
-    """The cores to deal out; single CPUs where there are fewer cores than ranks."""
-    wanted = set(selected)
-    homes = {cpu: node.id for node in reversed(topology.nodes) for cpu in node.cpus}
-    groups = [tuple(cpu for cpu in core if cpu in wanted) for core in topology.cores]
-    groups = [group for group in groups if group]
-    if smt and len(groups) < ranks <= len(selected):
-        notes.append(
-            f"{_count(ranks, 'rank')} share {_count(len(groups), 'core')}: sibling CPUs are dealt out one by one"
-        )
-        groups = [(cpu,) for cpu in selected]
-    if not smt:
-        idle = [cpu for group in groups for cpu in group[1:]]
-        if idle:
-            notes.append(f"one CPU of each core is used: the sibling CPUs {format_ranges(idle)} stay idle")
-        groups = [group[:1] for group in groups]
-    if len(groups) < ranks:
-        raise NotEnoughCoresError(
-            f"num_local_procs = {ranks} ranks need {ranks} CPUs, but {len(groups)} may be used "
-            f"({format_ranges(cpu for group in groups for cpu in group)}): start fewer ranks or allow more CPUs"
-        )
-    return [Core(group, homes.get(group[0])) for group in sorted(groups)]
-
-
-def _choose_memory(topology: Topology, nodes: tuple[int, ...], mode: MemoryMode) -> tuple[MemoryMode, tuple[int, ...]]:
-    """The memory of a rank whose CPUs are on `nodes`."""
-    may = topology.allowed_memory
-    usable = [
-        node
-        for node in topology.nodes
-        if node.memory_bytes != 0 and node.kind != "empty" and (may is None or node.id in may)
-    ]
-    if mode == "none" or not topology.numa or not nodes:
-        return "none", ()
-
-    def nearest(node_id: int, kind: str) -> list[int]:
-        found = [node.id for node in usable if node.kind == kind]
-        reach = min((topology.distance(node_id, other) for other in found), default=0)
-        return [other for other in found if topology.distance(node_id, other) == reach]
-
-    fast = sorted({other for node_id in nodes for other in nearest(node_id, "hbm")})
-    if fast:
-        return "prefer", tuple(fast)
-    # A node without memory of its own, or whose memory is not allowed, uses the nearest that has some.
-    own = sorted({other for node_id in nodes for other in nearest(node_id, "cpu")})
-    if not own or {node.id for node in usable} <= set(own):
-        return "none", ()
-    return mode, tuple(own)
-
-
-def _nodes(nodes: Sequence[int]) -> str:
-    return f"node{'s' if len(nodes) > 1 else ''} {format_ranges(nodes) or '?'}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _thread_limit(topology: Topology, ranks: int, notes: list[str]) -> int | None:
+    quota = topology.cpu_quota
+    if quota is None or quota >= len(topology.allowed):
+        return None
+    limit = max(1, int(quota / ranks))
+    notes.append(
+        f"the cgroup grants {quota:g} CPUs of time; the mask has {count(len(topology.allowed), 'CPU')}: "
+        f"run at most {count(limit, 'thread')} in each rank"
+    )
+    return limit
