@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_numa._launcher import agreeing_launchers, launcher_name
@@ -98,7 +98,11 @@ def find_given_mask(
     if cut_by_whom is None:
         return None
     if len(mask) * num_local_procs <= len(limit):
-        return _given(cut_by_whom, mask, 1, 0)
+        given = _given(cut_by_whom, mask, 1, 0)
+        if 2 * len(mask) * num_local_procs > len(limit):
+            return given
+        used = f"the ranks together have {len(mask) * num_local_procs} of {len(limit)} CPUs"
+        return replace(given, note=f"{given.note}; {used}: {_HOW_TO_LEAVE_IT}")
     return _shared(cut_by_whom, topology, mask, limit, local_rank, num_local_procs)
 
 
