@@ -2,9 +2,9 @@
 
     python packages/ds-numa/benchmarks/bench_numa.py [--quick] [--json PATH]
 
-Import: CPU time of child processes, by turns. Reading: a tree of 224 CPUs, two sockets and eight GPUs as Linux shows them,
-written into a folder; DeepSpeed asks the program `numactl`, for which a shell script stands that prints the same machine,
-so that its share of the time is the start of one small process. Ways run by turns; medians.
+Import: CPU time of child processes, by turns. Reading: a tree of 224 CPUs, two sockets and eight GPUs as Linux shows
+them, written into a folder; DeepSpeed asks the program `numactl`, for which a shell script stands that prints the same
+machine, so that its share of the time is the start of one small process. Ways run by turns; medians.
 """
 
 from __future__ import annotations
