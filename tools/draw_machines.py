@@ -17,9 +17,9 @@ MACHINES = ROOT / "packages" / "ds-numa" / "tests" / "machines"
 PAGE = ROOT / "docs" / "machines.md"
 HEAD = """# Machines
 
-The machines that ds-numa is tested with: {count} real ones, from the public descriptions that hwloc, mpibind and util-linux
-test with. Each is drawn with a plan for as many ranks as it has GPUs, or else for eight. A character is a core, its digit the
-rank that has it; a space separates caches. `tools/draw_machines.py` writes this page.
+The machines that ds-numa is tested with: {count} real ones, from the public descriptions of hwloc, mpibind and
+util-linux. Each is drawn with a plan for as many ranks as it has GPUs, or else for eight. A character is a core, its
+digit the rank that has it; a space separates caches. `tools/draw_machines.py` writes this page.
 
 A machine that is not here can be added: send what `ds-numa show --json` prints.
 """
