@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ds_numa.__about__ import __version__
+from ds_numa._devices import Devices
 from ds_numa._mempolicy import memory_policy_refusal
 from ds_numa.binding import find_gpus
 from ds_numa.errors import NumaError, TopologyError
@@ -190,12 +191,9 @@ def _show(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     machine = _topology(arguments.topology)
     notes: tuple[str, ...] = ()
-    if arguments.devices != "auto":
-        devices = _devices(arguments.devices)
-    elif arguments.topology is None:
+    devices: Devices = "auto" if arguments.devices == "auto" else _devices(arguments.devices)
+    if arguments.devices == "auto" and arguments.topology is None:
         devices, notes = find_gpus(machine, arguments.ranks)
-    else:
-        devices = "auto"
     plan = plan_binding(
         machine,
         arguments.ranks,

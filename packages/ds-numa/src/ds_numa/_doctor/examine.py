@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from ds_numa._files import read_list
 from ds_numa.errors import RankError
 
 _PROC = Path("/proc")
@@ -85,8 +84,3 @@ def _memory(pid: int) -> tuple[dict[int, int] | None, str | None]:
             by_node[int(node)] += int(pages) * page
             by_policy[words[1]] += int(pages) * page
     return dict(by_node), by_policy.most_common(1)[0][0] if by_policy else None
-
-
-def online_cpus() -> list[int]:
-    """The CPUs that are online."""
-    return read_list(Path("/sys/devices/system/cpu/online"))

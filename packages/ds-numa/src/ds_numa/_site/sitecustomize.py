@@ -23,7 +23,7 @@ def _load_the_next() -> None:
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]
     sys.modules.pop("sitecustomize", None)
     try:
-        import sitecustomize  # noqa: F401
+        import sitecustomize  # type: ignore[import-not-found] # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "sitecustomize":
             raise
