@@ -75,6 +75,7 @@ def deepspeeds_own_log(rank):
     import torch
 
     deepspeed.init_distributed("gloo", verbose=False)
+    torch.distributed.barrier()  # a rank that starts late would make the others' first latency long
     comm.comms_logger = CommsLogger()
     deepspeed.comm.configure(enabled=True, prof_all=True)
     tensor = torch.ones(1024)

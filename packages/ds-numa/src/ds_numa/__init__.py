@@ -12,8 +12,10 @@ from ds_numa._ranges import format_ranges
 from ds_numa.binding import BindReport, apply, bind
 from ds_numa.errors import (
     AffinityConflictError,
+    BindingError,
     CoreListError,
     GpuLookupError,
+    MissingDependencyError,
     NotEnoughCoresError,
     NumaError,
     PlanError,
@@ -34,9 +36,11 @@ __all__ = [
     "AffinityConflictError",
     "BindReport",
     "Binding",
+    "BindingError",
     "CoreListError",
     "Gpu",
     "GpuLookupError",
+    "MissingDependencyError",
     "Nic",
     "Node",
     "NotEnoughCoresError",

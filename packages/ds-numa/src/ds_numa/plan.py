@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from ds_numa._assign import Mode, assign
+from ds_numa._assign import Mode as Mode, assign
 from ds_numa._devices import UNSET, Devices, resolve_devices
 from ds_numa._layout import Layout, read_cores
 from ds_numa._memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
