@@ -36,14 +36,15 @@ def read_cores(topology: Topology, selected: Iterable[int]) -> list[Core]:
         node_of.update(dict.fromkeys(node.cpus, node.id))
     socket_of, l3_of = _lowest(topology.sockets), _lowest(topology.l3)
     kind_of = {cpu: kind for kind, group in enumerate(topology.core_classes) for cpu in group}
+    all_wanted = len(wanted) == sum(map(len, topology.cores))
     cores = []
     for siblings in topology.cores:
-        ordered = sorted(siblings)
-        cpus = ordered if wanted.issuperset(ordered) else [cpu for cpu in ordered if cpu in wanted]
+        ordered = tuple(sorted(siblings))
+        cpus = ordered if all_wanted else tuple([cpu for cpu in ordered if cpu in wanted])
         if cpus:
             cpu = cpus[0]
-            places = socket_of.get(cpu, -1), l3_of.get(cpu, -1)
-            cores.append(Core(*places, tuple(cpus), ordered[0], node_of.get(cpu), kind_of.get(cpu, 0)))
+            places = (socket_of.get(cpu, -1), l3_of.get(cpu, -1), cpus, ordered[0], node_of.get(cpu))
+            cores.append(Core(*places, kind_of.get(cpu, 0)))
     cores.sort(key=attrgetter("number"))
     return cores
 

@@ -182,12 +182,13 @@ def plan_binding(
     layout = Layout(topology, units)
     shares = assign(topology, layout, mode, addresses, notes)
     limit = _thread_limit(topology, num_local_procs, notes)
+    cpus_of = {node.id: frozenset(node.cpus) for node in topology.nodes}
     bindings = []
     for rank, share in enumerate(shares):
         cpus = tuple(sorted(chain.from_iterable([core.cpus for core in share])))
         mine = set(cpus)
         num_cores = len({core.number for core in share})
-        nodes = tuple(node.id for node in topology.nodes if not mine.isdisjoint(node.cpus))
+        nodes = tuple([node for node, its in cpus_of.items() if not mine.isdisjoint(its)])
         bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limit))
     idle = set(topology.allowed).difference(*(binding.cpus for binding in bindings))
     return Plan(tuple(bindings), (*notes, *chooser.notes()), tuple(sorted(idle)))
