@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("packages/ds-logging/src/ds_logging/_launchers.py")
-COPIES: tuple[Path, ...] = (Path("packages/ds-groups/src/ds_groups/_launchers.py"),)
+COPIES: tuple[Path, ...] = (
+    Path("packages/ds-groups/src/ds_groups/_launchers.py"),
+    Path("packages/ds-numa/src/ds_numa/_launchers.py"),
+)
 
 
 def stale(root: Path = ROOT, copies: tuple[Path, ...] = COPIES) -> list[Path]:

@@ -12,13 +12,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for modules that tests share
 Machine = Callable[..., Path]
+# What launchers, OpenMP libraries and GPU runtimes call their variables.
+_SURROUNDINGS = (
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "NODE_RANK",
+        "LOCAL_",
+        "OMPI_",
+        "MPI_",
+        "PMI",
+        "MV2_",
+        "PALS_",
+        "JSM_",
+        "FLUX_",
+        "HOROVOD_",
+    ),
+    *("ALPS_", "SLURM_", "OMP_", "KMP_", "GOMP_", "CUDA_", "HIP_", "ROCR_", "ZE_", "DS_NUMA_"),
+)
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher, no pinning, no GPU choice from the surroundings reaches a test."""
     for name in list(os.environ):
-        if name.startswith(("LOCAL_", "OMPI_", "MPI_", "SLURM_", "KMP_", "GOMP_", "CUDA_", "DS_NUMA_")):
+        if name.startswith(_SURROUNDINGS):
             monkeypatch.delenv(name)
 
 
@@ -77,3 +95,17 @@ def machine(tmp_path: Path) -> Machine:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def put_process(tmp_path: Path) -> Callable[..., None]:
+    """Write a process into ``tmp_path/proc`` as proc(5) shows it; no environment where it may not be read."""
+
+    def put(pid: int, parent: int, cpus: str, env: Mapping[str, str] | None) -> None:
+        folder = tmp_path / f"proc/{pid}"
+        folder.mkdir(parents=True)
+        (folder / "status").write_text(f"Name:\tx\nPPid:\t{parent}\nCpus_allowed:\tff\nCpus_allowed_list:\t{cpus}\n")
+        if env is not None:
+            (folder / "environ").write_bytes(b"".join(f"{name}={value}\0".encode() for name, value in env.items()))
+
+    return put

@@ -48,7 +48,7 @@ def test_a_thread_that_ends_meanwhile_is_no_problem(monkeypatch: pytest.MonkeyPa
     seen = [{5, 7}, {5, 7, 8}, {5, 8}]
     monkeypatch.setattr(os, "sched_setaffinity", set_one, raising=False)
     monkeypatch.setattr(_affinity, "_threads", lambda: seen.pop(0))
-    assert _affinity.set_mask([0]) == 3
+    assert _affinity.set_mask([0]) == 2
     assert calls[0] == 0
     assert sorted(calls[1:]) == [5, 7, 8]
 
@@ -78,3 +78,29 @@ def test_macos_has_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="cannot bind a process to CPUs") as caught:
         _affinity.set_mask([0])
     assert caught.value.errno == errno.ENOSYS
+
+
+def test_every_threads_mask_is_read() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        masks = _affinity.read_masks()
+        if not hasattr(os, "sched_getaffinity"):
+            assert masks == {}
+            return
+        assert {threading.get_native_id(), thread.native_id} <= set(masks)
+        assert masks[threading.get_native_id()] == tuple(_affinity.read_mask())
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_thread_that_is_refused_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_one(thread: int, mask: set[int]) -> None:
+        if thread == 7:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", set_one, raising=False)
+    monkeypatch.setattr(_affinity, "_threads", lambda: {5, 7})
+    assert _affinity.set_mask([0]) == 1

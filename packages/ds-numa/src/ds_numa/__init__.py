@@ -12,6 +12,7 @@ from ds_numa._ranges import format_ranges
 from ds_numa.binding import BindReport, apply, bind
 from ds_numa.errors import (
     AffinityConflictError,
+    BindingError,
     CoreListError,
     GpuLookupError,
     MissingDependencyError,
@@ -35,6 +36,7 @@ __all__ = [
     "AffinityConflictError",
     "BindReport",
     "Binding",
+    "BindingError",
     "CoreListError",
     "Gpu",
     "GpuLookupError",

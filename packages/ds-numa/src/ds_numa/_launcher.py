@@ -3,44 +3,157 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from ds_numa.errors import RankError
-
-# (local rank, number of local ranks); the first pair whose rank is set counts
-_VARIABLES = (
-    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun, deepspeed, accelerate
-    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
-    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # Intel MPI, MPICH
-    ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun; "4", "4(x2)", but not "4,3"
-)
+from ds_numa._launchers import LAUNCHERS, Launcher
 
 
-def find_rank(env: Mapping[str, str], local_rank: int | None, num_local_procs: int | None) -> tuple[int, int]:
+class FoundRank(NamedTuple):
+    """What is known of this process's place on its machine.
+
+    Attributes:
+        local_rank: the rank on this machine; None where nothing says it.
+        num_local_procs: the number of ranks on this machine; None where nothing says it.
+        launcher: who set what was read; None where no launcher was asked or found.
+        problem: why one of the two is None, and what to do; None where both are known.
+    """
+
+    local_rank: int | None
+    num_local_procs: int | None
+    launcher: str | None = None
+    problem: str | None = None
+
+
+def find_rank(env: Mapping[str, str], local_rank: int | None, num_local_procs: int | None) -> FoundRank:
     """The local rank and the number of local ranks; what the caller gives wins over the environment.
 
-    Without a launcher the process is rank 0 of 1.
-
-    Raises:
-        RankError: a launcher's variable is no number, or one of the two is missing.
+    Without a launcher the process is rank 0 of 1. The environment never raises: what it leaves open or contradicts is
+    named in `FoundRank.problem`.
     """
     if local_rank is not None and num_local_procs is not None:
-        return local_rank, num_local_procs
-    for rank_name, size_name in _VARIABLES:
-        if rank_name not in env or (size_name not in env and num_local_procs is None and rank_name != "LOCAL_RANK"):
-            continue  # Slurm sets a rank without a size in batch scripts, where nothing was launched
-        if num_local_procs is None and size_name not in env:
-            raise RankError(f"{rank_name} = {env[rank_name]!r} is set but {size_name} is not: pass num_local_procs")
-        rank = _read(env, rank_name) if local_rank is None else local_rank
-        return rank, _read(env, size_name) if num_local_procs is None else num_local_procs
-    if local_rank is None and num_local_procs in (None, 1):
-        return 0, 1
-    given, missing = ("local_rank", "num_local_procs") if num_local_procs is None else ("num_local_procs", "local_rank")
-    raise RankError(f"{given} is given, but {missing} is not and no launcher set it (such as LOCAL_RANK): pass both")
+        return FoundRank(local_rank, num_local_procs)
+    for launcher, rank in _rows(env):
+        size = local_size(env, launcher)
+        if size is None:
+            size = _size_of_another(env, launcher, rank)
+        found = FoundRank(
+            rank if local_rank is None else local_rank,
+            size if num_local_procs is None else num_local_procs,
+            launcher_name(env, launcher),
+        )
+        return found._replace(problem=_problem(env, launcher, found))
+    started = [
+        one for one in LAUNCHERS if not _is_batch(env, one) and (one.rank in env or (one.local_rank or "") in env)
+    ]
+    if not started and local_rank is None and num_local_procs in (None, 1):
+        return FoundRank(0, 1)
+    if not started:
+        missing = "num_local_procs" if num_local_procs is None else "local_rank"
+        problem = f"no launcher set a local rank (such as LOCAL_RANK), and {missing} was not given: pass both"
+        return FoundRank(local_rank, num_local_procs, None, problem)
+    if local_rank is None and num_local_procs in (None, 1) and _number(env, started[0].size) == 1:
+        return FoundRank(0, 1)
+    problem = (
+        f"{_shown(env, started[0].rank, started[0].local_rank)} give no local rank: pass local_rank and num_local_procs"
+    )
+    return FoundRank(local_rank, num_local_procs, launcher_name(env, started[0]), problem)
 
 
-def _read(env: Mapping[str, str], name: str) -> int:
-    match = re.fullmatch(r"\s*(\d+)(\(x\d+\))?\s*", env[name])
-    if not match:
-        raise RankError(f"{name} = {env[name]!r} is not one number: pass local_rank and num_local_procs")
-    return int(match[1])
+def agreeing_launchers(env: Mapping[str, str], local_rank: int, num_local_procs: int) -> list[Launcher]:
+    """The launchers whose variables say that this process is this rank of that many."""
+    return [
+        launcher
+        for launcher, rank in _rows(env)
+        if rank == local_rank
+        and num_local_procs in (local_size(env, launcher), _size_of_another(env, launcher, rank) or 0)
+    ]
+
+
+def local_size(env: Mapping[str, str], launcher: Launcher) -> int | None:
+    """The number of ranks on this machine that this launcher's own variables give; None where they give none."""
+    for name in (launcher.local_size, launcher.other_local_size):
+        counts = _counts(env.get(name or "", ""))
+        node = _number(env, launcher.node)
+        if len(set(counts)) == 1:
+            return counts[0]
+        if node is not None and node < len(counts):
+            return counts[node]
+    ranks, nodes = _number(env, launcher.size), _number(env, launcher.nodes)
+    if ranks == 1 or (ranks and nodes and ranks % nodes == 0):  # Flux names no local size; it deals tasks out evenly
+        return ranks // (nodes or 1)
+    return None
+
+
+def _rows(env: Mapping[str, str]) -> Iterator[tuple[Launcher, int]]:
+    """The launchers that set a local rank, with it. A launcher that numbers the job differently was not the last."""
+    outermost: dict[str, int] = {}
+    for launcher in LAUNCHERS:
+        if _is_batch(env, launcher):
+            continue
+        rank, local_rank = _number(env, launcher.rank), _number(env, launcher.local_rank)
+        if local_rank is not None and (rank is None or rank == outermost.get("rank", rank)):
+            yield launcher, local_rank
+        if rank is not None:
+            outermost.setdefault("rank", rank)
+
+
+def _is_batch(env: Mapping[str, str], launcher: Launcher) -> bool:
+    """Slurm sets ranks in a batch script too, where it launched nothing; only srun sets the variables of a step."""
+    return launcher.name == "Slurm" and launcher.local_size not in env
+
+
+def _size_of_another(env: Mapping[str, str], launcher: Launcher, rank: int) -> int | None:
+    """The local size of a launcher around this one that numbers the ranks alike (``LOCAL_RANK=$SLURM_LOCALID``)."""
+    size = _number(env, launcher.size)
+    for other, other_rank in _rows(env):
+        other_size = _number(env, other.size)
+        if other is not launcher and other_rank == rank and (size is None or other_size in (None, size)):
+            found = local_size(env, other)
+            if found is not None:
+                return found
+    return None
+
+
+def _problem(env: Mapping[str, str], launcher: Launcher, found: FoundRank) -> str | None:
+    rank, ranks = found.local_rank, found.num_local_procs
+    sizes = _shown(env, launcher.local_size, launcher.other_local_size, launcher.nodes)
+    if ranks is None:
+        return f"{found.launcher} does not say how many ranks this machine has ({sizes}): pass num_local_procs"
+    if rank is not None and rank >= ranks:
+        return (
+            f"local rank {rank} of {ranks} cannot be ({_shown(env, launcher.local_rank)}, {sizes}): "
+            "pass local_rank and num_local_procs"
+        )
+    return None
+
+
+def launcher_name(env: Mapping[str, str], launcher: Launcher) -> str:
+    """The launcher's name in a message. Many set torchrun's variables; Lightning alone sets them without RANK."""
+    if launcher.local_rank != "LOCAL_RANK":
+        return launcher.name
+    return "Lightning" if "NODE_RANK" in env and "RANK" not in env else "the launcher that set LOCAL_RANK"
+
+
+def _shown(env: Mapping[str, str], *names: str | None) -> str:
+    return ", ".join(f"{name} = {env[name]!r}" if name in env else f"{name} unset" for name in names if name)
+
+
+def _number(env: Mapping[str, str], name: str | None) -> int | None:
+    """The variable's value; None where it is unset or no number that a launcher writes."""
+    text = env.get(name or "", "").strip()
+    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
+def _counts(text: str) -> list[int]:
+    """Ranks on each machine, from Slurm's ``4(x2),3``; empty where the text says nothing readable.
+
+    Source: sbatch(1), SLURM_TASKS_PER_NODE.
+    """
+    counts: list[int] = []
+    for part in text.split(",") if text.strip() else ():
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\(x(\d{1,5})\))?\s*", part, re.ASCII)
+        if not match or int(match[1]) < 1:
+            return []
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts

@@ -12,7 +12,17 @@ import platform
 import sys
 from collections.abc import Sequence
 
-_PREFERRED, _BIND, _PREFERRED_MANY = 1, 2, 5
+_DEFAULT, _PREFERRED, _BIND, _INTERLEAVE, _LOCAL, _PREFERRED_MANY, _WEIGHTED = range(7)
+_NAMES = {
+    _DEFAULT: "none",
+    _PREFERRED: "preferred",
+    _BIND: "bind",
+    _INTERLEAVE: "interleave",
+    _LOCAL: "none",
+    _PREFERRED_MANY: "preferred",
+    _WEIGHTED: "weighted interleave",
+}
+_FLAGS = 0xE000  # MPOL_F_STATIC_NODES, MPOL_F_RELATIVE_NODES, MPOL_F_NUMA_BALANCING stand above the mode
 # (set_mempolicy, get_mempolicy) by machine, 64-bit only
 _CALLS = {
     "x86_64": (238, 239),
@@ -25,19 +35,60 @@ _CALLS = {
     "s390x": (270, 269),
 }
 _WORD = 8 * ctypes.sizeof(ctypes.c_ulong)  # bits in a word of a node mask
+_MOST_NODES = 1 << 12  # get_mempolicy refuses a mask shorter than the kernel's; no kernel is built for more
 
 
 def set_memory_policy(mode: str, nodes: Sequence[int]) -> None:
-    """Take memory from these nodes first (``prefer``) or only (``bind``).
+    """Take memory from these nodes first (``preferred``), only (``bind``), or in turn (``interleave``).
 
-    Holds for the calling thread and for threads and processes that it starts afterwards; memory that is in use stays
-    where it is.
+    ``none`` goes back to the default: memory of the node that a thread runs on. Holds for the calling thread and for
+    threads and processes that it starts afterwards; memory that is in use stays where it is.
 
     Raises:
         OSError: refused: ``EPERM`` in most containers without CAP_SYS_NICE, ``ENOSYS`` where there is no such call,
             ``EINVAL`` for several preferred nodes before Linux 5.15 or nodes that the cpuset excludes.
     """
-    number = _BIND if mode == "bind" else _PREFERRED if len(nodes) == 1 else _PREFERRED_MANY
+    if mode == "none":
+        number, nodes = _DEFAULT, ()
+    elif mode in ("preferred", "prefer"):
+        number = _PREFERRED if len(nodes) == 1 else _PREFERRED_MANY
+    else:
+        number = {"bind": _BIND, "interleave": _INTERLEAVE, "weighted interleave": _WEIGHTED}[mode]
+    _set(number, nodes)
+
+
+def read_memory_policy() -> tuple[str, tuple[int, ...]]:
+    """The mode that `set_memory_policy` takes and the nodes, as the kernel has them for the calling thread.
+
+    Raises:
+        OSError: the system refuses to say.
+    """
+    number, nodes = _get()
+    mode = _NAMES.get(number & ~_FLAGS, f"mode {number & ~_FLAGS}")
+    return (mode, nodes) if nodes else ("none", ())  # without nodes each mode means the node that a thread runs on
+
+
+def memory_policy_refusal() -> OSError | None:
+    """Why this process may not set a memory policy, found by setting what is in force; None when it may.
+
+    A container may refuse to set and allow to read, or the other way round. Where reading is refused, the default is
+    set, so call it before you set a policy.
+    """
+    try:
+        number, nodes = _get()
+    except OSError:
+        number, nodes = _DEFAULT, ()
+    try:
+        _set(number, nodes)
+    except OSError as error:
+        return error
+    return None
+
+
+def _set(number: int, nodes: Sequence[int]) -> None:
+    if not nodes:
+        _call(_numbers()[0], ctypes.c_int(number), None, ctypes.c_ulong(0))
+        return
     words = (ctypes.c_ulong * (max(nodes) // _WORD + 1))()
     for node in nodes:
         words[node // _WORD] |= 1 << (node % _WORD)
@@ -45,14 +96,12 @@ def set_memory_policy(mode: str, nodes: Sequence[int]) -> None:
     _call(_numbers()[0], ctypes.c_int(number), words, ctypes.c_ulong(len(words) * _WORD + 1))
 
 
-def memory_policy_refusal() -> OSError | None:
-    """Why this process may not set a memory policy, found out by reading its own; None when it may."""
-    mode = ctypes.c_int()
-    try:
-        _call(_numbers()[1], ctypes.byref(mode), None, ctypes.c_ulong(0), None, ctypes.c_ulong(0))
-    except OSError as error:
-        return error
-    return None
+def _get() -> tuple[int, tuple[int, ...]]:
+    """The kernel's number of the mode, with flags, and the nodes."""
+    mode, words = ctypes.c_int(), (ctypes.c_ulong * (_MOST_NODES // _WORD))()
+    _call(_numbers()[1], ctypes.byref(mode), words, ctypes.c_ulong(_MOST_NODES), None, ctypes.c_ulong(0))
+    nodes = (i * _WORD + bit for i, word in enumerate(words) if word for bit in range(_WORD) if word >> bit & 1)
+    return mode.value, tuple(nodes)
 
 
 def _numbers() -> tuple[int, int]:

@@ -5,193 +5,277 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
-from ds_numa._affinity import read_mask, set_mask
-from ds_numa._gpus import visible_gpus
+from ds_numa._affinity import read_mask, read_masks, restore_masks, set_mask
+from ds_numa._assign import Mode
+from ds_numa._devices import UNSET, Devices
+from ds_numa._given_mask import find_given_mask
 from ds_numa._launcher import find_rank
-from ds_numa._mempolicy import set_memory_policy
-from ds_numa._nvml import nvml_mig_parent
+from ds_numa._mempolicy import read_memory_policy, set_memory_policy
+from ds_numa._notes import core_notes, environment_notes, library_notes
+from ds_numa._own_share import Options, find_gpus, plan_share
 from ds_numa._ranges import format_ranges
-from ds_numa.errors import GpuLookupError, NotEnoughCoresError
-from ds_numa.plan import Binding, MemoryMode, Plan, check_rank, plan_binding
+from ds_numa._report import BindReport, describe_memory
+from ds_numa.errors import BindingError, NotEnoughCoresError, PlanError, RankError, TopologyError
+from ds_numa.plan import Binding, MemoryMode, Plan, check_rank
 from ds_numa.topology import Topology
+
+__all__ = ["MARK", "BindReport", "apply", "bind", "find_gpus"]
 
 logger = logging.getLogger("ds.numa")
 
 MARK = "DS_NUMA_BOUND"  # "<local rank>/<ranks>:<CPUs>", so that binding twice does not cut the share into shares
-_PINNING = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 
 
-@dataclass(frozen=True)
-class BindReport:
-    """What binding did. ``str(report)`` says it in words.
-
-    Attributes:
-        local_rank: the rank.
-        cpus: the CPUs that the process may run on now.
-        cpus_bound: whether its CPU mask was narrowed.
-        memory_bound: whether a memory policy was set.
-        refused: what the system refused, each with its reason; the rest is in force.
-        notes: what else a reader should know.
-        binding: what was asked for; None when no plan was possible.
-    """
-
-    local_rank: int
-    cpus: tuple[int, ...]
-    cpus_bound: bool = False
-    memory_bound: bool = False
-    refused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    binding: Binding | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Nothing was refused."""
-        return not self.refused
-
-    def __str__(self) -> str:
-        done = [f"bound to CPUs {format_ranges(self.cpus)}"] if self.cpus_bound else []
-        if self.memory_bound and self.binding:
-            done.append(f"memory: {self.binding.memory} node {format_ranges(self.binding.memory_nodes)}")
-        if not done:
-            state = "not bound" if self.refused else "nothing to bind"
-            done = [f"{state}, running on CPUs {format_ranges(self.cpus)}"]
-        parts = ["; ".join(done)]
-        parts += [f"refused: {refusal}" for refusal in self.refused]
-        parts += [f"note: {note}" for note in self.notes]
-        return f"local rank {self.local_rank}: " + "; ".join(parts)
-
-
-def apply(target: Plan | Binding, local_rank: int | None = None, *, set_omp: bool = False) -> BindReport:
+def apply(
+    target: Plan | Binding, local_rank: int | None = None, *, set_omp: bool = False, strict: bool = False
+) -> BindReport:
     """Bind this process: all its threads to the CPUs, this thread and those it starts from now on to the memory.
 
-    What the system refuses (containers often refuse memory policy) is left out and reported; the rest holds. Call it
-    early: OpenMP counts the CPUs when torch or numpy is imported, and memory in use does not move.
+    What the system refuses (containers often refuse memory policy) is softened or left out and reported; the rest
+    holds: ``bind`` becomes ``preferred``, that becomes no policy. The report is read back from the kernel, which
+    drops CPUs and nodes that are not there without an error. Call it early: OpenMP counts the CPUs when torch or numpy
+    is imported, and memory in use does not move.
 
     Args:
         target: a binding, or a plan of which this process takes its rank's.
         local_rank: which binding of a plan; the launcher's variable (``LOCAL_RANK``) when left out.
-        set_omp: also set ``OMP_NUM_THREADS`` to the advised number, over whatever it is.
+        set_omp: also set ``OMP_NUM_THREADS`` to the advised number, over whatever it is, and torch's number of threads
+            if torch was imported before.
+        strict: raise if anything is refused, after giving the process back what it had.
 
     Returns:
         What was done. Every rank calls it for itself; ranks do not wait for each other.
 
     Raises:
         RankError: the plan has no such rank, or no launcher says which it is.
+        BindingError: something was refused under `strict`.
     """
-    if isinstance(target, Plan):
-        rank, _ = find_rank(os.environ, local_rank, len(target))
-        binding = target[rank]
-    else:
-        binding = target
-    notes = [
-        f"{name} is set: OpenMP pins its threads by it, maybe elsewhere" for name in _PINNING if name in os.environ
-    ]
-    refused = []
-    cpus_bound = memory_bound = False
-    before = tuple(read_mask())
-    if before != binding.cpus:
-        try:
-            set_mask(binding.cpus)
-            cpus_bound = True
-        except OSError as error:
-            refused.append(f"CPUs {format_ranges(binding.cpus)} ({_explain(error)})")
-    if binding.memory != "none" and not refused:  # memory of a node is worth nothing without its CPUs
-        try:
-            set_memory_policy(binding.memory, binding.memory_nodes)
-            memory_bound = True
-        except OSError as error:
-            what = f"memory policy {binding.memory} node {format_ranges(binding.memory_nodes)}"
-            refused.append(f"{what} ({_explain(error)}), so memory comes from the node that a thread runs on")
-    if set_omp:
-        os.environ["OMP_NUM_THREADS"] = str(binding.omp_num_threads)
-        notes.append(f"OMP_NUM_THREADS = {binding.omp_num_threads} was set")
-    return BindReport(
+    binding = _choose(target, local_rank) if isinstance(target, Plan) else target
+    mask_before = tuple(read_mask())
+    masks_before = _read_threads(mask_before)
+    policy_before = _read_policy()
+    refused: list[str] = []
+    notes = environment_notes(os.environ)
+
+    cpus_bound = _set_cpus(binding.cpus, mask_before, masks_before, refused)
+    wanted = None
+    if binding.memory != "none" and (cpus_bound or not refused):  # a node's memory is worth little without its CPUs
+        wanted = _set_memory(binding.memory, binding.memory_nodes, refused)
+    cpus = tuple(read_mask())
+    threads = _read_threads(cpus)
+    refused += _not_granted(binding.cpus, cpus, threads) if cpus_bound else []
+    policy = _read_policy()
+    if wanted is not None and policy is None:
+        notes.append("the memory policy was set, but the system refuses to read it back")
+        policy = wanted
+    elif policy is not None and wanted is not None and policy != (wanted[0], tuple(sorted(wanted[1]))):
+        refused.append(f"memory policy {describe_memory(*wanted)} (the kernel has {describe_memory(*policy)} in force)")
+    if wanted is not None and len(threads) > 1:
+        notes.append(f"{len(threads) - 1} threads that run already keep the memory policy that they had")
+
+    mode, nodes = policy or ("none", ())
+    report = BindReport(
         binding.local_rank,
-        binding.cpus if cpus_bound else before,
+        cpus,
         cpus_bound,
-        memory_bound,
+        wanted is not None,
         tuple(refused),
         tuple(notes),
         binding,
+        None if mode == "none" else mode,
+        nodes,
     )
+    if strict and refused:
+        if cpus_bound and masks_before:
+            restore_masks(masks_before)
+        elif cpus_bound:
+            set_mask(mask_before)
+        if wanted is not None:
+            set_memory_policy(*policy_before or ("none", ()))
+        raise BindingError(
+            f"strict = True, and the system did not grant everything, so nothing was bound: {report}", report
+        )
+    if set_omp:
+        os.environ["OMP_NUM_THREADS"] = str(binding.omp_num_threads)
+        notes.append(f"OMP_NUM_THREADS = {binding.omp_num_threads} was set")
+    if cpus_bound or set_omp:
+        notes += library_notes(binding, os.environ, set_threads=set_omp)
+    return replace(report, notes=tuple(notes))
 
 
 def bind(
     local_rank: int | None = None,
     num_local_procs: int | None = None,
     *,
+    mode: Mode = "auto",
+    devices: Devices = "auto",
+    gpus: Devices | Literal["unset"] = UNSET,
     cores: str | Iterable[int] | None = None,
     smt: bool = True,
-    gpus: Sequence[str | None] | Literal["auto"] | None = "auto",
-    memory: MemoryMode = "prefer",
+    memory: MemoryMode | Literal["prefer"] = "preferred",
+    reserve: int = 0,
     set_omp: bool = False,
+    strict: bool = False,
+    topology: Topology | None = None,
 ) -> BindReport:
     """Read the machine, make the plan, bind this process: one line at the top of a training script.
 
-    It does not stand in the way of training: with more ranks than CPUs, or under a container that refuses, the process
-    goes on unbound and the report says so. The report is logged, as a warning if something was refused. A second
-    call with the same ranks finds the process bound and changes nothing.
-
-    Every rank must start with the same CPU mask, as under torchrun. Where the launcher gives each rank a mask of its
-    own (``srun --cpu-bind=cores``) the ranks are bound already: call ``bind(0, 1)``.
+    It does not stand in the way of training: with more ranks than CPUs, under a container that refuses, or under a
+    launcher that does not say how many ranks there are, the process goes on unbound and the report says so. The report
+    is logged, as a warning if something was refused. A second call with the same ranks finds the process bound and
+    changes nothing. A CPU mask that the launcher cut for this rank (``srun``, ``mpirun``) is kept.
 
     Args:
         local_rank: this process's rank on the machine; from the launcher's environment when left out.
         num_local_procs: the number of ranks on the machine, likewise. Without a launcher: rank 0 of 1.
+        mode: see `plan_binding`.
+        devices: PCI addresses by local rank, None for no devices, or ``"auto"``, the default: rank i uses ``cuda:i``
+            where every rank sees the same list with one GPU for each, or the one GPU that it sees.
+        gpus: the older name of `devices`.
         cores: see `plan_binding`.
         smt: see `plan_binding`.
-        gpus: PCI addresses by local rank, None for no GPUs, or ``"auto"``: rank i uses ``cuda:i``, where
-            CUDA shows every rank the same list with one GPU for each.
         memory: see `plan_binding`.
+        reserve: see `plan_binding`.
         set_omp: see `apply`.
+        strict: raise if the process cannot be bound as asked, see `apply`.
+        topology: this machine where its own description is wrong (corrected output of ``ds-numa show --json``); read
+            when left out. CPUs outside this process's mask are not used.
 
     Returns:
         What was done. Every rank calls it for itself; ranks do not wait for each other.
 
     Raises:
-        NumaError: an argument or a launcher's variable is wrong.
+        NumaError: an argument is wrong.
+        BindingError: something was refused under `strict`.
     """
-    rank, ranks = find_rank(os.environ, local_rank, num_local_procs)
-    check_rank(rank, ranks)
+    _check_given(local_rank, num_local_procs)
+    if gpus != UNSET:
+        if devices != "auto":
+            raise PlanError(f"devices = {devices!r} and gpus = {gpus!r} mean the same: give devices= alone")
+        devices = gpus
+    options = Options(mode, smt, memory, reserve, cores if cores is None or isinstance(cores, str) else list(cores))
+    found = find_rank(os.environ, local_rank, num_local_procs)
+    rank, ranks = found.local_rank, found.num_local_procs
     mask = tuple(read_mask())
+    if found.problem is not None or rank is None or ranks is None:
+        return _finish(BindReport(rank, mask, refused=(f"binding: {found.problem}",)), strict)
+    check_rank(rank, ranks)
     if os.environ.get(MARK) == _mark(rank, ranks, mask):
-        report = BindReport(rank, mask, notes=(f"it was bound before ({MARK} says so)",))
-        logger.info("%s", report)
-        return report
-    topology = Topology.here()
-    notes: tuple[str, ...] = ()
-    if gpus == "auto":
-        gpus, notes = find_gpus(topology, ranks)
+        return _finish(BindReport(rank, mask, notes=(f"it was bound before ({MARK} says so)",)), strict)
     try:
-        plan = plan_binding(topology, ranks, cores=cores, smt=smt, gpus=gpus, memory=memory)
-    except NotEnoughCoresError as error:
-        report = BindReport(rank, mask, refused=(str(error),), notes=notes)
-    else:
-        done = apply(plan, rank, set_omp=set_omp)
-        report = BindReport(**vars(done) | {"notes": plan.notes + notes + done.notes})
-        if report.cpus == plan[rank].cpus:  # not if the system refused
-            os.environ[MARK] = _mark(rank, ranks, report.cpus)
+        topology = Topology.here() if topology is None else _limit(topology, mask)
+        given = find_given_mask(os.environ, topology, mask, rank, ranks)
+        binding, notes = plan_share(topology, rank, ranks, devices, options, given)
+    except (NotEnoughCoresError, TopologyError) as error:
+        return _finish(BindReport(rank, mask, refused=(str(error),)), strict)
+    report = apply(binding, set_omp=set_omp, strict=strict)
+    report = replace(report, notes=(*notes, *core_notes(topology, binding), *report.notes))
+    if report.cpus == binding.cpus:  # not if the system refused
+        os.environ[MARK] = _mark(rank, ranks, report.cpus)
+    return _finish(report, strict)
+
+
+def _limit(topology: Topology, mask: tuple[int, ...]) -> Topology:
+    """A machine that the caller described, limited to this process's mask."""
+    allowed = tuple(sorted(set(topology.allowed).intersection(mask)))
+    if not allowed:
+        raise TopologyError(
+            f"topology allows CPUs {format_ranges(topology.allowed)}, but this process may use {format_ranges(mask)}: "
+            "describe this machine"
+        )
+    return replace(topology, allowed=allowed)
+
+
+def _choose(plan: Plan, local_rank: int | None) -> Binding:
+    found = find_rank(os.environ, local_rank, len(plan))
+    if found.local_rank is None:
+        raise RankError(f"local_rank is not given, and no launcher says it ({found.problem}): pass local_rank")
+    return plan[found.local_rank]
+
+
+def _check_given(local_rank: int | None, num_local_procs: int | None) -> None:
+    """Raise `RankError` for what the caller gave; what the environment says is never an error."""
+    if num_local_procs is not None:
+        check_rank(0, num_local_procs)
+    if local_rank is not None:
+        ranks = num_local_procs if num_local_procs is not None else local_rank + 1 if local_rank >= 0 else 1
+        check_rank(local_rank, ranks)
+
+
+def _set_cpus(
+    wanted: tuple[int, ...], mask: tuple[int, ...], masks: dict[int, tuple[int, ...]], refused: list[str]
+) -> bool:
+    """Set every thread's mask; False where that was not necessary, or refused."""
+    if mask == wanted and all(other == wanted for other in masks.values()):
+        return False
+    try:
+        set_mask(wanted)
+    except OSError as error:
+        refused.append(f"CPUs {format_ranges(wanted)} ({_explain(error)})")
+        return False
+    return True
+
+
+def _set_memory(mode: str, nodes: tuple[int, ...], refused: list[str]) -> tuple[str, tuple[int, ...]] | None:
+    """Set the policy, or the strictest softer one that is granted; None where none is."""
+    mode = "preferred" if mode == "prefer" else mode
+    steps = [(mode, nodes)] + ([("preferred", nodes)] if mode == "bind" else [])
+    if len(nodes) > 1 and mode in ("bind", "preferred"):
+        steps.append(("preferred", nodes[:1]))  # before Linux 5.15 only one node can be preferred
+    failures: list[str] = []
+    for step in steps:
+        try:
+            set_memory_policy(*step)
+        except OSError as error:
+            failures.append(f"memory policy {describe_memory(*step)} ({_explain(error)})")
+            continue
+        refused += [f"{failure}, so it is {describe_memory(*step)}" for failure in failures]
+        return step
+    refused += failures[:-1]
+    refused.append(f"{failures[-1]}, so memory comes from where it came from before: by default the thread's own node")
+    return None
+
+
+def _not_granted(wanted: tuple[int, ...], cpus: tuple[int, ...], threads: dict[int, tuple[int, ...]]) -> list[str]:
+    """How what the kernel has differs from what was set."""
+    found = []
+    if missing := set(wanted).difference(cpus):
+        found.append(f"CPUs {format_ranges(missing)} (they are not online, or outside this process's cpuset)")
+    if extra := set(cpus).difference(wanted):
+        found.append(f"leaving CPUs {format_ranges(extra)} (they are still in the mask)")
+    strays = {thread: mask for thread, mask in threads.items() if mask != cpus}
+    found += [
+        f"CPUs of thread {thread} (it runs on {format_ranges(mask)})" for thread, mask in list(strays.items())[:3]
+    ]
+    if len(strays) > 3:
+        found.append(f"CPUs of {len(strays) - 3} more threads")
+    return found
+
+
+def _read_threads(mask: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Every thread's mask; empty where the system does not tell, or tells another mask of this thread than `mask`."""
+    masks = read_masks()
+    return masks if masks.get(threading.get_native_id()) == mask else {}
+
+
+def _read_policy() -> tuple[str, tuple[int, ...]] | None:
+    try:
+        return read_memory_policy()
+    except OSError:
+        return None
+
+
+def _finish(report: BindReport, strict: bool) -> BindReport:
+    """Log the report of `bind`."""
+    if strict and not report.complete:
+        raise BindingError(f"strict = True, and this process is not bound as asked: {report}", report)
     logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
     return report
-
-
-def find_gpus(topology: Topology, num_local_procs: int) -> tuple[list[str | None] | None, tuple[str, ...]]:
-    """The GPU of each local rank, if rank i uses ``cuda:i``; else None and a note that says why not."""
-    try:
-        visible = visible_gpus(topology.gpus, os.environ, mig_parent=nvml_mig_parent)
-    except GpuLookupError as error:
-        return None, (f"GPUs are left out: {error}",)
-    if not visible:
-        return None, ()
-    if len(visible) < num_local_procs:
-        return None, (
-            f"GPUs are left out: {num_local_procs} ranks see {len(visible)}, so the others' are unknown: pass gpus=",
-        )
-    return [gpu.pci for gpu in visible[:num_local_procs]], ()
 
 
 def _mark(rank: int, ranks: int, cpus: Sequence[int]) -> str:

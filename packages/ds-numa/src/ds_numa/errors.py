@@ -31,6 +31,18 @@ class GpuLookupError(NumaError):
     """A GPU is named that this machine does not show."""
 
 
+class BindingError(NumaError):
+    """Under ``strict=True``: the system did not grant what was asked for. What was set before is in force again.
+
+    Attributes:
+        report: what was refused, a `ds_numa.BindReport`.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class AffinityConflictError(NumaError):
     """An environment variable makes another library pin threads as well."""
 
