@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
 from ds_numa._ranges import format_ranges, parse_range_list
@@ -172,7 +172,7 @@ class Topology:
     @classmethod
     def from_sysfs(
         cls,
-        root: str | Path = "/",
+        root: str | PathLike[str] = "/",
         *,
         allowed: Iterable[int] | None = None,
         allowed_memory: Iterable[int] | None = None,
@@ -351,7 +351,7 @@ def _numbers(value: str | Iterable[int] | None) -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in value or ()))
 
 
-def probe(root: str | Path = "/") -> Topology:
+def probe(root: str | PathLike[str] = "/") -> Topology:
     """Read a machine: the one that this process runs on, or one whose ``sys`` and ``proc`` trees were copied.
 
     Args:
@@ -360,4 +360,4 @@ def probe(root: str | Path = "/") -> Topology:
     Raises:
         TopologyError: there is no ``sys/devices/system/cpu`` below `root`, or nothing allowed is online.
     """
-    return Topology.here() if Path(root) == Path("/") else Topology.from_sysfs(root)
+    return Topology.here() if fspath(root) == "/" else Topology.from_sysfs(root)
