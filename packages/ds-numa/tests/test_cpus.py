@@ -95,6 +95,18 @@ def test_arm_cores_are_told_apart_by_capacity(tmp_path: Path) -> None:
     assert Topology.from_sysfs(tree.root).core_classes == ((1, 3), (0, 2))
 
 
+def test_cores_of_two_kinds_at_once_count_once(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(0,), (1,), (2,)])
+    tree.put("sys/devices/cpu_core/cpus", "0-1").put("sys/devices/cpu_atom/cpus", "1-2")
+    assert Topology.from_sysfs(tree.root).core_classes == ((0, 1), (2,))
+
+
+def test_offline_cpus_are_known_without_the_list(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(0,), (1,), (2,)]).put(f"{CPU}/online", "garbage")
+    tree.put(f"{CPU}/cpu1/online", 0).put(f"{CPU}/cpu2/online", 1)
+    assert Topology.from_sysfs(tree.root).allowed == (0, 2)
+
+
 def test_equal_cores_are_one_class_which_is_none(tmp_path: Path) -> None:
     tree = MachineTree(tmp_path).cpus([(0,), (1,)])
     for cpu in (0, 1):

@@ -83,6 +83,14 @@ def test_amds_driver_gives_order_names_and_parts(tmp_path: Path) -> None:
     )
 
 
+def test_a_container_without_amds_gpus(tmp_path: Path) -> None:
+    tree = base(tmp_path).pci("0000:05:00.0", klass="0x038000", vendor=AMD, numa_node=0)
+    assert Topology.from_sysfs(tmp_path).gpus[0].usable  # the driver is not asked in a copy without it
+    kfd(tree, 0, simd=0)
+    tree.put("sys/class/kfd/kfd/topology/nodes/1/properties", "")
+    assert not Topology.from_sysfs(tmp_path).gpus[0].usable
+
+
 def test_intels_tiles_are_numbered(tmp_path: Path) -> None:
     tree = base(tmp_path)
     for address in ("0000:18:00.0", "0000:2a:00.0", "0000:9a:00.0"):

@@ -121,10 +121,16 @@ def _ask_nvidia(tree: Tree, gpus: dict[str, Gpu]) -> None:
 
 
 def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
-    """Add what AMD's compute driver says. Its order is the runtime's; a partitioned GPU has an entry for each part."""
+    """Add what AMD's compute driver says. Its order is the runtime's; a partitioned GPU has an entry for each part.
+
+    A GPU without an entry that can be read was not given to this container.
+    """
+    numbers = tree.ids(_KFD, "")
+    if not numbers:
+        return
     entries: dict[str, list[tuple[int, int]]] = {}  # (ordinal, unique id) by PCI address
     ordinal = 0
-    for number in tree.ids(_KFD, ""):
+    for number in numbers:
         facts = dict(re.findall(r"^(\w+) (\d+)$", tree.text(f"{_KFD}/{number}/properties") or "", re.MULTILINE))
         if int(facts.get("simd_count", 0)) == 0:  # a CPU, or a GPU of another container
             continue
@@ -132,8 +138,6 @@ def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
         pci = f"{int(facts.get('domain', 0)):04x}:{where >> 8:02x}:{where >> 3 & 31:02x}.{where & 7}"
         entries.setdefault(pci, []).append((ordinal, int(facts.get("unique_id", 0))))
         ordinal += 1
-    if not entries:
-        return
     for pci, parts in entries.items():
         gpu = gpus.get(pci) or Gpu(pci, read_node(tree, pci), vendor="amd")
         unique = parts[0][1]
