@@ -41,28 +41,27 @@ def read_cores(tree: Tree, online: Sequence[int]) -> Groups:
             (topology + "thread_siblings_list", topology + "thread_siblings"),
             (topology + "core_cpus_list", topology + "core_cpus"),
         )
-        core = [sibling for sibling in siblings or () if sibling in left]
-        if cpu not in core:
-            core = sorted([*core, cpu])
-        left.difference_update(core)
-        cores.append(tuple(core))
+        core = left.intersection(siblings or ())
+        core.add(cpu)
+        left -= core
+        cores.append(tuple(sorted(core)))
     return tuple(cores)
 
 
 def split_cores(cores: Groups, groups: Iterable[Iterable[int]], notes: list[str]) -> Groups:
     """Take apart cores whose CPUs are in different groups (nodes and sockets), which no real core is."""
-    places: dict[int, tuple[int, ...]] = {}
+    places: dict[int, int] = {}  # a bit for each group
     for number, group in enumerate(groups):
         for cpu in group:
-            places[cpu] = (*places.get(cpu, ()), number)
+            places[cpu] = places.get(cpu, 0) | 1 << number
     kept: list[tuple[int, ...]] = []
     wrong = []
     for core in cores:
-        where = [places.get(cpu) for cpu in core]
-        if where.count(where[0]) == len(where):
+        if len(core) == 1 or len(set(map(places.get, core))) == 1:
             kept.append(core)
             continue
-        kept += [tuple(cpu for cpu in core if places.get(cpu) == place) for place in set(where)]
+        parts = {places.get(cpu) for cpu in core}
+        kept += [tuple(cpu for cpu in core if places.get(cpu) == place) for place in parts]
         wrong.append(format_ranges(core))
     if wrong:
         more = f" (and {len(wrong) - 1} more cores like it)" if len(wrong) > 1 else ""

@@ -7,6 +7,8 @@ import os
 import re
 
 _HIGHEST = (1 << 16) - 1  # far above any CPU or node; keeps garbage from filling the memory
+# A copied tree may hold a pipe, and opening one would wait for a writer. Windows has no such flag, nor such trees.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 
 class Tree:
@@ -37,8 +39,7 @@ class Tree:
     def text(self, path: str) -> str | None:
         """A file's text without the white space around it; None where it is missing or cannot be read."""
         try:
-            # O_NONBLOCK: a copied tree may hold a pipe, and opening one would wait for a writer.
-            handle = os.open(self.root + path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = os.open(self.root + path, _FLAGS)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -135,18 +136,18 @@ def parse_list(text: str) -> list[int]:
     """
     if not text:
         return []
-    found: list[int] = []
-    for part in text.split(","):
-        if part.isdecimal():
-            found.append(int(part))
-            continue
-        first, _, last = part.partition("-")
-        start, end = int(first), int(last)
-        if not 0 <= start <= end <= _HIGHEST:
-            raise ValueError(part)
-        found += range(start, end + 1)
-    if len(found) > 1:
-        found = sorted(set(found))
+    if "-" in text:
+        found: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            start = int(first)
+            end = int(last) if dash else start
+            if not 0 <= start <= end <= _HIGHEST:
+                raise ValueError(part)
+            found += range(start, end + 1)
+    else:  # siblings, of which there is a file for each core: the shortest way
+        found = list(map(int, text.split(",")))
+    found = sorted(set(found))
     if found[-1] > _HIGHEST:
         raise ValueError(text)
     return found

@@ -32,7 +32,7 @@ def normalise_pci(text: str) -> str:
 
 def pci_order(pci: str) -> tuple[int, ...]:
     """A key that sorts PCI addresses as NVML does."""
-    return tuple(int(part, 16) for part in re.split(r"[:.]", pci))
+    return tuple([int(part, 16) for part in pci.replace(".", ":").split(":")])
 
 
 def visible_gpus(

@@ -102,8 +102,10 @@ def _ask_nvidia(tree: Tree, gpus: dict[str, Gpu]) -> None:
         except GpuLookupError:
             continue
         listed.add(pci)
-        text = tree.text(f"{NVIDIA_DRIVER}/{name}/information") or ""
-        facts = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
+        facts = {}
+        for line in (tree.text(f"{NVIDIA_DRIVER}/{name}/information") or "").splitlines():
+            key, _, value = line.partition(":")
+            facts[key] = value.strip()
         uuid = facts.get("GPU UUID") or ""
         status = re.match(r"Node:\s*(\d+)", tree.text(f"{NVIDIA_DRIVER}/{name}/numa_status") or "")
         gpus[pci] = Gpu(
