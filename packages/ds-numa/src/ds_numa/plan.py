@@ -222,7 +222,7 @@ def _thread_limit(topology: Topology, ranks: int, notes: list[str]) -> int | Non
         return None
     limit = max(1, int(quota / ranks))
     notes.append(
-        f"the cgroup grants {quota:g} CPUs of time; the mask has {count(len(topology.allowed), 'CPU')}: "
+        f"the cgroup grants {quota:g} {'CPU' if quota == 1 else 'CPUs'} of time; the mask has {count(len(topology.allowed), 'CPU')}: "
         f"run at most {count(limit, 'thread')} in each rank"
     )
     return limit
