@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="start a launcher whose ranks bind themselves, or bind this rank and become a program",
-        description="Around a launcher: start it, and every rank that it starts with Python binds itself first. "
+        description="Around a launcher: start it, and every rank that it starts with Python binds itself first.\n"
         "Inside a launcher: bind this process to its rank's share of the machine, then become COMMAND.",
         epilog="examples:\n  ds-numa run --ranks 8 -- torchrun --nproc-per-node 8 train.py\n"
         "  torchrun --nproc-per-node 4 --no-python ds-numa run -- ./train",

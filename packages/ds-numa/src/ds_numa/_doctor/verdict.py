@@ -98,7 +98,8 @@ def judge(
     """Judge every rank of a job.
 
     A rank sits well where its CPUs are those that a plan of any mode gives it, or where they are its own and near its
-    GPU. What the launcher may use, or else all that the ranks may use together, is what the plans deal out.
+    GPU. CPUs that are all there are count only where the asked mode gives them. What the launcher may use, or else all
+    that the ranks may use together, is what the plans deal out.
 
     Args:
         machine: this machine, whatever of it the caller itself may use.
@@ -146,7 +147,10 @@ def _judge(
 ) -> Verdict:
     here = placements[index]
     planned = next((plan[index] for plan in plans.values()), None)
-    fitting = next((mode for mode, plan in plans.items() if plan[index].cpus == here.cpus), None)
+    fits = [mode for mode, plan in plans.items() if plan[index].cpus == here.cpus]
+    if here.cpus == machine.allowed and fits[:1] != list(plans)[:1]:
+        fits = []  # a mode that nobody asked for, whose node or socket is the whole machine: nobody bound this rank
+    fitting = next(iter(fits), None)
     off = [] if fitting else _wrong_cpus(machine, index, placements, gpu)
     where = f"CPUs {format_ranges(here.cpus)}"
     if fitting:
