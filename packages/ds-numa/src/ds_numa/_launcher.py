@@ -72,14 +72,14 @@ def agreeing_launchers(env: Mapping[str, str], local_rank: int, num_local_procs:
 
 def local_size(env: Mapping[str, str], launcher: Launcher) -> int | None:
     """The number of ranks on this machine that this launcher's own variables give; None where they give none."""
+    ranks, nodes = _number(env, launcher.size), _number(env, launcher.nodes)
+    node = _number(env, launcher.node)
     for name in (launcher.local_size, launcher.other_local_size):
         counts = _counts(env.get(name or "", ""))
-        node = _number(env, launcher.node)
         if len(set(counts)) == 1:
-            return counts[0]
-        if node is not None and node < len(counts):
+            node = 0
+        if node is not None and node < len(counts) and (ranks is None or counts[node] <= ranks):  # or it is a leftover
             return counts[node]
-    ranks, nodes = _number(env, launcher.size), _number(env, launcher.nodes)
     if ranks == 1 or (ranks and nodes and ranks % nodes == 0):  # Flux names no local size; it deals tasks out evenly
         return ranks // (nodes or 1)
     return None
@@ -119,7 +119,9 @@ def _problem(env: Mapping[str, str], launcher: Launcher, found: FoundRank) -> st
     rank, ranks = found.local_rank, found.num_local_procs
     sizes = _shown(env, launcher.local_size, launcher.other_local_size, launcher.nodes)
     if ranks is None:
-        return f"{found.launcher} does not say how many ranks this machine has ({sizes}): pass num_local_procs"
+        # Lightning starts the other processes of a machine from the first, which has no rank until then.
+        hint = ", after launch()" if found.launcher == "Lightning" else ""
+        return f"{found.launcher} does not say how many ranks this machine has ({sizes}): pass num_local_procs{hint}"
     if rank is not None and rank >= ranks:
         return (
             f"local rank {rank} of {ranks} cannot be ({_shown(env, launcher.local_rank)}, {sizes}): "
