@@ -8,13 +8,13 @@ from typing import Any
 
 import ds_numa
 import pytest
-from ds_numa import Topology, numactl
+from ds_numa import Binding, Topology, numactl
 from ds_numa.errors import AffinityConflictError, CoreListError, NotEnoughCoresError, RankError
 from ds_numa.numactl import check_for_numactl_pkg, get_numa_cores, get_numactl_cmd
 
 SPARSE = Topology.from_dict(
     {
-        "nodes": {"0": {"cpus": "0-3,8-11"}, "1": {}, "8": {"cpus": "4-7,12-15"}},
+        "nodes": {"0": {"cpus": "0-3,8-11"}, "1": {"kind": "empty"}, "8": {"cpus": "4-7,12-15"}},
         "cores": [[i, i + 8] for i in range(8)],
         "allowed": "0-6,8-15",
     }
@@ -54,7 +54,7 @@ def test_the_command_is_the_plan() -> None:
     # 15 CPUs of 8 cores: every one of them is used, siblings together.
     assert get_numactl_cmd(None, 2, 0) == (4, ["numactl", "-m", "0", "-C", "0-3,8-11"])
     assert get_numactl_cmd(None, 2, 1) == (4, ["numactl", "-m", "8", "-C", "4-6,12-15"])
-    assert get_numactl_cmd(None, 1, 0) == (8, ["numactl", "-m", "0,8", "-C", "0-6,8-15"])
+    assert get_numactl_cmd(None, 1, 0) == (8, ["numactl", "-C", "0-6,8-15"])
 
 
 @pytest.mark.usefixtures("sparse")
@@ -91,6 +91,34 @@ def test_high_bandwidth_memory_is_preferred() -> None:
 
     assert get_numactl_cmd(None, 2, 1, topology=box(4)) == (2, ["numactl", "-p", "3", "-C", "2-3"])
     assert get_numactl_cmd(None, 1, 0, topology=box(4)) == (4, ["numactl", "-P", "2-3", "-C", "0-3"])
+
+
+def test_memory_that_nothing_tells_apart_is_not_shut_out() -> None:
+    nodes = {"0": {"cpus": "0-3"}, "1": {"cpus": "4-7"}, "2": {"memory_bytes": 1 << 38}}
+    machine = Topology.from_dict({"nodes": nodes})
+    assert get_numactl_cmd(None, 2, 1, topology=machine) == (4, ["numactl", "-p", "1", "-C", "4-7"])
+
+
+def test_devices_do_not_move_the_command() -> None:
+    gpus = [{"pci": f"0000:1{i}:00.0", "node": 1, "uuid": str(i)} for i in range(2)]
+    machine = Topology.from_dict({"nodes": {"0": {"cpus": "0-3"}, "1": {"cpus": "4-7"}}, "gpus": gpus})
+    assert get_numactl_cmd(None, 2, 0, topology=machine) == (4, ["numactl", "-m", "0", "-C", "0-3"])
+
+
+@pytest.mark.parametrize(
+    ("memory", "nodes", "words"),
+    [
+        ("preferred", (1,), ["-p", "1"]),
+        ("preferred", (0, 2), ["-P", "0,2"]),
+        ("bind", (0, 1), ["-m", "0-1"]),
+        ("interleave", (0, 1, 2), ["-i", "0-2"]),
+        ("none", (), []),
+    ],
+)
+def test_every_memory_mode_has_its_words(memory: Any, nodes: tuple[int, ...], words: list[str]) -> None:
+    binding = Binding(0, (0, 1, 4), 3, (0,), memory, nodes)
+    assert numactl.numactl_args(binding) == [*words, "-C", "0-1,4"]
+    assert numactl.numactl_args(binding, memory=False) == ["-C", "0-1,4"]
 
 
 def test_another_machine_can_be_asked_about() -> None:

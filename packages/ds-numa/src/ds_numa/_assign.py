@@ -108,18 +108,18 @@ def _say_moved(
 def _say_across(
     layout: Layout, device_nodes: Sequence[int | None], shares: Sequence[Sequence[Core]], notes: list[str]
 ) -> None:
-    across = [
-        rank
-        for rank, (node, share) in enumerate(zip(device_nodes, shares, strict=True))
-        if node is not None and {layout.domain.get(core.node) for core in share} != {layout.domain_of(node)}
-    ]
+    across = []
+    for rank, (node, share) in enumerate(zip(device_nodes, shares, strict=True)):
+        reached = {layout.domain.get(other) for other in {core.node for core in share}}
+        if node is not None and reached != {layout.domain_of(node)}:
+            across.append(rank)
     if across:
         notes.append(f"{listed('rank', across)} got CPUs on another socket than the GPU")
 
 
 def _say_idle(layout: Layout, shares: Sequence[Sequence[Core]], notes: list[str]) -> None:
-    dealt = {core for share in shares for core in share}
-    idle = [cpu for core in layout.row if core not in dealt for cpu in core.cpus]
+    dealt = {core.cpus for share in shares for core in share}
+    idle = [cpu for core in layout.row if core.cpus not in dealt for cpu in core.cpus]
     if idle:
         notes.append(
             f"CPUs {format_ranges(idle)} stay idle: they are on another socket than the ranks' GPUs "

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from ds_numa._affinity import read_mask
-from ds_numa._files import read_text
-from ds_numa._gpus import pci_node, pci_order
-from ds_numa._nvml import nvml_gpus
-from ds_numa._ranges import parse_range_list
+from ds_numa._cpus import FOLDER
+from ds_numa._files import Tree
+from ds_numa._gpus import pci_order, visible_gpus
+from ds_numa._nvml import nvml_gpus, nvml_mig_parent
+from ds_numa._pci import NVIDIA_DRIVER, read_node
 from ds_numa._sysfs import read_sysfs
+from ds_numa.errors import GpuLookupError
 from ds_numa.topology import Gpu, Node, Topology
 
 _ROOT = Path("/")
@@ -22,33 +22,50 @@ _ROOT = Path("/")
 def read_here() -> Topology:
     """See `Topology.here`."""
     mask = read_mask()
-    if not (_ROOT / "sys/devices/system/cpu").is_dir():
+    if not os.path.isdir(_ROOT / FOLDER):
         # No Linux, or one that hides sysfs: CPUs without nodes or siblings are all that is known.
-        cpus = sorted({*range(psutil.cpu_count() or 1), *mask})
+        cpus = sorted({*range(os.cpu_count() or 1), *mask})
         return Topology(
-            nodes=(Node(0, tuple(cpus)),), cores=tuple((cpu,) for cpu in cpus), allowed=tuple(mask), numa=False
+            nodes=(Node(0, tuple(cpus)),),
+            cores=tuple((cpu,) for cpu in cpus),
+            allowed=tuple(mask),
+            numa=False,
+            visible=(),
+            notes=(f"{_ROOT / FOLDER} is not there: nodes, cores and GPUs are unknown",),
         )
-    machine = read_sysfs(_ROOT, allowed=mask, allowed_memory=_memory_nodes())
     listed = nvml_gpus()
+    gpu_memory = [gpu.memory_node for gpu in listed or () if gpu.memory_node is not None]
+    machine = _add_nvml(read_sysfs(_ROOT, allowed=mask, allowed_memory=None, gpu_memory=gpu_memory), listed)
+    try:
+        found = visible_gpus(machine.gpus, os.environ, mig_parent=nvml_mig_parent)
+    except GpuLookupError as error:
+        note = f"which GPUs this process sees cannot be told: {error}"
+        return replace(machine, visible=None, notes=(*machine.notes, note))
+    usable = sum(gpu.usable for gpu in machine.gpus)
+    notes = machine.notes
+    if usable and not found:
+        notes = (*notes, f"the environment's choice of GPUs (CUDA_VISIBLE_DEVICES or the like) shows none of {usable}")
+    return replace(machine, visible=tuple(gpu.pci for gpu in found), notes=notes)
+
+
+def _add_nvml(machine: Topology, listed: list[Gpu] | None) -> Topology:
+    """Add what NVML says. A container may see every GPU of the host on the bus, and in NVML only those it was given."""
+    tree = Tree(_ROOT)
     if listed is None:
-        return machine
-    # A container may see every GPU of the host in sysfs, and in NVML only those that it was given.
+        if tree.exists(NVIDIA_DRIVER):
+            return machine
+        gpus = tuple(replace(gpu, usable=False) if gpu.vendor == "nvidia" else gpu for gpu in machine.gpus)
+        return replace(machine, gpus=gpus)  # no driver, so CUDA shows none
     known = {gpu.pci: gpu for gpu in machine.gpus}
-    gpus: list[Gpu] = [gpu for gpu in machine.gpus if gpu.uuid is None]
+    for pci, gpu in known.items():
+        if gpu.vendor == "nvidia":
+            known[pci] = replace(gpu, usable=False)
+    with_cpus = [node.id for node in machine.nodes if node.cpus]
     for gpu in listed:
-        seen = known.get(gpu.pci, gpu)
-        memory_node = seen.memory_node if gpu.memory_node is None else gpu.memory_node
-        gpus.append(replace(gpu, node=pci_node(_ROOT, gpu.pci), memory_node=memory_node))
-    gpus.sort(key=lambda gpu: pci_order(gpu.pci))
-    memory_nodes = {gpu.memory_node for gpu in gpus}
-    nodes = tuple(
-        replace(node, kind="gpu") if node.kind in ("unknown", "hbm") and node.id in memory_nodes else node
-        for node in machine.nodes
-    )
-    return replace(machine, gpus=tuple(gpus), nodes=nodes)
-
-
-def _memory_nodes() -> list[int] | None:
-    """The nodes whose memory the cpuset allows; None where the kernel does not say."""
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", read_text(_ROOT / "proc/self/status"), re.MULTILINE)
-    return parse_range_list(match[1]) if match else None
+        seen = known.get(gpu.pci)
+        node = seen.node if seen else read_node(tree, gpu.pci)
+        if node is None and len(with_cpus) == 1:
+            node = with_cpus[0]
+        memory_node = seen.memory_node if seen and gpu.memory_node is None else gpu.memory_node
+        known[gpu.pci] = replace(gpu, node=node, memory_node=memory_node)
+    return replace(machine, gpus=tuple(sorted(known.values(), key=lambda gpu: pci_order(gpu.pci))))

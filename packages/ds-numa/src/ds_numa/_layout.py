@@ -9,6 +9,7 @@ kernel's ``REMOTE_DISTANCE``, ``linux/topology.h``) form one domain.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from ds_numa.topology import Topology
@@ -17,13 +18,13 @@ REMOTE_DISTANCE = 20
 
 
 class Core(NamedTuple):
-    """What is dealt out as one: the CPUs of a physical core that may be used."""
+    """What is dealt out as one: the CPUs of a physical core that may be used. Sorts by socket, cache and CPU."""
 
-    cpus: tuple[int, ...]
-    number: int  # lowest CPU of the physical core, usable or not
-    node: int | None  # the first node that lists it
     socket: int  # lowest CPU of its socket; -1 where unknown
     l3: int  # lowest CPU of its last-level cache; -1 where unknown
+    cpus: tuple[int, ...]  # ascending
+    number: int  # lowest CPU of the physical core, usable or not
+    node: int | None  # the first node that lists it
     kind: int  # index of its class (P cores, E cores)
 
 
@@ -33,18 +34,28 @@ def read_cores(topology: Topology, selected: Iterable[int]) -> list[Core]:
     node_of: dict[int, int] = {}
     for node in reversed(topology.nodes):
         node_of.update(dict.fromkeys(node.cpus, node.id))
-    socket_of = {cpu: lowest for group in topology.sockets if group for lowest in (min(group),) for cpu in group}
-    l3_of = {cpu: lowest for group in topology.l3 if group for lowest in (min(group),) for cpu in group}
+    socket_of, l3_of = _lowest(topology.sockets), _lowest(topology.l3)
     kind_of = {cpu: kind for kind, group in enumerate(topology.core_classes) for cpu in group}
+    all_wanted = len(wanted) == sum(map(len, topology.cores))
     cores = []
     for siblings in topology.cores:
-        cpus = siblings if wanted.issuperset(siblings) else tuple(cpu for cpu in siblings if cpu in wanted)
+        ordered = tuple(sorted(siblings))
+        cpus = ordered if all_wanted else tuple([cpu for cpu in ordered if cpu in wanted])
         if cpus:
             cpu = cpus[0]
-            places = (node_of.get(cpu), socket_of.get(cpu, -1), l3_of.get(cpu, -1), kind_of.get(cpu, 0))
-            cores.append(Core(tuple(sorted(cpus)), min(siblings), *places))
-    cores.sort(key=lambda core: core.number)
+            places = (socket_of.get(cpu, -1), l3_of.get(cpu, -1), cpus, ordered[0], node_of.get(cpu))
+            cores.append(Core(*places, kind_of.get(cpu, 0)))
+    cores.sort(key=attrgetter("number"))
     return cores
+
+
+def _lowest(groups: Iterable[tuple[int, ...]]) -> dict[int, int]:
+    """The lowest CPU of each CPU's group."""
+    found: dict[int, int] = {}
+    for group in groups:
+        if group:
+            found.update(dict.fromkeys(group, min(group)))
+    return found
 
 
 class Layout:
@@ -65,10 +76,9 @@ class Layout:
         for core in cores:
             blocks.setdefault(core.node, []).append(core)
         for block in blocks.values():
-            block.sort(key=lambda core: (core.socket, core.l3, core.cpus))
+            block.sort()
         self.by_node = {node: blocks[node] for node in self._walk(set(blocks))}
         self.row = [core for block in self.by_node.values() for core in block]
-        self._node_of = {cpu: core.node for core in self.row for cpu in core.cpus}
 
     def distance(self, a: int | None, b: int | None) -> int:
         """The kernel's distance between two nodes."""
@@ -94,9 +104,10 @@ class Layout:
         """The node with usable cores that is nearest to this one: itself, else one of its socket domain, else any."""
         if node in self.by_node:
             return node
-        for cpu in self._cpus[node]:  # nodes that list the same CPUs (numa=fake=): the first of them has the cores
-            if cpu in self._node_of:
-                return self._node_of[cpu]
+        cpus = set(self._cpus[node])
+        for core in self.row:  # nodes that list the same CPUs (numa=fake=): the first of them has the cores
+            if not cpus.isdisjoint(core.cpus):
+                return core.node
         mine = self.domain_of(node)
         return min(
             self.by_node,

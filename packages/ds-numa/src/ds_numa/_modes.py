@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ds_numa._layout import Core, Layout
+from ds_numa._words import count
 from ds_numa.errors import NotEnoughCoresError
 
 
@@ -72,7 +73,7 @@ def place_exclusive(
         each, larger = divmod(len(cores), all_seats.count(node))
         if each == 0:
             raise NotEnoughCoresError(
-                f"mode = 'exclusive' divides the {len(cores)} usable cores of node {node} among the "
+                f"mode = 'exclusive' divides the {count(len(cores), 'usable core')} of node {node} among the "
                 f"{all_seats.count(node)} GPUs or ranks there: start fewer, allow more CPUs or use mode='auto'"
             )
         before = all_seats[:seat].count(node)

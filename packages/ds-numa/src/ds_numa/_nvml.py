@@ -43,6 +43,21 @@ def nvml_mig_parent(name: str) -> str:
             raise GpuLookupError(f"{name!r} is unknown to NVML ({error}): take a name from nvidia-smi -L") from None
 
 
+def nvml_users() -> dict[int, list[str]]:
+    """The PCI addresses of the GPUs on which each process computes, by its process number; empty without NVML."""
+    users: dict[int, list[str]] = {}
+    with _session() as nvml:
+        if nvml is None:
+            return users
+        with contextlib.suppress(nvml.NVMLError):
+            for index in range(nvml.nvmlDeviceGetCount()):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                pci = normalise_pci(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    users.setdefault(int(process.pid), []).append(pci)
+    return users
+
+
 @contextlib.contextmanager
 def _session() -> Iterator[Any]:
     nvml = _load()

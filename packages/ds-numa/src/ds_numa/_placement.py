@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,10 +21,15 @@ def place_equally(layout: Layout, row: Sequence[Core], homes: Sequence[int | Non
     parts = deal(layout, row, len(homes))
     if all(home is None for home in homes):
         return parts
-    costs = []  # of each rank and part
-    for home in homes:
-        far = {core.node: 0 if home is None else layout.distance(home, core.node) for core in row}
-        costs.append([sum(far[core.node] for core in part) / len(part) for part in parts])
+    mixes = [Counter([core.node for core in part]) for part in parts]
+
+    def cost(rank: int, part: int) -> float:
+        """The mean distance of a part's cores from the rank's home."""
+        home, mix = homes[rank], mixes[part]
+        if home is None:
+            return 0
+        return sum(layout.distance(home, node) * number for node, number in mix.items()) / len(parts[part])
+
     places = {node: i for i, node in enumerate(layout.by_node)}
     taken = [0] * len(homes)  # the part of each rank
     by_home = sorted(range(len(homes)), key=lambda rank: (places.get(homes[rank], len(places)), rank))
@@ -34,8 +40,8 @@ def place_equally(layout: Layout, row: Sequence[Core], homes: Sequence[int | Non
         better = False
         for a in range(len(homes)):
             for b in range(a):
-                now = costs[a][taken[a]] + costs[b][taken[b]]
-                if costs[a][taken[b]] + costs[b][taken[a]] < now - 1e-9:
+                now = cost(a, taken[a]) + cost(b, taken[b])
+                if cost(a, taken[b]) + cost(b, taken[a]) < now - 1e-9:
                     taken[a], taken[b] = taken[b], taken[a]
                     better = True
     return [parts[part] for part in taken]

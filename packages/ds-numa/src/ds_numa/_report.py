@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ds_numa._ranges import format_ranges
 from ds_numa.plan import Binding
@@ -38,6 +39,13 @@ class BindReport:
     def complete(self) -> bool:
         """Nothing was refused."""
         return not self.refused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``json`` can write."""
+        data = asdict(self) | {"cpus": format_ranges(self.cpus), "complete": self.complete}
+        if self.binding is not None:
+            data["binding"] |= {"cpus": format_ranges(self.binding.cpus)}
+        return data
 
     def __str__(self) -> str:
         if self.cpus_bound:

@@ -121,6 +121,7 @@ def bind(
     reserve: int = 0,
     set_omp: bool = False,
     strict: bool = False,
+    topology: Topology | None = None,
 ) -> BindReport:
     """Read the machine, make the plan, bind this process: one line at the top of a training script.
 
@@ -142,6 +143,8 @@ def bind(
         reserve: see `plan_binding`.
         set_omp: see `apply`.
         strict: raise if the process cannot be bound as asked, see `apply`.
+        topology: this machine where its own description is wrong (corrected output of ``ds-numa show --json``); read
+            when left out. CPUs outside this process's mask are not used.
 
     Returns:
         What was done. Every rank calls it for itself; ranks do not wait for each other.
@@ -165,7 +168,7 @@ def bind(
     if os.environ.get(MARK) == _mark(rank, ranks, mask):
         return _finish(BindReport(rank, mask, notes=(f"it was bound before ({MARK} says so)",)), strict)
     try:
-        topology = Topology.here()
+        topology = Topology.here() if topology is None else _limit(topology, mask)
         given = find_given_mask(os.environ, topology, mask, rank, ranks)
         binding, notes = plan_share(topology, rank, ranks, devices, options, given)
     except (NotEnoughCoresError, TopologyError) as error:
@@ -175,6 +178,17 @@ def bind(
     if report.cpus == binding.cpus:  # not if the system refused
         os.environ[MARK] = _mark(rank, ranks, report.cpus)
     return _finish(report, strict)
+
+
+def _limit(topology: Topology, mask: tuple[int, ...]) -> Topology:
+    """A machine that the caller described, limited to this process's mask."""
+    allowed = tuple(sorted(set(topology.allowed).intersection(mask)))
+    if not allowed:
+        raise TopologyError(
+            f"topology allows CPUs {format_ranges(topology.allowed)}, but this process may use {format_ranges(mask)}: "
+            "describe this machine"
+        )
+    return replace(topology, allowed=allowed)
 
 
 def _choose(plan: Plan, local_rank: int | None) -> Binding:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
-from ds_numa._assign import Mode, assign
+from ds_numa._assign import Mode as Mode, assign
 from ds_numa._devices import UNSET, Devices, resolve_devices
 from ds_numa._layout import Layout, read_cores
 from ds_numa._memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
@@ -181,16 +182,16 @@ def plan_binding(
     layout = Layout(topology, units)
     shares = assign(topology, layout, mode, addresses, notes)
     limit = _thread_limit(topology, num_local_procs, notes)
+    cpus_of = {node.id: frozenset(node.cpus) for node in topology.nodes}
     bindings = []
     for rank, share in enumerate(shares):
-        cpus = tuple(sorted(cpu for core in share for cpu in core.cpus))
+        cpus = tuple(sorted(chain.from_iterable([core.cpus for core in share])))
         mine = set(cpus)
         num_cores = len({core.number for core in share})
-        nodes = tuple(node.id for node in topology.nodes if not mine.isdisjoint(node.cpus))
+        nodes = tuple([node for node, its in cpus_of.items() if not mine.isdisjoint(its)])
         bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limit))
-    dealt = {cpu for binding in bindings for cpu in binding.cpus}
-    idle = tuple(cpu for cpu in topology.allowed if cpu not in dealt)
-    return Plan(tuple(bindings), (*notes, *chooser.notes()), idle)
+    idle = set(topology.allowed).difference(*(binding.cpus for binding in bindings))
+    return Plan(tuple(bindings), (*notes, *chooser.notes()), tuple(sorted(idle)))
 
 
 def select_cpus(topology: Topology, cores: str | Iterable[int] | None, argument: str) -> list[int]:

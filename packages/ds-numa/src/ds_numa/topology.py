@@ -62,6 +62,9 @@ class Gpu:
         model: the product's name, or None.
         vendor: who made it; None stands for NVIDIA where there is a uuid, and is unknown where there is none.
         usable: False for a GPU that is on the bus but that this process was not given (containers, Slurm).
+        ordinals: the numbers by which its vendor's runtime knows it before any environment variable chooses, one for
+            each part that it is cut into (AMD: partitions, Intel: tiles); empty where the order of addresses is all
+            that is known.
     """
 
     pci: str
@@ -71,6 +74,7 @@ class Gpu:
     model: str | None = None
     vendor: Vendor | None = None
     usable: bool = True
+    ordinals: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vendor is None and self.uuid is not None:
@@ -112,6 +116,7 @@ class Topology:
         visible: PCI addresses of the GPUs that this process's environment shows, in the order of ``cuda:0``, ``cuda:1``
             and so on; None where no environment was read (a described machine): then `gpus` that are usable, in order.
         cpu_quota: how many CPUs' worth of time the cgroup grants this process, such as 1.5; None without a quota.
+        notes: what could not be read or told, each naming the file or the part of the machine, in words.
     """
 
     nodes: tuple[Node, ...]
@@ -126,6 +131,7 @@ class Topology:
     nics: tuple[Nic, ...] = ()
     visible: tuple[str, ...] | None = None
     cpu_quota: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         cpus = [cpu for core in self.cores for cpu in core]
@@ -173,17 +179,20 @@ class Topology:
     ) -> Topology:
         """Read a machine from its ``sys`` and ``proc`` trees, alive or copied.
 
+        A file that is missing or holds garbage ends nothing: what it would tell stays unknown, and `notes` names it.
+
         Args:
-            root: the folder that holds ``sys`` and, for NVIDIA GPUs, ``proc``.
-            allowed: the CPUs that may be used; all that are online when left out. CPUs that are not online are dropped.
-            allowed_memory: the nodes whose memory may be used; all when left out.
+            root: the folder that holds ``sys`` and, for NVIDIA GPUs, cpusets and quotas, ``proc``.
+            allowed: the CPUs that may be used; when left out those of the tree's cpuset (``proc/self/status``, else
+                the control group's files), else all that are online. CPUs that are not online are dropped.
+            allowed_memory: the nodes whose memory may be used; when left out those of the cpuset, else all.
 
         Raises:
             TopologyError: there is no ``sys/devices/system/cpu`` below `root`, or nothing allowed is online.
         """
         from ds_numa._sysfs import read_sysfs
 
-        return read_sysfs(Path(root), allowed=allowed, allowed_memory=allowed_memory)
+        return read_sysfs(root, allowed=allowed, allowed_memory=allowed_memory)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Topology:
@@ -222,7 +231,7 @@ class Topology:
             "cores": [list(core) for core in self.cores],
             "allowed": format_ranges(self.allowed),
             "allowed_memory": None if self.allowed_memory is None else format_ranges(self.allowed_memory),
-            "gpus": [vars(gpu).copy() for gpu in self.gpus],
+            "gpus": [vars(gpu) | {"ordinals": list(gpu.ordinals)} for gpu in self.gpus],
             "numa": self.numa,
             "sockets": [format_ranges(group) for group in self.sockets],
             "l3": [format_ranges(group) for group in self.l3],
@@ -230,6 +239,7 @@ class Topology:
             "nics": [vars(nic) | {"names": list(nic.names)} for nic in self.nics],
             "visible": None if self.visible is None else list(self.visible),
             "cpu_quota": self.cpu_quota,
+            "notes": list(self.notes),
         }
 
     def show(self, plan: Plan | None = None, *, file: TextIO | None = None) -> None:
@@ -319,7 +329,7 @@ def _from_dict(data: Mapping[str, Any]) -> Topology:
         cores=tuple((cpu,) for cpu in everything) if cores is None else tuple(sorted(_numbers(core) for core in cores)),
         allowed=tuple(everything) if allowed is None else _numbers(allowed),
         allowed_memory=None if allowed_memory is None else _numbers(allowed_memory),
-        gpus=tuple(Gpu(**gpu) for gpu in data.get("gpus") or ()),
+        gpus=tuple(Gpu(**gpu | {"ordinals": _numbers(gpu.get("ordinals"))}) for gpu in data.get("gpus") or ()),
         numa=bool(data.get("numa", True)),
         sockets=_groups(data, "sockets"),
         l3=_groups(data, "l3"),
@@ -327,6 +337,7 @@ def _from_dict(data: Mapping[str, Any]) -> Topology:
         nics=tuple(Nic(**nic | {"names": tuple(nic.get("names") or ())}) for nic in data.get("nics") or ()),
         visible=None if data.get("visible") is None else tuple(data["visible"]),
         cpu_quota=data.get("cpu_quota"),
+        notes=tuple(data.get("notes") or ()),
     )
 
 
