@@ -80,9 +80,9 @@ def local_size(env: Mapping[str, str], launcher: Launcher) -> int | None:
             node = 0
         if node is not None and node < len(counts) and (ranks is None or counts[node] <= ranks):  # or it is a leftover
             return counts[node]
-    if ranks == 1 or (ranks and nodes and ranks % nodes == 0):  # Flux names no local size; it deals tasks out evenly
-        return ranks // (nodes or 1)
-    return None
+    if ranks and nodes and ranks % nodes == 0:  # Flux names no local size; it deals tasks out evenly
+        return ranks // nodes
+    return 1 if ranks == 1 else None
 
 
 def _rows(env: Mapping[str, str]) -> Iterator[tuple[Launcher, int]]:
