@@ -62,7 +62,8 @@ def test_a_plan_shows_who_has_each_core() -> None:
     assert "    GPU 0: 0000:17:00.0, H200  rank 1" in lines
     assert "rank 1: CPUs 4,12 (1 core, node 1); GPU 0000:17:00.0" in lines
     assert lines[-1] == (
-        "0 a core of rank 0, . an idle core, x a core that this process may not use, * a core of several ranks"
+        "a digit is a core of that rank, . an idle core, x a core that this process may not use, "
+        "* a core of several ranks"
     )
 
 

@@ -214,9 +214,8 @@ def _legend(machine: Topology, plan: Plan | None, ranks: dict[int, list[int]]) -
     }
     found = [f"{symbol} {text}" for symbol, text in words.items() if symbol in cells]
     if plan is not None and not cells <= set(words):
-        found.insert(
-            0, "a digit or letter is a core of that rank (a = 10, A = 36)" if len(plan) > 10 else "0 a core of rank 0"
-        )
+        symbol = "a digit" if len(plan) <= 10 else "a digit or letter (a = 10, A = 36)"
+        found.insert(0, f"{symbol} is a core of that rank")
     return ", ".join(found)
 
 

@@ -98,7 +98,8 @@ def judge(
     """Judge every rank of a job.
 
     A rank sits well where its CPUs are those that a plan of any mode gives it, or where they are its own and near its
-    GPU. CPUs that are all there are count only where the asked mode gives them. What the launcher may use, or else all that the ranks may use together, is what the plans deal out.
+    GPU. CPUs that are all there are count only where the asked mode gives them. What the launcher may use, or else all
+    that the ranks may use together, is what the plans deal out.
 
     Args:
         machine: this machine, whatever of it the caller itself may use.
