@@ -66,8 +66,9 @@ def find_given_mask(
         num_local_procs: the number of ranks on the machine.
         root: the folder that holds ``proc`` and ``sys``.
     """
-    rows = agreeing_launchers(env, local_rank, num_local_procs) if num_local_procs > 1 else []
-    if not rows:
+    online = {cpu for core in topology.cores for cpu in core}
+    rows = agreeing_launchers(env, local_rank, num_local_procs)
+    if not rows or not 1 < num_local_procs <= len(online):
         return None
     slurm = any(row.name == "Slurm" for row in rows)
     masks = _slurm_masks(env, num_local_procs) if slurm else []
@@ -77,7 +78,6 @@ def find_given_mask(
             return None
         return _given("Slurm", mask, len(sharers), sharers.index(local_rank))
 
-    online = {cpu for core in topology.cores for cpu in core}
     # /proc is evidence only if it speaks of this process with this mask.
     visible = read_own_mask(root) == tuple(mask)
     cpuset = read_cpuset(root) if visible else None
@@ -184,4 +184,4 @@ def _slurm_masks(env: Mapping[str, str], ranks: int) -> list[set[int]]:
         else:
             cpus = {int(part[1], 16 if part[1][:2] in ("0x", "0X") else 10)}
         masks += [cpus] * int(part[2] or 1)
-    return [masks[rank % len(masks)] for rank in range(ranks)]
+    return [masks[rank % len(masks)] for rank in range(ranks)] if masks else []

@@ -144,7 +144,7 @@ def _shown(env: Mapping[str, str], *names: str | None) -> str:
 def _number(env: Mapping[str, str], name: str | None) -> int | None:
     """The variable's value; None where it is unset or no number that a launcher writes."""
     text = env.get(name or "", "").strip()
-    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+    return int(text) if re.fullmatch(r"\d{1,7}", text, re.ASCII) else None
 
 
 def _counts(text: str) -> list[int]:
@@ -154,8 +154,8 @@ def _counts(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(",") if text.strip() else ():
-        match = re.fullmatch(r"\s*(\d{1,9})(?:\(x(\d{1,5})\))?\s*", part, re.ASCII)
-        if not match or int(match[1]) < 1:
+        match = re.fullmatch(r"\s*(\d{1,7})(?:\(x(\d{1,5})\))?\s*", part, re.ASCII)
+        if not match or int(match[1]) < 1 or len(counts) > 1_000_000:  # more machines than any job has
             return []
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
