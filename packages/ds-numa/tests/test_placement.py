@@ -150,10 +150,47 @@ def test_cuts_fall_on_sockets_first_then_nodes_then_caches() -> None:
     assert lopsided[0].cpus == tuple(range(7)), "the socket's edge"
     by_node = plan_binding(machine, 3, cores="0-5,6-11,12-16")  # 17: 6, 6, 5
     assert nodes(by_node) == [(0,), (1,), (2,)]
-    by_cache = plan_binding(box(sockets=1, cores=12, caches=3), 2, cores="0-6,8-11")  # caches of 4, 3 and 4 cores
-    assert counts(by_cache) in ([6, 5], [5, 6])
     caches = Topology.from_dict({"nodes": {"0": {"cpus": "0-10"}}, "l3": ["0-4", "5-10"]})
     assert [binding.cpus for binding in plan_binding(caches, 2).bindings] == [tuple(range(5)), tuple(range(5, 11))]
+
+
+def test_a_sockets_edge_goes_before_a_nodes() -> None:
+    machine = Topology.from_dict(
+        {"nodes": {"0": {"cpus": "0-6"}, "1": {"cpus": "7"}, "2": {"cpus": "8-14"}}, "sockets": ["0-6", "7-14"]}
+    )
+    assert counts(plan_binding(machine, 2)) == [7, 8]
+
+
+def interleaved(gpus: tuple[int, ...] = ()) -> Topology:
+    """Nodes 0 and 2 are one socket, 1 and 3 the other, and the kernel gives no distances."""
+    facts = [{"pci": f"0000:{i:02x}:00.0", "node": node} for i, node in enumerate(gpus)]
+    nodes = {str(a): {"cpus": [2 * a, 2 * a + 1]} for a in range(4)}
+    return Topology.from_dict({"nodes": nodes, "sockets": ["0-1,4-5", "2-3,6-7"], "gpus": facts})
+
+
+def test_the_nodes_of_a_socket_are_dealt_out_together() -> None:
+    assert nodes(plan_binding(interleaved(), 2)) == [(0, 2), (1, 3)]
+
+
+def test_a_node_without_cores_is_replaced_by_one_of_its_socket() -> None:
+    assert nodes(plan_binding(interleaved((3,)), 1, cores="0-5")) == [(1,)]
+
+
+def test_a_rank_without_a_gpu_leaves_the_near_cores_to_the_others() -> None:
+    plan = plan_binding(box(gpus=(1,)), 2, mode="cores", devices=["0000:00:00.0", None])
+    assert nodes(plan) == [(1,), (0,)]
+
+
+def test_who_has_fewer_cores_of_its_own_node_gets_more_of_the_next() -> None:
+    machine = Topology.from_dict(
+        {
+            "nodes": {"0": {"cpus": "0-2"}, "1": {"cpus": "3-5"}},
+            "sockets": ["0-5"],
+            "l3": ["0-2", "3", "4-5"],
+            "gpus": [{"pci": f"0000:0{i}:00.0", "node": 0} for i in range(2)],
+        }
+    )
+    assert counts(plan_binding(machine, 2)) == [3, 3]
 
 
 def test_cuts_inside_a_gpus_node_fall_on_caches() -> None:

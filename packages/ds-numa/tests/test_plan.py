@@ -317,6 +317,20 @@ def test_bad_reserve(reserve: Any) -> None:
 def test_a_reserve_leaves_every_rank_a_core(reserve: int) -> None:
     with pytest.raises(NotEnoughCoresError):
         plan_binding(machine({0: "0-7"}), 2, reserve=reserve)
+    with pytest.raises(NotEnoughCoresError, match=f"reserve = {reserve} leaves"):
+        plan_binding(machine({0: "0-15"}, smt=2), 2, reserve=reserve)
+
+
+def test_ranks_that_share_cpus_are_advised_their_part_of_the_threads() -> None:
+    box, names = gpu_box({0: "0-6", 1: "7-9"}, [0, 0, 1, 1])
+    plan = plan_binding(box, 3, mode="node", devices=names[:3])
+    assert [(b.num_cores, b.thread_limit, b.omp_num_threads) for b in plan.bindings] == [
+        (7, 3, 3),
+        (7, 3, 3),
+        (3, 3, 3),
+    ]
+    assert [b.omp_num_threads for b in plan_binding(box, 10, mode="node", devices=names[:1] * 10).bindings] == [1] * 10
+    assert plan_binding(box, 4)[0].thread_limit is None
 
 
 def test_a_quota_limits_the_advised_threads_and_not_the_cpus() -> None:

@@ -10,20 +10,22 @@ from ds_numa._words import count
 from ds_numa.errors import NotEnoughCoresError, PlanError
 
 
-def keep_free(cores: Sequence[Core], reserve: int, notes: list[str]) -> list[Core]:
+def keep_free(cores: Sequence[Core], reserve: int, needed: int, notes: list[str]) -> list[Core]:
     """The cores but for `reserve` of them: the lowest of each node in turn.
 
     Raises:
-        NotEnoughCoresError: nothing would be left.
+        NotEnoughCoresError: there are `needed` cores, but without the reserve there would not be; or nothing is left.
         PlanError: `reserve` is no number of cores.
     """
     if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0:
         raise PlanError(f"reserve = {reserve!r} must be a number of physical cores, 0 or more")
     if reserve == 0:
         return list(cores)
-    if reserve >= len(cores):
+    left = len(cores) - reserve
+    if left < 1 or left < needed <= len(cores):
         raise NotEnoughCoresError(
-            f"reserve = {reserve} leaves none of the {count(len(cores), 'usable core')}: reserve fewer"
+            f"reserve = {reserve} leaves {max(left, 0)} of {count(len(cores), 'usable core')}, but "
+            f"{needed} must be left: reserve fewer cores or start fewer ranks"
         )
     blocks: dict[int | None, list[Core]] = {}
     for core in cores:

@@ -60,8 +60,9 @@ def get_numactl_cmd(
     Returns:
         How many threads the rank should run (one for each of its physical cores, or for each of its CPUs where the
         caller listed them), and the words to put before its command. Memory is bound (``-m``) to the nodes of the
-        CPUs, high-bandwidth memory is preferred (``-p``), and neither is there where there is nothing to choose or
-        the container refuses memory policy.
+        CPUs. It is preferred (``-p``, or ``-P`` for several nodes) where it is high-bandwidth memory, or where binding
+        would shut out memory of unknown kind. Neither is there where there is nothing to choose or the container
+        refuses memory policy.
 
     Raises:
         CoreListError: `bind_core_list` cannot be read, or names CPUs that are not there or not allowed.
@@ -81,7 +82,10 @@ def get_numactl_cmd(
     here = topology is None
     machine = Topology.here() if topology is None else topology
     cores = None if bind_core_list is None else select_cpus(machine, str(bind_core_list), "bind_core_list")
-    binding = plan_binding(machine, num_local_procs, cores=cores, devices=None, memory="bind")[local_rank]
+    plan = plan_binding(machine, num_local_procs, cores=cores, devices=None, memory="bind")
+    binding = plan[local_rank]
+    for note in plan.notes:
+        logger.info("%s", note)
     if here and not check_for_numactl_pkg():
         logger.warning("numactl is not installed, so its command will not start: install it, or use ds_numa.bind()")
     refusal = memory_policy_refusal() if here and binding.memory != "none" else None

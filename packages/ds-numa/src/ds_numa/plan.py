@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
 
 from ds_numa._assign import Mode as Mode, assign
 from ds_numa._devices import UNSET, Devices, resolve_devices
-from ds_numa._layout import Layout, read_cores
+from ds_numa._layout import Core, Layout, read_cores
 from ds_numa._memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
 from ds_numa._ranges import format_ranges, read_core_list
 from ds_numa._spare import keep_free, one_cpu_each, split_siblings
@@ -31,7 +32,8 @@ class Binding:
             each in turn, ``none`` leaves it alone.
         memory_nodes: see `memory`; empty for ``none``.
         gpu: PCI address of the rank's GPU, or None.
-        thread_limit: the most threads that the rank should run because the cgroup limits CPU time; None without limit.
+        thread_limit: the most threads that the rank should run, because the cgroup limits CPU time or because ranks
+            share these CPUs (its part of them); None without such a limit.
     """
 
     local_rank: int
@@ -174,14 +176,15 @@ def plan_binding(
     notes: list[str] = []
     addresses = resolve_devices(topology, num_local_procs, devices, gpus, notes)
     units = read_cores(topology, select_cpus(topology, cores, "cores"))
-    units = keep_free(units, reserve, notes)
+    needed = num_local_procs if mode in ("auto", "cores") else 1
+    units = keep_free(units, reserve, needed, notes)
     if mode in ("auto", "cores"):
         units = split_siblings(units, num_local_procs, smt, notes)
     if not smt:
         units = one_cpu_each(units, notes)
     layout = Layout(topology, units)
     shares = assign(topology, layout, mode, addresses, notes)
-    limit = _thread_limit(topology, num_local_procs, notes)
+    limits = _thread_limits(topology, mode, shares, notes)
     cpus_of = {node.id: frozenset(node.cpus) for node in topology.nodes}
     bindings = []
     for rank, share in enumerate(shares):
@@ -189,7 +192,7 @@ def plan_binding(
         mine = set(cpus)
         num_cores = len({core.number for core in share})
         nodes = tuple([node for node, its in cpus_of.items() if not mine.isdisjoint(its)])
-        bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limit))
+        bindings.append(Binding(rank, cpus, num_cores, nodes, *chooser.choose(nodes), addresses[rank], limits[rank]))
     idle = set(topology.allowed).difference(*(binding.cpus for binding in bindings))
     return Plan(tuple(bindings), (*notes, *chooser.notes()), tuple(sorted(idle)))
 
@@ -216,13 +219,23 @@ def select_cpus(topology: Topology, cores: str | Iterable[int] | None, argument:
     return sorted(numbers)
 
 
-def _thread_limit(topology: Topology, ranks: int, notes: list[str]) -> int | None:
+def _thread_limits(
+    topology: Topology, mode: Mode, shares: Sequence[Sequence[Core]], notes: list[str]
+) -> list[int | None]:
+    """See `Binding.thread_limit`."""
+    limits: list[int | None] = [None] * len(shares)
+    if mode in ("node", "socket", "l3"):
+        sharers = Counter([core.number for share in shares for core in share])
+        if len(shares) > 1 and max(sharers.values()) > 1:
+            parts = [sum([1 / sharers[core.number] for core in share]) for share in shares]
+            limits = [max(1, int(part + 1e-9)) for part in parts]
     quota = topology.cpu_quota
-    if quota is None or quota >= len(topology.allowed):
-        return None
-    limit = max(1, int(quota / ranks))
-    notes.append(
-        f"the cgroup grants {quota:g} CPUs of time; the mask has {count(len(topology.allowed), 'CPU')}: "
-        f"run at most {count(limit, 'thread')} in each rank"
-    )
-    return limit
+    if quota is not None and quota < len(topology.allowed):
+        limit = max(1, int(quota / len(shares)))
+        granted = f"{quota:g} {'CPU' if quota == 1 else 'CPUs'} of time"
+        notes.append(
+            f"the cgroup grants {granted}; the mask has {count(len(topology.allowed), 'CPU')}: "
+            f"run at most {count(limit, 'thread')} in each rank"
+        )
+        limits = [limit if other is None else min(limit, other) for other in limits]
+    return limits
