@@ -165,10 +165,14 @@ def tests(session: nox.Session, dist: str) -> None:
 @nox.session(python=PYTHON)
 @nox.parametrize("name", [nox.param(row.name, id=row.name) for row in ROWS])
 def integration(session: nox.Session, name: str) -> None:
-    """All distributions together, with one DeepSpeed and torch; as root it installs libaio, for NVMe offload."""
+    """All distributions together, with one DeepSpeed and torch; as root it installs libaio and two MPI launchers."""
     row = next(row for row in ROWS if row.name == name)
-    if not Path("/usr/include/libaio.h").exists() and shutil.which("apt-get") and os.geteuid() == 0:
-        for command in (["update", "-q"], ["install", "-q", "-y", "libaio-dev"]):  # without it those tests are skipped
+    complete = (
+        Path("/usr/include/libaio.h").exists() and shutil.which("mpirun.openmpi") and shutil.which("mpirun.mpich")
+    )
+    if not complete and shutil.which("apt-get") and os.geteuid() == 0:
+        packages = ["libaio-dev", "openmpi-bin", "mpich"]  # for NVMe offload and ds-numa; without, tests are skipped
+        for command in (["update", "-q"], ["install", "-q", "-y", *packages]):
             session.run("apt-get", *command, external=True, silent=True, success_codes=range(256))
     others = [line for line in Path(CONSTRAINTS).read_text().splitlines() if not re.match("(deepspeed|torch)==", line)]
     constraints = Path(session.create_tmp()) / "constraints.txt"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # for modules that tests share
 Machine = Callable[..., Path]
 # What launchers, OpenMP libraries and GPU runtimes call their variables.
 _SURROUNDINGS = (

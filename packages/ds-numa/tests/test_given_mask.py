@@ -114,6 +114,37 @@ def test_more_ranks_on_a_socket_cannot_be_told_apart_and_all_know(tmp_path: Path
     assert "left whole: start ranks unbound (mpirun --bind-to none" in found[0].note
 
 
+@pytest.mark.parametrize("names", ["SLURM_CPU_BIND", "SLURM_CPU_BIND_TYPE"])
+def test_srun_binds_to_sockets(tmp_path: Path, names: str) -> None:
+    masks = [range(16), range(16), range(16, 32), range(16, 32)]
+    assert shares(look(tmp_path, "srun", masks, {names: "quiet,sockets"})) == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    assert shares(look(tmp_path, "srun", QUARTERS, {names: "verbose,cores"})) == [(1, 0)] * 4
+    assert shares(look(tmp_path, "srun", [range(8)] * 4, {names: "quiet,none"})) == [None] * 4
+
+
+SMT = Topology.from_dict(
+    {
+        "nodes": {
+            str(node): {"cpus": f"{4 * node}-{4 * node + 3},{16 + 4 * node}-{19 + 4 * node}"} for node in range(4)
+        },
+        "cores": [[cpu, cpu + 16] for cpu in range(16)],
+        "sockets": ["0-7,16-23", "8-15,24-31"],
+    }
+)
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [("sockets", 4), ("nodes", 8), ("nodes", 4)])
+@pytest.mark.parametrize("order", ["filled", "dealt"])
+def test_parts_of_a_machine_with_siblings(tmp_path: Path, groups: str, ranks: int, order: str) -> None:
+    parts = SMT.sockets if groups == "sockets" else [node.cpus for node in SMT.nodes]
+    each = ranks // len(parts)
+    masks = [parts[rank // each if order == "filled" else rank % len(parts)] for rank in range(ranks)]
+    found = look(tmp_path, "ompi", masks, machine=SMT)
+    taken = {(min(mask), one.index) for mask, one in zip(masks, found, strict=True) if one}
+    assert len(taken) == ranks
+    assert {one.sharers for one in found if one} == {each}
+
+
 def test_masks_that_are_no_part_of_the_machine_are_left_whole(tmp_path: Path) -> None:
     assert shares(look(tmp_path, "ompi", [range(3, 23)] * 4)) == [(None, None)] * 4
 

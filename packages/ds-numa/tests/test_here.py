@@ -40,7 +40,7 @@ def test_mask_and_memory_of_the_cpuset_count(monkeypatch: pytest.MonkeyPatch, ma
 
 
 def test_a_machine_without_sysfs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     found = stand_on(monkeypatch, tmp_path, [1, 2])
     assert not found.numa
     assert found.cores == ((0,), (1,), (2,), (3,))
@@ -60,10 +60,45 @@ def test_nvml_says_which_gpus_and_sysfs_where(monkeypatch: pytest.MonkeyPatch, m
     )
     # The container was given the second GPU only, whose memory is node 1.
     found = stand_on(monkeypatch, root, [0], [Gpu("0000:3d:00.0", None, "GPU-2", 1, "H200")])
-    assert found.gpus == (Gpu("0000:03:00.0", 0), Gpu("0000:3d:00.0", 0, "GPU-2", 1, "H200"))
+    assert found.gpus == (
+        Gpu("0000:03:00.0", 0, vendor="amd"),
+        Gpu("0000:17:00.0", 0, "GPU-1", None, "H200", usable=False),
+        Gpu("0000:3d:00.0", 0, "GPU-2", 1, "H200"),
+    )
     assert found.nodes[1].kind == "gpu"
+    assert (found.visible, found.notes) == (("0000:3d:00.0",), ())
 
 
 def test_without_nvml_the_driver_says_which_gpus(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     root = machine("0", nodes={0: "0"}, nvidia={"0000:17:00.0": ("GPU-1", "H200", None)})
-    assert [gpu.uuid for gpu in stand_on(monkeypatch, root, [0]).gpus] == ["GPU-1"]
+    found = stand_on(monkeypatch, root, [0])
+    assert [(gpu.uuid, gpu.node) for gpu in found.gpus] == [("GPU-1", 0)]
+    assert found.visible == ("0000:17:00.0",)
+
+
+def test_without_a_driver_cuda_shows_no_gpu(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    root = machine("0", pci={"0000:17:00.0": {"vendor": "0x10de", "class": "0x030200"}})
+    found = stand_on(monkeypatch, root, [0])
+    assert ([gpu.usable for gpu in found.gpus], found.visible) == ([False], ())
+
+
+def test_the_environment_chooses_what_is_visible(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    addresses = ("0000:17:00.0", "0000:3d:00.0")
+    root = machine("0", nodes={0: "0"}, nvidia={pci: (f"GPU-{i}", "H200", None) for i, pci in enumerate(addresses)})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert stand_on(monkeypatch, root, [0]).visible == addresses[::-1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
+    found = stand_on(monkeypatch, root, [0])
+    assert found.visible == ()
+    assert found.notes == ("the environment's choice of GPUs (CUDA_VISIBLE_DEVICES or the like) shows none of 2",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
+    found = stand_on(monkeypatch, root, [0])
+    assert found.visible is None
+    assert "GPU-7" in found.notes[0]
+
+
+def test_a_quota_is_found(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    root = machine("0-3")
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "sys/fs/cgroup/cpu.max").write_text("150000 100000\n")
+    assert stand_on(monkeypatch, root, [0, 1]).cpu_quota == 1.5

@@ -61,6 +61,7 @@ def test_no_launcher_is_silently_rank_0_of_1(launcher: Launcher) -> None:
     [
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}, "Lightning does not say how many ranks"),
         (ONE_TASK | {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "NODE_RANK": "0"}, "Lightning does not say"),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "4"}, "LOCAL_SIZE = '4'"),  # left over from elsewhere
         ({"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK = 'x' give no local rank"),
         ({"LOCAL_RANK": "-1", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK = '-1' give no local rank"),
         ({"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK = '' give no local rank"),

@@ -28,3 +28,17 @@ def test_a_choice_that_the_launcher_had_already_is_everybodys(
 
 def test_without_a_launcher_nothing_is_known(tmp_path: Path) -> None:
     assert gpu_is_shared({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2, root=tmp_path, pid=9) is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shared"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "MIG-5c4c2f", True),
+        ("CUDA_VISIBLE_DEVICES", "GPU-5c4c2f", False),
+        ("NVIDIA_VISIBLE_DEVICES", "MIG-5c4c2f", True),
+        ("ZE_AFFINITY_MASK", "0.1", True),
+        ("ZE_AFFINITY_MASK", "1", False),
+    ],
+)
+def test_a_part_of_a_gpu_has_neighbours(tmp_path: Path, name: str, value: str, shared: bool) -> None:
+    assert gpu_is_shared({name: value}, 0, 2, root=tmp_path, pid=9) is shared

@@ -30,7 +30,7 @@ FULL = {
     "allowed_memory": "0,8",
     "gpus": [
         {"pci": "0000:c1:00.0", "node": 8, "uuid": "GPU-1", "memory_node": None, "model": "X"}
-        | {"vendor": "nvidia", "usable": True}
+        | {"vendor": "nvidia", "usable": True, "ordinals": [0]}
     ],
     "numa": True,
     "sockets": ["0-1,4-5", "2-3,6-7"],
@@ -39,6 +39,7 @@ FULL = {
     "nics": [{"pci": "0000:c2:00.0", "node": 8, "names": ["mlx5_0", "ib0"], "kind": "infiniband"}],
     "visible": ["0000:c1:00.0"],
     "cpu_quota": 1.5,
+    "notes": ["something is unknown"],
 }
 
 
@@ -46,7 +47,7 @@ def test_a_description_survives_json() -> None:
     machine = Topology.from_dict(FULL)
     assert machine.to_dict() == FULL
     assert Topology.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
-    assert machine.gpus == (Gpu("0000:c1:00.0", 8, "GPU-1", None, "X"),)
+    assert machine.gpus == (Gpu("0000:c1:00.0", 8, "GPU-1", None, "X", ordinals=(0,)),)
     assert machine.node(8).cpus == (2, 3, 6, 7)
     assert (machine.sockets_of(8), machine.sockets_of(9)) == ((1,), (0, 1))
     assert (machine.distance(0, 8), machine.distance(9, 9), machine.distance(9, 0)) == (40, 10, 20)

@@ -19,7 +19,7 @@ def read_cpuset(tree: Tree) -> tuple[list[int] | None, list[int] | None]:
     """The CPUs and the memory nodes that the process may use; None for what the tree does not tell."""
     status = tree.text("proc/self/status") or ""
     cpus, mems = _status_list(status, "Cpus_allowed_list"), _status_list(status, "Mems_allowed_list")
-    groups = _read_groups(tree)
+    groups = _read_groups(tree) if cpus is None or mems is None else {}
     if cpus is None:
         cpus = _first(tree, groups, ("cpuset.cpus.effective",), ("cpuset.effective_cpus", "cpuset.cpus", "cpus"))
     if mems is None:
@@ -29,6 +29,8 @@ def read_cpuset(tree: Tree) -> tuple[list[int] | None, list[int] | None]:
 
 def read_quota(tree: Tree) -> float | None:
     """How many CPUs' worth of time the process gets: the least that any group above it grants; None without a limit."""
+    if not tree.exists("sys/fs/cgroup"):
+        return None
     groups = _read_groups(tree)
     found = []
     for mount in _V2:
@@ -78,6 +80,8 @@ def _upwards(mount: str, group: str) -> list[str]:
 
 def _first(tree: Tree, groups: dict[str, str], v2: tuple[str, ...], v1: tuple[str, ...]) -> list[int] | None:
     """The list of the nearest group that has one; an empty one (a group not yet set up) limits nothing."""
+    if not tree.exists("sys/fs/cgroup") and not tree.exists("dev/cpuset"):
+        return None
     for mounts, group, names in ((_V2, groups.get("", "/"), v2), (_V1, groups.get("cpuset", "/"), v1)):
         for mount in mounts:
             for folder in _upwards(mount, group):

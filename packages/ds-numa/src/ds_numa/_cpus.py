@@ -16,7 +16,10 @@ Groups = tuple[tuple[int, ...], ...]
 
 def read_online(tree: Tree) -> list[int]:
     """The CPUs that are online; those that have a folder where the kernel does not list them."""
-    return tree.numbers(f"{FOLDER}/online") or tree.ids(FOLDER, "cpu")
+    listed = tree.numbers(f"{FOLDER}/online")
+    if listed:
+        return listed
+    return [cpu for cpu in tree.ids(FOLDER, "cpu") if tree.text(f"{FOLDER}/cpu{cpu}/online") != "0"]
 
 
 def read_offline(tree: Tree, online: Iterable[int]) -> list[int]:
@@ -34,9 +37,9 @@ def read_cores(tree: Tree, online: Sequence[int]) -> Groups:
         if cpu not in left:
             continue
         topology = f"{FOLDER}/cpu{cpu}/topology/"
-        siblings = tree.cpus(
-            (topology + "core_cpus_list", topology + "core_cpus"),
+        siblings = tree.numbers(topology + "core_cpus_list") or tree.cpus(
             (topology + "thread_siblings_list", topology + "thread_siblings"),
+            (topology + "core_cpus_list", topology + "core_cpus"),
         )
         core = [sibling for sibling in siblings or () if sibling in left]
         if cpu not in core:
@@ -161,11 +164,14 @@ def _by_capacity(tree: Tree, cores: Groups) -> list[set[int]]:
 
 def _complete(groups: Iterable[set[int]], cores: Groups, what: str, notes: list[str]) -> Groups:
     """The groups cut to online CPUs, or none of them, with a note, where some CPU is in no group."""
-    online = {cpu for core in cores for cpu in core}
-    kept = [tuple(sorted(group & online)) for group in groups]
-    kept = [group for group in kept if group]
-    missing = online.difference(*kept) if kept else set()
-    if missing:
+    missing = {cpu for core in cores for cpu in core}
+    kept = []
+    for group in groups:
+        part = missing & group
+        missing -= part
+        if part:
+            kept.append(tuple(sorted(part)))
+    if kept and missing:
         notes.append(f"{what} are told for some CPUs and not for {format_ranges(missing)}: they are left out")
         return ()
     return tuple(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 _HIGHEST = (1 << 16) - 1  # far above any CPU or node; keeps garbage from filling the memory
 
@@ -30,7 +31,7 @@ class Tree:
 
     def fault(self, path: str, reason: str) -> None:
         """Remember that a file tells nothing; files whose paths differ in digits alone are of one kind."""
-        kind = "".join("#" if letter.isdigit() else letter for letter in path)
+        kind = re.sub(r"\d+", "#", path)
         self._faults.setdefault((kind, reason), []).append(path)
 
     def text(self, path: str) -> str | None:
@@ -132,18 +133,23 @@ def parse_list(text: str) -> list[int]:
     >>> parse_list("0-2,8"), parse_list("")
     ([0, 1, 2, 8], [])
     """
+    if not text:
+        return []
     found: list[int] = []
-    for part in text.split(",") if text else ():
-        first, dash, last = part.partition("-")
-        start = int(first)
-        end = int(last) if dash else start
+    for part in text.split(","):
+        if part.isdecimal():
+            found.append(int(part))
+            continue
+        first, _, last = part.partition("-")
+        start, end = int(first), int(last)
         if not 0 <= start <= end <= _HIGHEST:
             raise ValueError(part)
-        if dash:
-            found.extend(range(start, end + 1))
-        else:
-            found.append(start)
-    return sorted(set(found)) if len(found) > 1 else found
+        found += range(start, end + 1)
+    if len(found) > 1:
+        found = sorted(set(found))
+    if found[-1] > _HIGHEST:
+        raise ValueError(text)
+    return found
 
 
 def parse_mask(text: str) -> list[int]:

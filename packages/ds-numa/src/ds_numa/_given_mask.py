@@ -66,8 +66,9 @@ def find_given_mask(
         num_local_procs: the number of ranks on the machine.
         root: the folder that holds ``proc`` and ``sys``.
     """
-    rows = agreeing_launchers(env, local_rank, num_local_procs) if num_local_procs > 1 else []
-    if not rows:
+    online = {cpu for core in topology.cores for cpu in core}
+    rows = agreeing_launchers(env, local_rank, num_local_procs)
+    if not rows or not 1 < num_local_procs <= len(online):
         return None
     slurm = any(row.name == "Slurm" for row in rows)
     masks = _slurm_masks(env, num_local_procs) if slurm else []
@@ -77,7 +78,6 @@ def find_given_mask(
             return None
         return _given("Slurm", mask, len(sharers), sharers.index(local_rank))
 
-    online = {cpu for core in topology.cores for cpu in core}
     # /proc is evidence only if it speaks of this process with this mask.
     visible = read_own_mask(root) == tuple(mask)
     cpuset = read_cpuset(root) if visible else None
@@ -96,7 +96,8 @@ def find_given_mask(
         if slurm and len(mask) < len(online) and _is_slurms_size(env, topology, mask):
             cut_by_whom, limit = "Slurm", online  # the cpuset may be that of one task
         elif len(mask) < len(limit):
-            cut_by_whom = next((row.name for row in rows if row.name in _BINDING_LAUNCHERS), None)
+            binding = _BINDING_LAUNCHERS + (("Slurm",) if _slurm_binds(env) else ())
+            cut_by_whom = next((row.name for row in rows if row.name in binding), None)
     if cut_by_whom is None:
         return None
     if len(mask) * num_local_procs <= len(limit):
@@ -154,6 +155,12 @@ def _is_slurms_size(env: Mapping[str, str], topology: Topology, mask: Sequence[i
     return env.get("SLURM_CPUS_PER_TASK", "") in (str(len(mask)), str(cores))
 
 
+def _slurm_binds(env: Mapping[str, str]) -> bool:
+    """Whether srun was told what to bind tasks to; it then writes no masks down."""
+    told = f"{env.get('SLURM_CPU_BIND', '')},{env.get('SLURM_CPU_BIND_TYPE', '')}".lower().replace(":", ",")
+    return not {"threads", "cores", "sockets", "ldoms", "rank", "rank_ldom"}.isdisjoint(told.split(","))
+
+
 def _slurm_masks(env: Mapping[str, str], ranks: int) -> list[set[int]]:
     """The mask of each task of this node, as srun wrote it down; empty where it wrote none or nothing readable.
 
@@ -175,6 +182,6 @@ def _slurm_masks(env: Mapping[str, str], ranks: int) -> list[set[int]]:
             bits = int(part[1], 16)
             cpus = {bit for bit in range(bits.bit_length()) if bits >> bit & 1}
         else:
-            cpus = {int(part[1], 0)}
+            cpus = {int(part[1], 16 if part[1][:2] in ("0x", "0X") else 10)}
         masks += [cpus] * int(part[2] or 1)
-    return [masks[rank % len(masks)] for rank in range(ranks)]
+    return [masks[rank % len(masks)] for rank in range(ranks)] if masks else []

@@ -59,8 +59,8 @@ def visible_gpus(
         repeated.
 
     Raises:
-        GpuLookupError: a name fits several GPUs or cannot be compared, or numbers mean nothing because the machine has
-            different models and CUDA orders them by speed.
+        GpuLookupError: a name fits several GPUs or cannot be compared; the first name fits none, so that CUDA shows
+            none at all; or numbers mean nothing because the machine has different models and CUDA orders them by speed.
     """
     usable = sorted((gpu for gpu in gpus if gpu.usable), key=lambda gpu: pci_order(gpu.pci))
     vendor = next((vendor for vendor in _ORDER if any(gpu.vendor == vendor for gpu in usable)), None)
@@ -95,6 +95,9 @@ def _cuda_devices(nvidia: Sequence[Gpu], env: Mapping[str, str], mig_parent: Cal
     seen = set()
     for entry in value.split(","):
         gpu = _by_name(nvidia, entry, sort, mig_parent) if sort else _by_number(nvidia, entry, env)
+        if gpu is None and sort and not found:
+            known = ", ".join(gpu.uuid or "?" for gpu in nvidia)
+            raise GpuLookupError(f"CUDA_VISIBLE_DEVICES has {entry!r}, which fits 0 GPUs: name exactly one of {known}")
         if gpu is None:
             break
         # Several MIG devices of one GPU are legal; the same one twice is not.

@@ -72,17 +72,17 @@ def agreeing_launchers(env: Mapping[str, str], local_rank: int, num_local_procs:
 
 def local_size(env: Mapping[str, str], launcher: Launcher) -> int | None:
     """The number of ranks on this machine that this launcher's own variables give; None where they give none."""
+    ranks, nodes = _number(env, launcher.size), _number(env, launcher.nodes)
+    node = _number(env, launcher.node)
     for name in (launcher.local_size, launcher.other_local_size):
         counts = _counts(env.get(name or "", ""))
-        node = _number(env, launcher.node)
         if len(set(counts)) == 1:
-            return counts[0]
-        if node is not None and node < len(counts):
+            node = 0
+        if node is not None and node < len(counts) and (ranks is None or counts[node] <= ranks):  # or it is a leftover
             return counts[node]
-    ranks, nodes = _number(env, launcher.size), _number(env, launcher.nodes)
-    if ranks == 1 or (ranks and nodes and ranks % nodes == 0):  # Flux names no local size; it deals tasks out evenly
-        return ranks // (nodes or 1)
-    return None
+    if ranks and nodes and ranks % nodes == 0:  # Flux names no local size; it deals tasks out evenly
+        return ranks // nodes
+    return 1 if ranks == 1 else None
 
 
 def _rows(env: Mapping[str, str]) -> Iterator[tuple[Launcher, int]]:
@@ -119,7 +119,9 @@ def _problem(env: Mapping[str, str], launcher: Launcher, found: FoundRank) -> st
     rank, ranks = found.local_rank, found.num_local_procs
     sizes = _shown(env, launcher.local_size, launcher.other_local_size, launcher.nodes)
     if ranks is None:
-        return f"{found.launcher} does not say how many ranks this machine has ({sizes}): pass num_local_procs"
+        # Lightning starts the other processes of a machine from the first, which has no rank until then.
+        hint = ", after launch()" if found.launcher == "Lightning" else ""
+        return f"{found.launcher} does not say how many ranks this machine has ({sizes}): pass num_local_procs{hint}"
     if rank is not None and rank >= ranks:
         return (
             f"local rank {rank} of {ranks} cannot be ({_shown(env, launcher.local_rank)}, {sizes}): "
@@ -142,7 +144,7 @@ def _shown(env: Mapping[str, str], *names: str | None) -> str:
 def _number(env: Mapping[str, str], name: str | None) -> int | None:
     """The variable's value; None where it is unset or no number that a launcher writes."""
     text = env.get(name or "", "").strip()
-    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+    return int(text) if re.fullmatch(r"\d{1,7}", text, re.ASCII) else None
 
 
 def _counts(text: str) -> list[int]:
@@ -152,8 +154,8 @@ def _counts(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(",") if text.strip() else ():
-        match = re.fullmatch(r"\s*(\d{1,9})(?:\(x(\d{1,5})\))?\s*", part, re.ASCII)
-        if not match or int(match[1]) < 1:
+        match = re.fullmatch(r"\s*(\d{1,7})(?:\(x(\d{1,5})\))?\s*", part, re.ASCII)
+        if not match or int(match[1]) < 1 or len(counts) > 1_000_000:  # more machines than any job has
             return []
         counts += [int(match[1])] * int(match[2] or 1)
     return counts

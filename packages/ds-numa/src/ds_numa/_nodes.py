@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ds_numa._files import Tree
+from ds_numa._ranges import format_ranges
 from ds_numa.topology import Node, NodeKind
 
 FOLDER = "sys/devices/system/node"
@@ -26,12 +27,14 @@ def read_nodes(tree: Tree, online: Iterable[int], notes: list[str]) -> tuple[Nod
     ids = tree.ids(FOLDER, "node")
     # The file `distance` has one column for each online node, in order of their ids, which may be sparse.
     columns = tree.numbers(f"{FOLDER}/online") or ids
-    nodes = []
+    nodes: list[Node] = []
+    untold = []
     for node_id in ids:
         folder = f"{FOLDER}/node{node_id}"
         cpus = tree.cpus((f"{folder}/cpulist", f"{folder}/cpumap"))
         if cpus is None:
             cpus = tree.ids(folder, "cpu")  # links to the CPUs
+            untold += [] if cpus else [len(nodes)]
         memory = _read_memory(tree, f"{folder}/meminfo")
         nodes.append(
             Node(
@@ -42,12 +45,15 @@ def read_nodes(tree: Tree, online: Iterable[int], notes: list[str]) -> tuple[Nod
                 initiators=_read_initiators(tree, folder),
             )
         )
-    told = {cpu for node in nodes for cpu in node.cpus}
-    if len(nodes) == 1 and not told:
-        nodes = [replace(nodes[0], cpus=tuple(sorted(cpus_online)))]
-    elif nodes and not told:
+    left = cpus_online.difference(*(node.cpus for node in nodes))
+    if nodes and left == cpus_online and len(nodes) > 1:
         notes.append(f"{tree.root}{FOLDER} has nodes {ids} and tells the CPUs of none: they are taken as one node")
         return ()
+    if left and len(untold or nodes) == 1:  # every CPU is on some node, and of one alone the CPUs are not told
+        where = untold[0] if untold else 0
+        nodes[where] = replace(nodes[where], cpus=tuple(sorted({*nodes[where].cpus, *left})))
+    elif left and nodes:
+        notes.append(f"CPUs {format_ranges(left)} are online and on no node that is told")
     return tuple(replace(node, kind=_plain_kind(node)) for node in nodes)
 
 

@@ -19,7 +19,7 @@ from ds_numa._ranges import read_core_list
 from ds_numa._words import count
 from ds_numa.errors import GpuLookupError, NotEnoughCoresError, PlanError
 from ds_numa.plan import Binding, MemoryMode, Plan, plan_binding
-from ds_numa.topology import Topology
+from ds_numa.topology import Gpu, Topology
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,24 @@ def plan_share(
         NumaError: as `plan_binding` does.
     """
     notes: tuple[str, ...] = ()
+    visible: list[Gpu] = []
     automatic = isinstance(devices, str) and devices == "auto"
     if automatic:
         devices, notes = find_gpus(topology, ranks, rank)
+        visible = _visible(topology) if devices is not None else []
     if given is not None:
         return _keep_mask(topology, rank, ranks, devices, options, given, notes)
     all_gpus = [gpu.pci for gpu in topology.gpus]
-    sees_one = automatic and devices is not None and len(set(devices)) == 1 < ranks <= len(all_gpus)
+    sees_one = automatic and devices is not None and len(visible) == 1 < ranks <= len(all_gpus)
     if sees_one and not gpu_is_shared(os.environ, rank, ranks):
         try:
             plan = options.plan(replace(topology, cpu_quota=None), len(all_gpus), all_gpus)
         except NotEnoughCoresError:
             pass  # fewer CPUs than GPUs: the ranks divide their GPU's node by local rank instead
         else:
-            mine = next(binding for binding in plan.bindings if devices is not None and binding.gpu == devices[0])
+            mine = next(binding for binding in plan.bindings if binding.gpu == visible[0].pci)
             binding, limits = _limit_threads(topology, replace(mine, local_rank=rank), ranks)
-            shared = f"the machine is divided among its {len(all_gpus)} GPUs, as if each had one rank"
+            shared = f"the machine is divided among its {len(all_gpus)} GPUs; no other rank is taken to use this one"
             return binding, (*plan.notes, *notes, shared, *limits)
     plan = options.plan(topology, ranks, devices)
     return plan[rank], plan.notes + notes
@@ -81,7 +83,7 @@ def find_gpus(
     shares of plans made so are disjoint, whichever GPUs the others see.
     """
     try:
-        visible = visible_gpus(topology.gpus, os.environ, mig_parent=nvml_mig_parent)
+        visible = _visible(topology)
     except GpuLookupError as error:
         return None, (f"GPUs are left out: {error}",)
     if not visible:
@@ -96,6 +98,10 @@ def find_gpus(
             f"GPUs are left out: {num_local_procs} ranks see {len(visible)}, so the others' are unknown: pass devices=",
         )
     return [gpu.pci for gpu in visible[:num_local_procs]], ()
+
+
+def _visible(topology: Topology) -> list[Gpu]:
+    return visible_gpus(topology.gpus, os.environ, mig_parent=nvml_mig_parent)
 
 
 def _keep_mask(

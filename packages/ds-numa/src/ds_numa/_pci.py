@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ds_numa._files import Tree
 from ds_numa._gpus import normalise_pci, pci_order
@@ -20,6 +21,7 @@ NVIDIA_DRIVER = "proc/driver/nvidia/gpus"
 _KFD = "sys/class/kfd/kfd/topology/nodes"
 _VENDORS: dict[str, Vendor] = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
 _GPU_CLASSES = ("0x0300", "0x0302", "0x0380", "0x1200")  # VGA, 3D, display, processing accelerator
+Device = TypeVar("Device", Gpu, Nic)
 _NIC_CLASSES = {"0x0200": "ethernet", "0x0207": "infiniband", "0x0280": "other"}
 
 
@@ -68,16 +70,16 @@ def place_alone(bus: Bus, cpu_nodes: Collection[int], all_nodes: Collection[int]
     """Where only one node has CPUs, devices of an unknown node hang on it (virtual machines say -1)."""
     alone = next(iter(cpu_nodes)) if len(cpu_nodes) == 1 else None
 
-    def place(pci: str, node: int | None) -> int | None:
-        if node is not None and node not in all_nodes:
-            notes.append(f"device {pci} hangs on node {node}, which is not shown: its node is taken as unknown")
-            node = None
-        return alone if node is None else node
+    def place(device: Device) -> Device:
+        if device.node in all_nodes:
+            return device
+        if device.node is not None:
+            notes.append(
+                f"device {device.pci} hangs on node {device.node}, which is not shown: its node is taken as unknown"
+            )
+        return replace(device, node=alone)
 
-    return Bus(
-        tuple(replace(gpu, node=place(gpu.pci, gpu.node)) for gpu in bus.gpus),
-        tuple(replace(nic, node=place(nic.pci, nic.node)) for nic in bus.nics),
-    )
+    return Bus(tuple(map(place, bus.gpus)), tuple(map(place, bus.nics)))
 
 
 def _interfaces(tree: Tree, folder: str) -> tuple[str, ...]:
@@ -119,10 +121,16 @@ def _ask_nvidia(tree: Tree, gpus: dict[str, Gpu]) -> None:
 
 
 def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
-    """Add what AMD's compute driver says. Its order is the runtime's; a partitioned GPU has an entry for each part."""
+    """Add what AMD's compute driver says. Its order is the runtime's; a partitioned GPU has an entry for each part.
+
+    A GPU without an entry that can be read was not given to this container.
+    """
+    numbers = tree.ids(_KFD, "")
+    if not numbers:
+        return
     entries: dict[str, list[tuple[int, int]]] = {}  # (ordinal, unique id) by PCI address
     ordinal = 0
-    for number in tree.ids(_KFD, ""):
+    for number in numbers:
         facts = dict(re.findall(r"^(\w+) (\d+)$", tree.text(f"{_KFD}/{number}/properties") or "", re.MULTILINE))
         if int(facts.get("simd_count", 0)) == 0:  # a CPU, or a GPU of another container
             continue
@@ -130,8 +138,6 @@ def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
         pci = f"{int(facts.get('domain', 0)):04x}:{where >> 8:02x}:{where >> 3 & 31:02x}.{where & 7}"
         entries.setdefault(pci, []).append((ordinal, int(facts.get("unique_id", 0))))
         ordinal += 1
-    if not entries:
-        return
     for pci, parts in entries.items():
         gpu = gpus.get(pci) or Gpu(pci, read_node(tree, pci), vendor="amd")
         unique = parts[0][1]
@@ -146,9 +152,7 @@ def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
 def _count_tiles(tree: Tree, gpus: dict[str, Gpu]) -> None:
     """Number the tiles of Intel's GPUs: Level Zero shows each as a device of its own unless told otherwise."""
     first = 0
-    for pci in sorted(gpus, key=pci_order):
-        if gpus[pci].vendor != "intel":
-            continue
+    for pci in sorted((pci for pci, gpu in gpus.items() if gpu.vendor == "intel"), key=pci_order):
         folder = f"{BUS}/{pci}"
         tiles = len(tree.ids(folder, "tile"))  # the xe driver
         for card in tree.names(f"{folder}/drm"):

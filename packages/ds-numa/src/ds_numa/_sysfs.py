@@ -74,14 +74,14 @@ def read_sysfs(
 def _choose_allowed(mask: list[int] | None, online: list[int], cpuset: list[int] | None, notes: list[str]) -> list[int]:
     """The online CPUs of the caller's mask, else of the process's cpuset, else all."""
     if mask is None:
-        usable = online if cpuset is None else [cpu for cpu in online if cpu in set(cpuset)]
+        usable = online if cpuset is None else sorted(set(online).intersection(cpuset))
         if online and not usable:
             notes.append(f"the cpuset allows CPUs {format_ranges(cpuset or ())}, none of which is online: all are used")
             usable = online
         if not usable:
             raise TopologyError("the tree names no online CPU: copy sys/devices/system/cpu/online, or pass allowed=")
         return usable
-    usable = [cpu for cpu in mask if cpu in set(online)]
+    usable = sorted(set(online).intersection(mask))
     if not usable:
         wanted = format_ranges(mask)
         raise TopologyError(f"allowed = {wanted!r} holds no online CPU: allow some of {format_ranges(online)}")

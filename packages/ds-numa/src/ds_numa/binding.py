@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -91,19 +92,21 @@ def apply(
         nodes,
     )
     if strict and refused:
-        if cpus_bound and masks_before:
-            restore_masks(masks_before)
-        elif cpus_bound:
-            set_mask(mask_before)
-        if wanted is not None:
-            set_memory_policy(*policy_before or ("none", ()))
-        raise BindingError(
-            f"strict = True, and the system did not grant everything, so nothing was bound: {report}", report
-        )
+        with contextlib.suppress(OSError):
+            if cpus_bound and masks_before:
+                restore_masks(masks_before)
+            elif cpus_bound:
+                set_mask(mask_before)
+        with contextlib.suppress(OSError, KeyError):  # KeyError: a mode of a newer kernel, that is not known here
+            if wanted is not None:
+                set_memory_policy(*policy_before or ("none", ()))
+        restored = tuple(read_mask()) == mask_before and (wanted is None or _read_policy() == policy_before)
+        state = "nothing is bound" if restored else "what was bound could not be taken back"
+        raise BindingError(f"strict = True, and not everything was granted, so {state}: {report}", report)
     if set_omp:
         os.environ["OMP_NUM_THREADS"] = str(binding.omp_num_threads)
         notes.append(f"OMP_NUM_THREADS = {binding.omp_num_threads} was set")
-    if cpus_bound or set_omp:
+    if cpus_bound or set_omp or binding.thread_limit is not None:
         notes += library_notes(binding, os.environ, set_threads=set_omp)
     return replace(report, notes=tuple(notes))
 
@@ -203,8 +206,8 @@ def _check_given(local_rank: int | None, num_local_procs: int | None) -> None:
     if num_local_procs is not None:
         check_rank(0, num_local_procs)
     if local_rank is not None:
-        ranks = num_local_procs if num_local_procs is not None else local_rank + 1 if local_rank >= 0 else 1
-        check_rank(local_rank, ranks)
+        alone = local_rank + 1 if isinstance(local_rank, int) and local_rank >= 0 else 1
+        check_rank(local_rank, alone if num_local_procs is None else num_local_procs)
 
 
 def _set_cpus(

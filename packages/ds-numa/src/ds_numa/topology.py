@@ -8,17 +8,15 @@ one node or several, and a node may hold several sockets. An *L3* is the set of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
 from ds_numa._ranges import format_ranges, parse_range_list
 from ds_numa.errors import CoreListError, TopologyError
 
 if TYPE_CHECKING:
-    import os
-
     from matplotlib.figure import Figure
 
     from ds_numa.plan import Plan
@@ -172,7 +170,7 @@ class Topology:
     @classmethod
     def from_sysfs(
         cls,
-        root: str | Path = "/",
+        root: str | os.PathLike[str] = "/",
         *,
         allowed: Iterable[int] | None = None,
         allowed_memory: Iterable[int] | None = None,
@@ -351,7 +349,7 @@ def _numbers(value: str | Iterable[int] | None) -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in value or ()))
 
 
-def probe(root: str | Path = "/") -> Topology:
+def probe(root: str | os.PathLike[str] = "/") -> Topology:
     """Read a machine: the one that this process runs on, or one whose ``sys`` and ``proc`` trees were copied.
 
     Args:
@@ -360,4 +358,4 @@ def probe(root: str | Path = "/") -> Topology:
     Raises:
         TopologyError: there is no ``sys/devices/system/cpu`` below `root`, or nothing allowed is online.
     """
-    return Topology.here() if Path(root) == Path("/") else Topology.from_sysfs(root)
+    return Topology.here() if os.fspath(root) == "/" else Topology.from_sysfs(root)
