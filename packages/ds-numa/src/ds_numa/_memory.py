@@ -73,7 +73,9 @@ class MemoryChooser:
             self._note(f"memory='interleave' needs several nodes with memory: ranks on {where} alone keep the default")
         if self.mode != "none":
             if not self._softened:
-                self._say_unused("unknown", "of unknown kind that no rank asks for: it is used when others are full")
+                self._say_unused(
+                    "unknown", "of unknown kind that no rank asks for: it is used when other nodes are full"
+                )
             self._say_unused("hbm", "of high-bandwidth memory that is near to no rank and is not used on purpose")
         if self.mode == "bind":
             self._say_unused("cxl", "on a memory expander that memory='bind' shuts out: use memory='preferred'")
