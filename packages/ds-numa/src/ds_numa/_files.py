@@ -24,11 +24,11 @@ class Tree:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be read, one sentence for all files of the same kind."""
+        """What could not be read, one sentence for all files of the same kind; paths are relative to the root."""
         sentences = []
         for (_, reason), paths in self._faults.items():
             others = f" (and {len(paths) - 1} more files like it)" if len(paths) > 1 else ""
-            sentences.append(f"{self.root}{paths[0]} {reason}{others}: it is taken as missing")
+            sentences.append(f"{paths[0]} {reason}{others}: it is taken as missing")
         return tuple(sentences)
 
     def fault(self, path: str, reason: str) -> None:
@@ -55,14 +55,15 @@ class Tree:
             return None
         finally:
             os.close(handle)
+        text, nul, _ = raw.partition(b"\0")  # some tools copy the kernel's buffer with the NUL that ends it
         try:
-            text = raw.decode()
+            found = text.decode().strip()
         except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text:
+            found = ""
+        if not found and (nul or text.strip()):
             self.fault(path, "holds bytes that are no text")
             return None
-        return text.strip()
+        return found
 
     def number(self, path: str) -> int | None:
         """The whole number in a file, which may be negative."""

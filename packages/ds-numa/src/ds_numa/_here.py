@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_numa._affinity import read_mask
+from ds_numa._cgroup import read_own_memory
 from ds_numa._cpus import FOLDER
 from ds_numa._files import Tree
 from ds_numa._gpus import pci_order, visible_gpus
@@ -35,7 +36,8 @@ def read_here() -> Topology:
         )
     listed = nvml_gpus()
     gpu_memory = [gpu.memory_node for gpu in listed or () if gpu.memory_node is not None]
-    machine = _add_nvml(read_sysfs(_ROOT, allowed=mask, allowed_memory=None, gpu_memory=gpu_memory), listed)
+    memory = read_own_memory(Tree(_ROOT))
+    machine = _add_nvml(read_sysfs(_ROOT, allowed=mask, allowed_memory=memory, gpu_memory=gpu_memory), listed)
     try:
         found = visible_gpus(machine.gpus, os.environ, mig_parent=nvml_mig_parent)
     except GpuLookupError as error:
