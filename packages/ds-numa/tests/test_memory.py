@@ -35,7 +35,7 @@ def test_interleave_needs_several_nodes() -> None:
     assert plan({}, "interleave", ranks=1) == ([("interleave", (0, 1))], "")
     chosen, notes = plan({}, "interleave")
     assert chosen == [("none", ())] * 2
-    assert "needs several nodes" in notes
+    assert notes == "memory='interleave' needs several nodes with memory: ranks on nodes 0-1 alone keep the default"
 
 
 @pytest.mark.parametrize("mode", ["preferred", "bind"])
@@ -79,7 +79,7 @@ def test_memory_expanders_are_not_asked_for() -> None:
     assert plan(expander, "preferred") == ([("preferred", (0,)), ("preferred", (1,))], "")
     chosen, notes = plan(expander, "bind")
     assert chosen == [("bind", (0,)), ("bind", (1,))]
-    assert "node 2 (128.0 GiB) of memory expander that memory='bind' shuts out" in notes
+    assert "node 2 (128.0 GiB) on a memory expander that memory='bind' shuts out" in notes
 
 
 def test_a_gpus_own_memory_is_never_chosen() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ds_numa._ranges import format_ranges
+from ds_numa._words import listed
 from ds_numa.errors import PlanError
 from ds_numa.topology import Node, Topology
 
@@ -48,9 +48,12 @@ class MemoryChooser:
         self._cpu_nodes = [node.id for node in topology.nodes if node.cpus]
         self._owners = {node.id: self._owners_of(node) for node in self._usable if not node.cpus}
         self._used: set[int] = set()
+        self._alone: set[int] = set()  # nodes of ranks that have too few nodes to interleave
         self._notes: dict[str, None] = {}  # an ordered set
         self._chosen: dict[tuple[int, ...], tuple[MemoryMode, tuple[int, ...]]] = {}
-        if self.mode == "bind" and (unknown := self._of_kind("unknown")):
+        unknown = self._of_kind("unknown")
+        self._softened = self.mode == "bind" and bool(unknown)
+        if self._softened:
             self.mode = "preferred"
             self._note(
                 f"memory='bind' would shut out {_describe(unknown)} of unknown kind: "
@@ -65,14 +68,17 @@ class MemoryChooser:
 
     def notes(self) -> list[str]:
         """What is out of the ordinary about the choices so far."""
+        if self._alone:
+            where = listed("node", sorted(self._alone))
+            self._note(f"memory='interleave' needs several nodes with memory: ranks on {where} alone keep the default")
         if self.mode != "none":
-            if self.mode != "bind" and not any("unknown kind" in note for note in self._notes):
+            if not self._softened:
                 self._say_unused(
                     "unknown", "of unknown kind that no rank asks for: it is used when other nodes are full"
                 )
             self._say_unused("hbm", "of high-bandwidth memory that is near to no rank and is not used on purpose")
-            if self.mode == "bind":
-                self._say_unused("cxl", "of memory expander that memory='bind' shuts out: use memory='preferred'")
+        if self.mode == "bind":
+            self._say_unused("cxl", "on a memory expander that memory='bind' shuts out: use memory='preferred'")
         return list(self._notes)
 
     def _choose(self, nodes: tuple[int, ...]) -> tuple[MemoryMode, tuple[int, ...]]:
@@ -89,7 +95,7 @@ class MemoryChooser:
         if self.mode == "interleave" and len(own) > 1:
             return "interleave", tuple(own)
         if self.mode == "interleave":
-            self._note(f"memory='interleave' needs several nodes, but ranks on node {format_ranges(nodes)} have one")
+            self._alone.update(nodes)
             return "none", ()
         if not own or {node.id for node in self._usable} <= set(own):
             return "none", ()  # there is nothing to choose

@@ -59,7 +59,7 @@ def plot(machine: Topology, plan: Plan | None = None, path: str | os.PathLike[st
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("plot() needs matplotlib: pip install ds-numa[plot]") from error
+        raise MissingDependencyError("a picture needs matplotlib: pip install ds-numa[plot]") from error
     root = _machine_box(machine, plan)
     root.arrange()
     figure = Figure(figsize=(root.width * _INCHES, root.height * _INCHES))

@@ -118,8 +118,9 @@ def plan_binding(
 ) -> Plan:
     """Deal out the CPUs of a machine to its ranks.
 
-    Sibling CPUs of a core stay together in every mode. Under ``auto``, ``cores`` and ``exclusive`` no CPU goes to two
-    ranks.
+    Sibling CPUs of a core stay together, unless there are more ranks than cores. Under ``auto``, ``cores`` and
+    ``exclusive`` no CPU goes to two ranks. ``node``, ``socket``, ``l3`` and ``exclusive`` give a rank the CPUs that
+    ``torchrun --numa-binding`` gives it (``l3`` is torch's ``core-complex``).
 
     ======================  ============================================================================================
     `mode`                  what a rank gets
