@@ -153,7 +153,7 @@ def _package(tree: Tree, cpu: int) -> int | None:
 
 
 def read_l3(tree: Tree, cores: Groups, notes: list[str]) -> Groups:
-    """The online CPUs that share each last-level cache. CPUs whose cache is not told are in none, and a note says so."""
+    """The online CPUs that share each last-level cache; a note names CPUs whose cache is not told, which are in none."""
     online = {cpu for core in cores for cpu in core}
     groups: list[tuple[int, ...]] = []
     told: set[int] = set()
