@@ -135,9 +135,9 @@ def _first(tree: Tree, mounts: dict[str, tuple[str, ...]], groups: dict[str, str
 def _ratio(tree: Tree, path: str, quota: str, period: str) -> float | None:
     try:
         value = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         value = 0.0
     if value <= 0:
-        tree.fault(path, f"grants {quota!r} of {period!r} microseconds, which is no quota")
+        tree.fault(path, f"grants {quota[:30]!r} of {period[:30]!r} microseconds, which is no quota")
         return None
     return value

@@ -62,8 +62,8 @@ def _are_modules(tree: Tree, siblings: Sequence[int]) -> bool:
 
 def read_processor(tree: Tree) -> dict[str, str]:
     """What ``proc/cpuinfo`` says about the first CPU: vendor, family and model of an x86 processor."""
-    text = tree.text("proc/cpuinfo") or ""
-    return dict(re.findall(r"^(vendor_id|cpu family|model)\t*: (\S+)", text[:4000].partition("\n\n")[0], re.MULTILINE))
+    text = tree.text("proc/cpuinfo", start=2000) or ""
+    return dict(re.findall(r"^(vendor_id|cpu family|model)\t*: (\S+)", text.partition("\n\n")[0], re.MULTILINE))
 
 
 def split_cores(cores: Groups, groups: Iterable[Iterable[int]], notes: list[str]) -> Groups:
@@ -153,7 +153,7 @@ def _package(tree: Tree, cpu: int) -> int | None:
 
 
 def read_l3(tree: Tree, cores: Groups, notes: list[str]) -> Groups:
-    """The online CPUs that share each last-level cache; a note names CPUs whose cache is not told, which are in none."""
+    """The online CPUs that share each last-level cache; a note names those whose cache is not told."""
     online = {cpu for core in cores for cpu in core}
     groups: list[tuple[int, ...]] = []
     told: set[int] = set()

@@ -35,6 +35,11 @@ def normalise_pci(text: str) -> str:
     return f"{int(domain, 16):04x}:{bus}:{device}.{function}"
 
 
+def is_pci(text: str) -> bool:
+    """Whether this is a PCI address as sysfs writes it."""
+    return _PCI.fullmatch(text) is not None
+
+
 def pci_order(pci: str) -> tuple[int, ...]:
     """A key that sorts PCI addresses as NVML does."""
     return tuple([int(part, 16) for part in pci.replace(".", ":").split(":")])

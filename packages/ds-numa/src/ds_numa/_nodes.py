@@ -50,8 +50,10 @@ def read_nodes(tree: Tree, online: Iterable[int], notes: list[str]) -> tuple[Nod
     if nodes and left == cpus_online and len(nodes) > 1:
         notes.append(f"{FOLDER} has nodes {ids} and tells the CPUs of none: they are taken as one node")
         return ()
-    if left and len(untold) == 1:  # every CPU is on some node, and of one alone the CPUs are not told
-        nodes[untold[0]] = replace(nodes[untold[0]], cpus=tuple(sorted(left)))
+    if nodes and left and (len(untold) == 1 or left == cpus_online):
+        # Every CPU is on some node, and of one alone the CPUs are not told.
+        where = untold[0] if untold else 0
+        nodes[where] = replace(nodes[where], cpus=tuple(sorted(left)))
     elif left and nodes:
         notes.append(f"CPUs {format_ranges(left)} are online and on no node that is told")
     return tuple(replace(node, kind=_plain_kind(node)) for node in nodes)
@@ -65,7 +67,7 @@ def _plain_kind(node: Node) -> NodeKind:
 
 def _read_memory(tree: Tree, path: str) -> int | None:
     text = tree.text(path)
-    match = re.search(r"MemTotal:\s+(\d+) kB", text or "")
+    match = re.search(r"MemTotal:\s+(\d{1,18}) kB", text or "")
     if text and not match:
         tree.fault(path, "names no MemTotal")
     return int(match[1]) * 1024 if match else None
