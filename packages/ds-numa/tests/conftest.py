@@ -28,7 +28,8 @@ _SURROUNDINGS = (
         "FLUX_",
         "HOROVOD_",
     ),
-    *("ALPS_", "SLURM_", "OMP_", "KMP_", "GOMP_", "CUDA_", "HIP_", "ROCR_", "ZE_", "DS_NUMA_"),
+    *("ALPS_", "SLURM_", "OMP_", "KMP_", "GOMP_", "CUDA_", "HIP_", "ROCR_", "HSA_", "GPU_DEVICE", "ZE_", "ONEAPI_"),
+    "DS_NUMA_",
 )
 
 

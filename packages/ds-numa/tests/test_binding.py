@@ -298,6 +298,31 @@ def test_gpus_are_left_out_with_a_reason(stage: Stage, monkeypatch: pytest.Monke
     assert "note: GPUs are left out: " in str(bind(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"), [("0,0", True), ("9", True), ("", False), ("-1", False), ("NoDevFiles", False)]
+)
+def test_a_choice_that_shows_no_gpu_is_said_unless_it_is_on_purpose(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, choice: str, said: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", choice)
+    report = bind(0, 2)
+    note = f"GPUs are left out: CUDA_VISIBLE_DEVICES = {choice!r} shows none of 0000:10:00.0, 0000:11:00.0"
+    assert report.cpus == (0, 1, 2, 3)
+    assert report.notes.count(note) == said
+    assert not any("left out" in other for other in report.notes if other != note)
+
+
+def test_gpus_of_an_unknown_vendor_are_said(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    stage.box = replace(BOX, gpus=(replace(BOX.gpus[0], uuid=None, vendor=None),))
+    assert "GPUs are left out: the vendor of 0000:10:00.0 is not known: pass devices=" in bind(0, 2).notes
+
+
+def test_what_the_machine_does_not_tell_is_in_the_report_once(stage: Stage) -> None:
+    stage.box = replace(BOX, notes=("the tree lacks a file", "the tree lacks a file"))
+    assert bind(0, 2).notes.count("the tree lacks a file") == 1
+
+
 def test_a_rank_that_sees_one_gpu_sits_next_to_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for rank, gpu in enumerate("10"):  # Ray: each rank sees its own; cuda:0 of the machine hangs on node 1

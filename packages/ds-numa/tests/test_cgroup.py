@@ -27,12 +27,50 @@ def test_a_tree_without_any_limits_nothing(tmp_path: Path) -> None:
     assert (found.allowed, found.allowed_memory, found.cpu_quota) == (tuple(range(8)), None, None)
 
 
-def test_the_process_status_tells_first(tmp_path: Path) -> None:
+def test_the_process_status_tells_what_control_groups_do_not(tmp_path: Path) -> None:
+    """A copy's status is that of the program that copied, which may have had a mask of its own."""
     tree = base(tmp_path).put(
         "proc/self/status", "Name:\tx\nCpus_allowed:\t3c\nCpus_allowed_list:\t2-5\nMems_allowed_list:\t1"
     )
-    tree.put("sys/fs/cgroup/cpuset.cpus.effective", "0")
     assert limits(tree) == ("2345", (1,))
+    tree.put("sys/fs/cgroup/cpuset.cpus.effective", "0-6")
+    assert limits(tree) == ("0123456", (1,))
+
+
+@pytest.mark.parametrize(
+    ("mounts", "files"),
+    [
+        ("none /cgroup/unified cgroup2 rw 0 0", "cgroup/unified/job/cpuset.{}.effective"),
+        ("none /cgroup/c cgroup rw,cpuset,cpu 0 0", "cgroup/c/job/cpuset.{}"),
+        ("cpuset /opt/my\\040sets cgroup rw,relatime,cpuset,noprefix 0 0", "opt/my sets/job/{}"),
+        ("none /sets cpuset rw 0 0", "sets/job/{}"),
+        # The first hierarchy has no cpusets; the second has them.
+        ("a /dev/cgroup cgroup2 rw 0 0\nb /sets cgroup rw,cpuset 0 0", "sets/job/cpuset.{}"),
+        ("none /sets cgroup rw,cpuset,cpuset_v2_mode 0 0", "sets/job/cpuset.effective_{}"),
+    ],
+)
+@pytest.mark.parametrize("named_by", [("proc/self/cpuset", "/job"), ("proc/self/cgroup", "4:cpuset:/job\n0::/job")])
+def test_control_groups_are_found_where_they_are_mounted(
+    tmp_path: Path, mounts: str, files: str, named_by: tuple[str, str]
+) -> None:
+    tree = base(tmp_path).put("proc/mounts", f"garbage\n/dev/sda1 / ext4 rw 0 0\n{mounts}").put(*named_by)
+    tree.put(files.format("cpus"), "2-3").put(files.format("mems"), "1")
+    assert limits(tree) == ("23", (1,))
+
+
+def test_version_1_allows_its_own_list_and_not_the_effective_one(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/cpuset/job/cpuset"
+    tree = base(tmp_path, V1).put(f"{group}.cpus", "0-5").put(f"{group}.effective_cpus", "0-1")
+    assert limits(tree)[0] == "012345"
+    tree.put("proc/mounts", "x /sys/fs/cgroup/cpuset cgroup rw,cpuset,cpuset_v2_mode 0 0")
+    tree.put(f"{group}.cpus", "")
+    assert limits(tree)[0] == "01"
+
+
+def test_a_quota_is_found_where_the_group_is_mounted(tmp_path: Path) -> None:
+    tree = base(tmp_path, V2).put("proc/mounts", "none /cgroup/two cgroup2 rw 0 0")
+    tree.put("cgroup/two/slurm/job/cpu.max", "150000 100000")
+    assert Topology.from_sysfs(tree.root).cpu_quota == 1.5
 
 
 @pytest.mark.parametrize(

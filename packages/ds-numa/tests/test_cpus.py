@@ -81,6 +81,81 @@ def test_sockets_that_are_told_in_part_are_left_out_with_a_note(tmp_path: Path) 
     assert found.notes == ("sockets are told for some CPUs and not for 1: they are left out",)
 
 
+@pytest.mark.parametrize("package", ["-1", "0", None])
+@pytest.mark.parametrize("masks", [False, True])
+def test_siblings_tell_sockets_where_ids_do_not(tmp_path: Path, package: str | None, masks: bool) -> None:
+    """POWER and s390 have no ids; on some Itanium machines packages of one node have the same id."""
+    tree = MachineTree(tmp_path, masks=masks, new_names=False).cpus(
+        [(0, 1), (2, 3), (4, 5)], sockets=[(0, 1, 2, 3), (4, 5)]
+    )
+    for path in tmp_path.rglob("physical_package_id"):
+        path.unlink()
+        if package is not None:
+            path.write_text(f"{package}\n")
+    found = Topology.from_sysfs(tree.root)
+    assert (found.sockets, found.notes) == (((0, 1, 2, 3), (4, 5)), ())
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 3])
+def test_ids_tell_sockets_where_siblings_contradict_each_other(tmp_path: Path, wrong: int) -> None:
+    sockets = [(0, 2, 4), (1, 3, 5)]
+    tree = MachineTree(tmp_path).cpus([(cpu,) for cpu in range(6)], sockets=sockets)
+    tree.put(f"{CPU}/cpu{wrong}/topology/package_cpus_list", "0-3")
+    assert Topology.from_sysfs(tree.root).sockets == tuple(sockets)
+
+
+def test_a_cache_list_that_contradicts_another_loses_no_cache(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(cpu,) for cpu in range(6)], caches={3: [(0, 2, 4), (1, 3, 5)]})
+    tree.put(f"{CPU}/cpu1/cache/index3/shared_cpu_list", "0-1")
+    assert as_sets(Topology.from_sysfs(tree.root).l3) == {frozenset((0, 2, 4)), frozenset((1, 3, 5))}
+
+
+def test_an_empty_cache_list_means_the_core(tmp_path: Path) -> None:
+    cores = [(0, 1), (2, 3)]
+    tree = MachineTree(tmp_path, masks=True).cpus(cores, caches={3: cores})
+    for path in tmp_path.rglob("shared_cpu_map"):
+        path.write_text("00000000\n")
+    assert Topology.from_sysfs(tree.root).l3 == ((0, 1), (2, 3))
+
+
+def test_a_cache_list_without_its_own_cpu_yields_to_the_mask(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(0,), (1,), (2,), (3,)], caches={3: [(0, 1), (2, 3)]})
+    for cpu in (2, 3):
+        tree.put(f"{CPU}/cpu{cpu}/cache/index3/shared_cpu_list", "0-1")
+        tree.put(f"{CPU}/cpu{cpu}/cache/index3/shared_cpu_map", "0000000c")
+    found = Topology.from_sysfs(tree.root)
+    assert (found.l3, found.notes) == (((0, 1), (2, 3)), ())
+
+
+def test_caches_that_are_told_for_some_cpus_stay(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(0,), (1,), (2,), (3,)], caches={3: [(1, 0), (2,)]})
+    for path in (tmp_path / f"{CPU}/cpu0/cache/index3").iterdir():
+        path.unlink()  # another CPU tells of this one
+    for path in (tmp_path / f"{CPU}/cpu1/cache/index3").glob("type"):
+        path.unlink()
+    found = Topology.from_sysfs(tree.root)
+    assert found.l3 == ((0, 1), (2,))
+    assert found.notes == ("the last-level cache of CPUs 3 is not told",)
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "cores"),
+    [
+        ("21", (0, 1, 2, 3), ((0,), (1,), (2,), (3,))),
+        ("21", (0, 0, 1, 1), ((0, 1), (2, 3))),
+        ("23", (0, 1, 2, 3), ((0, 1), (2, 3))),  # Zen has SMT
+    ],
+)
+def test_the_cores_of_a_bulldozer_module_are_no_smt(
+    tmp_path: Path, family: str, numbers: tuple[int, ...], cores: tuple[tuple[int, ...], ...]
+) -> None:
+    tree = MachineTree(tmp_path).cpus([(0, 1), (2, 3)])
+    for cpu, number in enumerate(numbers):
+        tree.put(f"{CPU}/cpu{cpu}/topology/core_id", number)
+    tree.put("proc/cpuinfo", f"processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: 1\n")
+    assert Topology.from_sysfs(tree.root).cores == cores
+
+
 def test_p_and_e_cores(tmp_path: Path) -> None:
     tree = MachineTree(tmp_path).cpus([(0, 1), (2, 3), (4,), (5,), (6,)])
     tree.put("sys/devices/cpu_core/cpus", "0-3").put("sys/devices/cpu_atom/cpus", "4-5")

@@ -24,6 +24,7 @@ BOX: dict[str, Any] = {
     ],
     "nics": [{"pci": "0000:18:00.0", "node": 1, "names": ["mlx5_0", "ib0"], "kind": "infiniband"}],
     "cpu_quota": 2.5,
+    "notes": ["sys/devices/system/cpu/cpu7/topology is not told"],
 }
 
 
@@ -49,6 +50,7 @@ def test_everything_that_a_machine_has_is_drawn_once() -> None:
         "kind 1 of cores, the fastest: CPUs 0-3,8-11",
         "kind 2 of cores, slower ones: CPUs 4-7,12-15",
         "quota of the cgroup: the time of 2.5 CPUs",
+        "note: sys/devices/system/cpu/cpu7/topology is not told",
         "# a core, x a core that this process may not use",
     ]
 

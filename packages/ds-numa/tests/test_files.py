@@ -54,7 +54,8 @@ def test_garbage_is_no_mask(text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"0-3\0", "holds bytes that are no text"),
+        (b"\n\0", "holds bytes that are no text"),
+        (b"\0000-3", "holds bytes that are no text"),
         (b"\xff\xfe", "holds bytes that are no text"),
         (b"hello", "holds no list of numbers"),
         (b"0-3,", "holds no list of numbers"),
@@ -64,7 +65,14 @@ def test_a_file_that_tells_nothing_is_named(tmp_path: Path, content: bytes, reas
     (tmp_path / "online").write_bytes(content)
     tree = Tree(tmp_path)
     assert tree.numbers("online") is None
-    assert tree.notes == (f"{tmp_path}/online {reason}: it is taken as missing",)
+    assert tree.notes == (f"online {reason}: it is taken as missing",)
+
+
+@pytest.mark.parametrize("content", [b"0-3\n\0", b"0-3\0\0\0", b"0-3\n\0\xff"])
+def test_text_ends_at_the_first_nul(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "online").write_bytes(content)
+    tree = Tree(tmp_path)
+    assert (tree.numbers("online"), tree.notes) == ([0, 1, 2, 3], ())
 
 
 def test_a_missing_file_is_no_fault(tmp_path: Path) -> None:
@@ -105,9 +113,7 @@ def test_files_of_one_kind_make_one_note(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     for cpu in range(12):
         tree.numbers(f"cpu{cpu}")
-    assert tree.notes == (
-        f"{tmp_path}/cpu0 holds no list of numbers (and 11 more files like it): it is taken as missing",
-    )
+    assert tree.notes == ("cpu0 holds no list of numbers (and 11 more files like it): it is taken as missing",)
 
 
 def test_long_files_are_read_to_their_end(tmp_path: Path) -> None:

@@ -90,7 +90,12 @@ def test_the_environment_chooses_what_is_visible(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
     found = stand_on(monkeypatch, root, [0])
     assert found.visible == ()
-    assert found.notes == ("the environment's choice of GPUs (CUDA_VISIBLE_DEVICES or the like) shows none of 2",)
+    shown = "GPUs are left out: CUDA_VISIBLE_DEVICES = '0,0' shows none of 0000:17:00.0, 0000:3d:00.0"
+    assert found.notes == (shown,)
+    for on_purpose in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", on_purpose)
+        found = stand_on(monkeypatch, root, [0])
+        assert (found.visible, found.notes) == ((), ())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7")
     found = stand_on(monkeypatch, root, [0])
     assert found.visible is None

@@ -117,6 +117,13 @@ def test_one_node_without_a_list_has_all_cpus(tmp_path: Path) -> None:
     assert "has nodes [0, 1] and tells the CPUs of none" in found.notes[0]
 
 
+def test_cpus_of_an_offline_node_are_not_handed_to_another(tmp_path: Path) -> None:
+    tree = MachineTree(tmp_path).cpus([(cpu,) for cpu in range(4, 9)]).node(1, (1, 3, 5, 7, 9))
+    found = Topology.from_sysfs(tree.root)
+    assert [node.cpus for node in found.nodes] == [(5, 7)]
+    assert found.notes == ("CPUs 4,6,8 are online and on no node that is told",)
+
+
 def test_a_node_without_memory(tmp_path: Path) -> None:
     found = Topology.from_sysfs(two(tmp_path).node(1, (1,), gib=0).root)
     assert (found.node(1).kind, found.node(1).memory_bytes) == ("cpu", 0)

@@ -10,36 +10,53 @@ import re
 
 from ds_numa._files import Tree, parse_list
 
-_V2 = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
-_V1 = ("sys/fs/cgroup/cpuset", "dev/cpuset")
-_V1_CPU = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct", "sys/fs/cgroup/cpuacct,cpu")
+# Where control groups are usually mounted, by what the hierarchy controls; version 2 has one hierarchy for everything.
+_V2, _CPUSET, _CPUSET_V2_MODE, _CPU = "version 2", "cpuset", "cpuset with cpuset_v2_mode", "cpu"
+_USUAL = {
+    _V2: ("sys/fs/cgroup", "sys/fs/cgroup/unified"),
+    _CPUSET: ("sys/fs/cgroup/cpuset", "dev/cpuset"),
+    _CPUSET_V2_MODE: (),
+    _CPU: ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct", "sys/fs/cgroup/cpuacct,cpu"),
+}
+# Version 1 allows what a group's own list says unless it is mounted with cpuset_v2_mode; `noprefix` drops the prefix.
+_LISTS = {
+    _V2: ("cpuset.{}.effective",),
+    _CPUSET: ("cpuset.{}", "{}", "cpuset.effective_{}"),
+    _CPUSET_V2_MODE: ("cpuset.effective_{}", "effective_{}"),
+}
 
 
 def read_cpuset(tree: Tree) -> tuple[list[int] | None, list[int] | None]:
-    """The CPUs and the memory nodes that the process may use; None for what the tree does not tell."""
-    status = tree.text("proc/self/status") or ""
-    cpus, mems = _status_list(status, "Cpus_allowed_list"), _status_list(status, "Mems_allowed_list")
-    groups = _read_groups(tree) if cpus is None or mems is None else {}
-    if cpus is None:
-        cpus = _first(tree, groups, ("cpuset.cpus.effective",), ("cpuset.effective_cpus", "cpuset.cpus", "cpus"))
-    if mems is None:
-        mems = _first(tree, groups, ("cpuset.mems.effective",), ("cpuset.effective_mems", "cpuset.mems", "mems"))
-    return cpus, mems
+    """The CPUs and the memory nodes that the process may use; None for what the tree does not tell.
+
+    The control groups' files come first: in a copied tree ``proc/self/status`` is that of the program that copied it,
+    which may have had a mask of its own.
+    """
+    mounts, groups = _read_mounts(tree), _read_groups(tree)
+    cpus, mems = _first(tree, mounts, groups, "cpus"), _first(tree, mounts, groups, "mems")
+    status = "" if cpus is not None and mems is not None else tree.text("proc/self/status") or ""
+    return (
+        _status_list(status, "Cpus_allowed_list") if cpus is None else cpus,
+        _status_list(status, "Mems_allowed_list") if mems is None else mems,
+    )
+
+
+def read_own_memory(tree: Tree) -> list[int] | None:
+    """The memory nodes that this very process may use, of the live tree; None where the kernel does not tell."""
+    return _status_list(tree.text("proc/self/status") or "", "Mems_allowed_list")
 
 
 def read_quota(tree: Tree) -> float | None:
     """How many CPUs' worth of time the process gets: the least that any group above it grants; None without a limit."""
-    if not tree.exists("sys/fs/cgroup"):
-        return None
-    groups = _read_groups(tree)
+    mounts, groups = _read_mounts(tree), _read_groups(tree)
     found = []
-    for mount in _V2:
-        for folder in _upwards(mount, groups.get("", "/")):
+    for mount in mounts[_V2]:
+        for folder in _upwards(mount, groups.get(_V2, "/")):
             words = (tree.text(f"{folder}/cpu.max") or "").split()
             if words and words[0] != "max":
                 found.append(_ratio(tree, f"{folder}/cpu.max", words[0], words[-1] if len(words) > 1 else "100000"))
-    for mount in _V1_CPU:
-        for folder in _upwards(mount, groups.get("cpu", "/")):
+    for mount in mounts[_CPU]:
+        for folder in _upwards(mount, groups.get(_CPU, "/")):
             quota = tree.text(f"{folder}/cpu.cfs_quota_us")
             if quota and not quota.startswith("-"):
                 path = f"{folder}/cpu.cfs_quota_us"
@@ -55,15 +72,39 @@ def _status_list(status: str, key: str) -> list[int] | None:
         return None
 
 
+def _read_mounts(tree: Tree) -> dict[str, tuple[str, ...]]:
+    """Folders where control groups are mounted, by kind of hierarchy: those that the kernel names, and usual ones.
+
+    Only those that are there, so that nothing is looked for in a tree without control groups.
+    """
+    found: dict[str, dict[str, None]] = {kind: {} for kind in _USUAL}
+    for line in (tree.text("proc/mounts") or "").splitlines():
+        words = line.split(" ")
+        if len(words) < 4 or words[2] not in ("cgroup", "cgroup2", "cpuset"):
+            continue
+        folder = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[1]).strip("/")
+        options = words[3].split(",")
+        if words[2] == "cgroup2":
+            found[_V2][folder] = None
+        elif words[2] == "cpuset" or "cpuset" in options:
+            found[_CPUSET_V2_MODE if "cpuset_v2_mode" in options else _CPUSET][folder] = None
+        if words[2] == "cgroup" and "cpu" in options:
+            found[_CPU][folder] = None
+    return {
+        kind: tuple(folder for folder in dict.fromkeys((*found[kind], *usual)) if tree.exists(folder))
+        for kind, usual in _USUAL.items()
+    }
+
+
 def _read_groups(tree: Tree) -> dict[str, str]:
-    """The process's group by controller; the key of version 2, which has no controllers here, is empty."""
-    groups: dict[str, str] = {}
+    """The process's group by kind of hierarchy."""
+    legacy = tree.text("proc/self/cpuset")
+    groups = dict.fromkeys((_V2, _CPUSET), legacy) if legacy else {}
     for line in (tree.text("proc/self/cgroup") or "").splitlines():
         parts = line.split(":", 2)
         if len(parts) == 3:
-            groups |= dict.fromkeys(parts[1].split(","), parts[2])
-    legacy = tree.text("proc/self/cpuset")
-    return {"cpuset": legacy} | groups if legacy else groups
+            groups |= dict.fromkeys(parts[1].split(",") if parts[1] else (_V2,), parts[2])
+    return groups
 
 
 def _upwards(mount: str, group: str) -> list[str]:
@@ -78,15 +119,14 @@ def _upwards(mount: str, group: str) -> list[str]:
     return ["/".join([mount, *parts[:length]]) for length in range(len(parts), -1, -1)]
 
 
-def _first(tree: Tree, groups: dict[str, str], v2: tuple[str, ...], v1: tuple[str, ...]) -> list[int] | None:
+def _first(tree: Tree, mounts: dict[str, tuple[str, ...]], groups: dict[str, str], what: str) -> list[int] | None:
     """The list of the nearest group that has one; an empty one (a group not yet set up) limits nothing."""
-    if not tree.exists("sys/fs/cgroup") and not tree.exists("dev/cpuset"):
-        return None
-    for mounts, group, names in ((_V2, groups.get("", "/"), v2), (_V1, groups.get("cpuset", "/"), v1)):
-        for mount in mounts:
+    for kind, names in _LISTS.items():
+        group = groups.get(_V2 if kind == _V2 else _CPUSET, "/")
+        for mount in mounts[kind]:
             for folder in _upwards(mount, group):
                 for name in names:
-                    found = tree.numbers(f"{folder}/{name}")
+                    found = tree.numbers(f"{folder}/{name.format(what)}")
                     if found:
                         return found
     return None
@@ -95,9 +135,9 @@ def _first(tree: Tree, groups: dict[str, str], v2: tuple[str, ...], v1: tuple[st
 def _ratio(tree: Tree, path: str, quota: str, period: str) -> float | None:
     try:
         value = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         value = 0.0
     if value <= 0:
-        tree.fault(path, f"grants {quota!r} of {period!r} microseconds, which is no quota")
+        tree.fault(path, f"grants {quota[:30]!r} of {period[:30]!r} microseconds, which is no quota")
         return None
     return value

@@ -5,6 +5,7 @@ Source: kernel Documentation/admin-guide/cputopology.rst and Documentation/ABI/t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from ds_numa._files import Tree
@@ -45,7 +46,24 @@ def read_cores(tree: Tree, online: Sequence[int]) -> Groups:
         core.add(cpu)
         left -= core
         cores.append(tuple(sorted(core)))
+    if _are_modules(tree, next((core for core in cores if len(core) > 1), ())):
+        return tuple((cpu,) for cpu in online)
     return tuple(cores)
+
+
+def _are_modules(tree: Tree, siblings: Sequence[int]) -> bool:
+    """Whether siblings are the cores of a module: AMD's families 15h and 16h list those, and number each core."""
+    numbers = {tree.number(f"{FOLDER}/cpu{cpu}/topology/core_id") for cpu in siblings[:2]}
+    if len(numbers) < 2 or None in numbers:
+        return False
+    facts = read_processor(tree)
+    return facts.get("vendor_id") == "AuthenticAMD" and facts.get("cpu family") in ("21", "22")
+
+
+def read_processor(tree: Tree) -> dict[str, str]:
+    """What ``proc/cpuinfo`` says about the first CPU: vendor, family and model of an x86 processor."""
+    text = tree.text("proc/cpuinfo", start=2000) or ""
+    return dict(re.findall(r"^(vendor_id|cpu family|model)\t*: (\S+)", text.partition("\n\n")[0], re.MULTILINE))
 
 
 def split_cores(cores: Groups, groups: Iterable[Iterable[int]], notes: list[str]) -> Groups:
@@ -70,15 +88,48 @@ def split_cores(cores: Groups, groups: Iterable[Iterable[int]], notes: list[str]
 
 
 def read_sockets(tree: Tree, cores: Groups, l3: Groups, notes: list[str]) -> Groups:
-    """The online CPUs of each physical package; none where the kernel does not tell them all.
+    """The online CPUs of each physical package, in order of their ids; none where the kernel does not tell them all.
 
-    Reading one file for each core would take most of the time on a large machine. So a whole package is taken from the
-    kernel's list of it or, in a copy without these lists, a whole cache's CPUs where its first and its last CPU agree.
+    The kernel's lists of siblings come first: some machines (s390, POWER) have no ids, and on some (Itanium) several
+    packages have the same one. Lists that contradict each other are not used.
+    """
+    packages = _by_siblings(tree, cores) or _by_id(tree, cores, l3)
+    return _complete(packages, cores, "sockets", notes)
+
+
+def _by_siblings(tree: Tree, cores: Groups) -> list[set[int]] | None:
+    """The packages by the lists of the CPUs in them; None where a list is missing or contradicts another."""
+    online = {cpu for core in cores for cpu in core}
+    found: list[tuple[int, set[int]]] = []
+    told: set[int] = set()
+    for core in cores:
+        if core[0] in told:
+            continue
+        topology = f"{FOLDER}/cpu{core[0]}/topology/"
+        mates = tree.cpus(
+            (topology + "package_cpus_list", topology + "package_cpus"),
+            (topology + "core_siblings_list", topology + "core_siblings"),
+        )
+        if not mates:
+            return None
+        members = online.intersection(mates).union(core)
+        if not told.isdisjoint(members):
+            return None
+        package = _package(tree, core[0])
+        found.append((len(online) if package is None else package, members))
+        told |= members
+    return [members for _, members in sorted(found, key=lambda entry: entry[0])]
+
+
+def _by_id(tree: Tree, cores: Groups, l3: Groups) -> list[set[int]]:
+    """The packages by their ids.
+
+    Reading one file for each core would take most of the time on a large machine. So a whole cache's CPUs are taken to
+    be in one package where its first and its last CPU are.
     """
     caches = {cpu: group for group in l3 for cpu in group}
     packages: dict[int, set[int]] = {}
     told: set[int] = set()
-    lists = True
     for core in cores:
         if core[0] in told:
             continue
@@ -87,21 +138,13 @@ def read_sockets(tree: Tree, cores: Groups, l3: Groups, notes: list[str]) -> Gro
             continue
         cpu, package = found
         members = {*core}
-        if lists:
-            topology = f"{FOLDER}/cpu{cpu}/topology/"
-            mates = tree.cpus(
-                (topology + "package_cpus_list", topology + "package_cpus"),
-                (topology + "core_siblings_list", topology + "core_siblings"),
-            )
-            lists = mates is not None
-            members.update(mates or ())
         cache = caches.get(cpu, core)
-        if not lists and len(cache) > len(core) and _package(tree, cache[-1]) == package:
+        if len(cache) > len(core) and _package(tree, cache[-1]) == package:
             members.update(cache)
         members -= told
         packages.setdefault(package, set()).update(members)
         told |= members
-    return _complete([packages[key] for key in sorted(packages)], cores, "sockets", notes)
+    return [packages[key] for key in sorted(packages)]
 
 
 def _package(tree: Tree, cpu: int) -> int | None:
@@ -110,30 +153,40 @@ def _package(tree: Tree, cpu: int) -> int | None:
 
 
 def read_l3(tree: Tree, cores: Groups, notes: list[str]) -> Groups:
-    """The online CPUs that share each last-level cache; none where the kernel does not tell them all."""
-    groups: list[set[int]] = []
+    """The online CPUs that share each last-level cache; a note names those whose cache is not told."""
+    online = {cpu for core in cores for cpu in core}
+    groups: list[tuple[int, ...]] = []
     told: set[int] = set()
     for core in cores:
         for cpu in core:
             if cpu in told:
                 continue
-            shared = _last_cache(tree, f"{FOLDER}/cpu{cpu}/cache/")
-            if shared is not None and cpu in shared:
-                group = set(shared) - told
-                groups.append(group)
-                told |= group
-    return _complete(groups, cores, "last-level caches", notes)
+            folder = _last_cache(tree, f"{FOLDER}/cpu{cpu}/cache/")
+            if folder is None:
+                continue
+            # Of list and mask one may be wrong (edited copies); then another CPU's files may still tell of this one.
+            for read, name in ((tree.numbers, "shared_cpu_list"), (tree.mask, "shared_cpu_map")):
+                shared = read(folder + name)
+                # Itanium's kernel leaves the list of a cache that one core has for itself empty.
+                group = online.intersection(core if shared == [] else shared or ())
+                if cpu in group and told.isdisjoint(group):
+                    groups.append(tuple(sorted(group)))
+                    told |= group
+                    break
+    if groups and told != online:
+        notes.append(f"the last-level cache of CPUs {format_ranges(online - told)} is not told")
+    return tuple(groups)
 
 
-def _last_cache(tree: Tree, folder: str) -> list[int] | None:
-    """The CPUs of the highest cache that holds data, whatever its level is called."""
-    best, where = 0, ""
+def _last_cache(tree: Tree, folder: str) -> str | None:
+    """The folder of the highest cache that holds data, whatever its level is called."""
+    best, where = 0, None
     for index in reversed(tree.ids(folder, "index")):
         path = f"{folder}index{index}/"
         level = tree.number(path + "level") or 0
-        if level > best and tree.text(path + "type") in ("Unified", "Data"):
+        if level > best and tree.text(path + "type") != "Instruction":
             best, where = level, path
-    return tree.cpus((where + "shared_cpu_list", where + "shared_cpu_map")) if where else None
+    return where
 
 
 def read_core_classes(tree: Tree, cores: Groups, notes: list[str]) -> Groups:

@@ -195,6 +195,8 @@ def _draw_facts(machine: Topology) -> Iterator[Line]:
         yield _plain(f"kind {index + 1} of cores, {speed}: CPUs {format_ranges(cpus)}")
     if machine.cpu_quota is not None:
         yield _plain(f"quota of the cgroup: the time of {machine.cpu_quota:g} CPUs")
+    for note in machine.notes:
+        yield _plain(f"note: {note}")
 
 
 def _draw_plan(plan: Plan) -> Iterator[Line]:

@@ -7,6 +7,7 @@ import os
 import re
 
 _HIGHEST = (1 << 16) - 1  # far above any CPU or node; keeps garbage from filling the memory
+_LONGEST = 1 << 22  # bytes; a link in a copied tree may lead to an endless file
 # A copied tree may hold a pipe, and opening one would wait for a writer. Windows has no such flag, nor such trees.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
@@ -24,11 +25,11 @@ class Tree:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be read, one sentence for all files of the same kind."""
+        """What could not be read, one sentence for all files of the same kind; paths are relative to the root."""
         sentences = []
         for (_, reason), paths in self._faults.items():
             others = f" (and {len(paths) - 1} more files like it)" if len(paths) > 1 else ""
-            sentences.append(f"{self.root}{paths[0]} {reason}{others}: it is taken as missing")
+            sentences.append(f"{paths[0]} {reason}{others}: it is taken as missing")
         return tuple(sentences)
 
     def fault(self, path: str, reason: str) -> None:
@@ -36,8 +37,11 @@ class Tree:
         kind = re.sub(r"\d+", "#", path)
         self._faults.setdefault((kind, reason), []).append(path)
 
-    def text(self, path: str) -> str | None:
-        """A file's text without the white space around it; None where it is missing or cannot be read."""
+    def text(self, path: str, *, start: int | None = None) -> str | None:
+        """A file's text without the white space around it, or what its first `start` bytes hold.
+
+        None where it is missing or cannot be read.
+        """
         try:
             handle = os.open(self.root + path, _FLAGS)
         except (FileNotFoundError, NotADirectoryError):
@@ -46,23 +50,34 @@ class Tree:
             self.fault(path, f"cannot be read ({errno.errorcode.get(error.errno or 0, '?')})")
             return None
         try:
-            raw = os.read(handle, 4096)
-            if len(raw) > 3000:  # the kernel gives long files in pieces of up to a page
-                while chunk := os.read(handle, 1 << 16):
-                    raw += chunk
+            raw = os.read(handle, start or 4096)
+            if len(raw) > 3000 and start is None:  # the kernel gives long files in pieces of up to a page
+                raw = self._read_on(handle, raw)
+            if len(raw) > _LONGEST:
+                self.fault(path, "does not end")
+                return None
         except OSError as error:
             self.fault(path, f"cannot be read ({errno.errorcode.get(error.errno or 0, '?')})")
             return None
         finally:
             os.close(handle)
+        text, nul, _ = raw.partition(b"\0")  # some tools copy the kernel's buffer with the NUL that ends it
         try:
-            text = raw.decode()
+            found = text.decode().strip()
         except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text:
+            found = ""
+        if not found and (nul or text.strip()):
             self.fault(path, "holds bytes that are no text")
             return None
-        return text.strip()
+        return found
+
+    @staticmethod
+    def _read_on(handle: int, raw: bytes) -> bytes:
+        pieces, size = [raw], len(raw)
+        while size <= _LONGEST and (piece := os.read(handle, 1 << 16)):
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
 
     def number(self, path: str) -> int | None:
         """The whole number in a file, which may be negative."""
@@ -120,8 +135,16 @@ class Tree:
     def ids(self, path: str, prefix: str) -> list[int]:
         """The ids in the names ``<prefix><id>`` of a folder, ascending."""
         start = len(prefix)
-        names = (name[start:] for name in self.names(path) if name.startswith(prefix))
-        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+        found = []
+        for name in self.names(path):
+            digits = name[start:]
+            if name.startswith(prefix) and digits.isascii() and digits.isdecimal():
+                number = int(digits)
+                if number > _HIGHEST:
+                    self.fault(f"{path.rstrip('/')}/{name}", f"has a number above {_HIGHEST}")
+                elif digits == str(number):  # the kernel pads no number
+                    found.append(number)
+        return sorted(found)
 
     def exists(self, path: str) -> bool:
         """Whether there is a file, folder or link, even one that leads nowhere."""

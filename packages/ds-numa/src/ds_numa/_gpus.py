@@ -15,6 +15,11 @@ from ds_numa.topology import Gpu, Vendor
 
 _PCI = re.compile(r"(?:([0-9a-f]{1,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 _ORDER: tuple[Vendor, ...] = ("nvidia", "amd", "intel")
+_CHOICES = (
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"),
+    "ONEAPI_DEVICE_SELECTOR",
+)
+_NONE_ON_PURPOSE = ("", "-1", "NoDevFiles")
 
 
 def normalise_pci(text: str) -> str:
@@ -28,6 +33,11 @@ def normalise_pci(text: str) -> str:
         raise GpuLookupError(f"pci = {text!r} is not a PCI address: write one such as 0000:c1:00.0")
     domain, bus, device, function = match.groups(default="0")
     return f"{int(domain, 16):04x}:{bus}:{device}.{function}"
+
+
+def is_pci(text: str) -> bool:
+    """Whether this is a PCI address as sysfs writes it."""
+    return _PCI.fullmatch(text) is not None
 
 
 def pci_order(pci: str) -> tuple[int, ...]:
@@ -76,6 +86,18 @@ def visible_gpus(
 
         return level_zero_devices(own, env)
     return []
+
+
+def hidden_notes(gpus: Sequence[Gpu], env: Mapping[str, str]) -> tuple[str, ...]:
+    """What to say where `visible_gpus` finds none; nothing on a machine without GPUs, or where a choice is for none."""
+    usable = [gpu.pci for gpu in gpus if gpu.usable]
+    chosen = {name: env[name] for name in _CHOICES if name in env}
+    if not usable or any(value.strip() in _NONE_ON_PURPOSE for value in chosen.values()):
+        return ()
+    if not chosen:
+        return (f"GPUs are left out: the vendor of {', '.join(usable)} is not known: pass devices=",)
+    choice = ", ".join(f"{name} = {value!r}" for name, value in chosen.items())
+    return (f"GPUs are left out: {choice} shows none of {', '.join(usable)}",)
 
 
 def _cuda_devices(nvidia: Sequence[Gpu], env: Mapping[str, str], mig_parent: Callable[[str], str] | None) -> list[Gpu]:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_numa._affinity import read_mask
+from ds_numa._cgroup import read_own_memory
 from ds_numa._cpus import FOLDER
 from ds_numa._files import Tree
-from ds_numa._gpus import pci_order, visible_gpus
+from ds_numa._gpus import hidden_notes, pci_order, visible_gpus
 from ds_numa._nvml import nvml_gpus, nvml_mig_parent
 from ds_numa._pci import NVIDIA_DRIVER, read_node
 from ds_numa._sysfs import read_sysfs
@@ -35,16 +36,13 @@ def read_here() -> Topology:
         )
     listed = nvml_gpus()
     gpu_memory = [gpu.memory_node for gpu in listed or () if gpu.memory_node is not None]
-    machine = _add_nvml(read_sysfs(_ROOT, allowed=mask, allowed_memory=None, gpu_memory=gpu_memory), listed)
+    memory = read_own_memory(Tree(_ROOT))
+    machine = _add_nvml(read_sysfs(_ROOT, allowed=mask, allowed_memory=memory, gpu_memory=gpu_memory), listed)
     try:
         found = visible_gpus(machine.gpus, os.environ, mig_parent=nvml_mig_parent)
     except GpuLookupError as error:
-        note = f"which GPUs this process sees cannot be told: {error}"
-        return replace(machine, visible=None, notes=(*machine.notes, note))
-    usable = sum(gpu.usable for gpu in machine.gpus)
-    notes = machine.notes
-    if usable and not found:
-        notes = (*notes, f"the environment's choice of GPUs (CUDA_VISIBLE_DEVICES or the like) shows none of {usable}")
+        return replace(machine, visible=None, notes=(*machine.notes, f"GPUs are left out: {error}"))
+    notes = machine.notes if found else (*machine.notes, *hidden_notes(machine.gpus, os.environ))
     return replace(machine, visible=tuple(gpu.pci for gpu in found), notes=notes)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from ds_numa._cpus import read_processor
 from ds_numa._files import Tree
 from ds_numa._ranges import format_ranges
 from ds_numa.topology import Node, NodeKind
@@ -47,11 +48,12 @@ def read_nodes(tree: Tree, online: Iterable[int], notes: list[str]) -> tuple[Nod
         )
     left = cpus_online.difference(*(node.cpus for node in nodes))
     if nodes and left == cpus_online and len(nodes) > 1:
-        notes.append(f"{tree.root}{FOLDER} has nodes {ids} and tells the CPUs of none: they are taken as one node")
+        notes.append(f"{FOLDER} has nodes {ids} and tells the CPUs of none: they are taken as one node")
         return ()
-    if left and len(untold or nodes) == 1:  # every CPU is on some node, and of one alone the CPUs are not told
+    if nodes and left and (len(untold) == 1 or left == cpus_online):
+        # Every CPU is on some node, and of one alone the CPUs are not told.
         where = untold[0] if untold else 0
-        nodes[where] = replace(nodes[where], cpus=tuple(sorted({*nodes[where].cpus, *left})))
+        nodes[where] = replace(nodes[where], cpus=tuple(sorted(left)))
     elif left and nodes:
         notes.append(f"CPUs {format_ranges(left)} are online and on no node that is told")
     return tuple(replace(node, kind=_plain_kind(node)) for node in nodes)
@@ -65,7 +67,7 @@ def _plain_kind(node: Node) -> NodeKind:
 
 def _read_memory(tree: Tree, path: str) -> int | None:
     text = tree.text(path)
-    match = re.search(r"MemTotal:\s+(\d+) kB", text or "")
+    match = re.search(r"MemTotal:\s+(\d{1,18}) kB", text or "")
     if text and not match:
         tree.fault(path, "names no MemTotal")
     return int(match[1]) * 1024 if match else None
@@ -171,6 +173,5 @@ def _read_expanders(tree: Tree) -> set[int]:
 
 def _is_knights(tree: Tree) -> bool:
     """Whether this is a Knights Landing or Mill, whose on-package memory no firmware table tells apart."""
-    text = tree.text("proc/cpuinfo") or ""
-    facts = dict(re.findall(r"^(cpu family|model)\s*:\s*(\d+)", text[:4000], re.MULTILINE))
+    facts = read_processor(tree)
     return facts.get("cpu family") == "6" and facts.get("model") in _KNIGHTS

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ds_numa._assign import Mode
 from ds_numa._devices import Devices
 from ds_numa._given_mask import GivenMask
-from ds_numa._gpus import visible_gpus
+from ds_numa._gpus import hidden_notes, visible_gpus
 from ds_numa._memory import read_memory_mode
 from ds_numa._notes import gpu_notes
 from ds_numa._nvml import nvml_mig_parent
@@ -87,7 +87,7 @@ def find_gpus(
     except GpuLookupError as error:
         return None, (f"GPUs are left out: {error}",)
     if not visible:
-        return None, ()
+        return None, hidden_notes(topology.gpus, os.environ)
     if len(visible) == 1 < num_local_procs:
         who = "this rank" if local_rank is None else f"rank {local_rank}"
         return [visible[0].pci] * num_local_procs, (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ds_numa._files import Tree
-from ds_numa._gpus import normalise_pci, pci_order
+from ds_numa._gpus import is_pci, normalise_pci, pci_order
 from ds_numa.errors import GpuLookupError
 from ds_numa.topology import Gpu, Nic, Vendor
 
@@ -44,12 +44,16 @@ def read_bus(tree: Tree) -> Bus:
     for pci in tree.names(BUS):
         folder = f"{BUS}/{pci}"
         kind = (tree.text(f"{folder}/class") or "")[:6]
-        if kind in _GPU_CLASSES:
+        if kind not in _GPU_CLASSES and kind not in _NIC_CLASSES:
+            continue
+        if not is_pci(pci):
+            tree.fault(folder, "is no PCI address")
+        elif kind in _GPU_CLASSES:
             vendor = _VENDORS.get(tree.text(f"{folder}/vendor") or "")
             integrated = vendor == "intel" and pci_order(pci)[1] == 0
             if vendor and not integrated and not tree.exists(f"{folder}/physfn"):
                 gpus[pci] = Gpu(pci, read_node(tree, pci), vendor=vendor)
-        elif kind in _NIC_CLASSES and not tree.exists(f"{folder}/physfn"):
+        elif not tree.exists(f"{folder}/physfn"):
             nics.append(Nic(pci, read_node(tree, pci), _interfaces(tree, folder), _NIC_CLASSES[kind]))
     _ask_nvidia(tree, gpus)
     _ask_amd(tree, gpus)
@@ -107,7 +111,7 @@ def _ask_nvidia(tree: Tree, gpus: dict[str, Gpu]) -> None:
             key, _, value = line.partition(":")
             facts[key] = value.strip()
         uuid = facts.get("GPU UUID") or ""
-        status = re.match(r"Node:\s*(\d+)", tree.text(f"{NVIDIA_DRIVER}/{name}/numa_status") or "")
+        status = re.match(r"Node:\s*(\d{1,9})\b", tree.text(f"{NVIDIA_DRIVER}/{name}/numa_status") or "")
         gpus[pci] = Gpu(
             pci,
             node=gpus[pci].node if pci in gpus else read_node(tree, pci),
@@ -133,11 +137,14 @@ def _ask_amd(tree: Tree, gpus: dict[str, Gpu]) -> None:
     entries: dict[str, list[tuple[int, int]]] = {}  # (ordinal, unique id) by PCI address
     ordinal = 0
     for number in numbers:
-        facts = dict(re.findall(r"^(\w+) (\d+)$", tree.text(f"{_KFD}/{number}/properties") or "", re.MULTILINE))
+        facts = dict(re.findall(r"^(\w+) (\d{1,20})$", tree.text(f"{_KFD}/{number}/properties") or "", re.MULTILINE))
         if int(facts.get("simd_count", 0)) == 0:  # a CPU, or a GPU of another container
             continue
         where = int(facts.get("location_id", 0)) & 0xFFFF  # the highest bits number the partitions
         pci = f"{int(facts.get('domain', 0)):04x}:{where >> 8:02x}:{where >> 3 & 31:02x}.{where & 7}"
+        if not is_pci(pci):
+            tree.fault(f"{_KFD}/{number}/properties", f"names the PCI address {pci[:30]}, which is none")
+            continue
         entries.setdefault(pci, []).append((ordinal, int(facts.get("unique_id", 0))))
         ordinal += 1
     for pci, parts in entries.items():

@@ -60,7 +60,7 @@ def plot(machine: Topology, plan: Plan | None = None, path: str | os.PathLike[st
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("plot() needs matplotlib: pip install ds-numa[plot]") from error
+        raise MissingDependencyError("a picture needs matplotlib: pip install ds-numa[plot]") from error
     if path is not None:
         _check_ending(path)
     root = _machine_box(machine, plan)

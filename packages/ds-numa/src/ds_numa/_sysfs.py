@@ -39,7 +39,7 @@ def read_sysfs(
     mask = None if allowed is None else sorted(set(allowed))
     # Some sandboxes show the folder and little in it: then the mask is all that is known.
     online = read_online(tree) or mask or []
-    cpuset, memory = read_cpuset(tree)
+    cpuset, memory = read_cpuset(tree) if allowed is None or allowed_memory is None else (None, None)
     usable = _choose_allowed(mask, online, cpuset, notes)
     nodes = read_nodes(tree, online, notes)
     shown = nodes or (Node(0, tuple(online)),)

@@ -177,7 +177,8 @@ def bind(
     except (NotEnoughCoresError, TopologyError) as error:
         return _finish(BindReport(rank, mask, refused=(str(error),)), strict)
     report = apply(binding, set_omp=set_omp, strict=strict)
-    report = replace(report, notes=(*notes, *core_notes(topology, binding), *report.notes))
+    notes = (*notes, *topology.notes, *core_notes(topology, binding), *report.notes)
+    report = replace(report, notes=tuple(dict.fromkeys(notes)))  # plan and machine may say the same of the GPUs
     if report.cpus == binding.cpus:  # not if the system refused
         os.environ[MARK] = _mark(rank, ranks, report.cpus)
     return _finish(report, strict)

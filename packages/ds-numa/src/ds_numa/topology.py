@@ -181,8 +181,8 @@ class Topology:
 
         Args:
             root: the folder that holds ``sys`` and, for NVIDIA GPUs, cpusets and quotas, ``proc``.
-            allowed: the CPUs that may be used; when left out those of the tree's cpuset (``proc/self/status``, else
-                the control group's files), else all that are online. CPUs that are not online are dropped.
+            allowed: the CPUs that may be used; when left out those of the tree's cpuset (the control group's files,
+                else ``proc/self/status``), else all that are online. CPUs that are not online are dropped.
             allowed_memory: the nodes whose memory may be used; when left out those of the cpuset, else all.
 
         Raises:
