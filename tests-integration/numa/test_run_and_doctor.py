@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.skipif(
@@ -189,6 +190,8 @@ def running(tmp_path: Path, *prefix: str, first: str = "", launcher: Sequence[st
             time.sleep(0.1)
         yield process.pid
     finally:
+        for child in psutil.Process(process.pid).children(recursive=True):  # ranks have sessions of their own
+            child.kill()
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from ds_numa import Topology
-from ds_numa._doctor import command, examine as examine_module
+from ds_numa._doctor import command, examine as examine_module, jobs
 from ds_numa._doctor.examine import Placement, examine
 from ds_numa._doctor.jobs import _main_process, _Seen, find_jobs
 from ds_numa.errors import RankError
@@ -89,10 +90,22 @@ def test_the_main_process_of_a_rank_is_no_worker_and_no_wrapper(processes: list[
     assert _main_process(processes[::-1]).pid == main
 
 
+def test_jobs_of_one_parent_are_told_apart_by_what_their_launchers_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = [
+        _Seen(100 * port + rank, 1, "torchrun", rank, 2, {"MASTER_PORT": str(port)}, "", 1 << 28)
+        for port in (1, 2)
+        for rank in (0, 1)
+    ]
+    changed = _Seen(999, 100, "torchrun", 0, 2, {"MASTER_PORT": "77"}, "", 1 << 30)  # a helper of a rank
+    monkeypatch.setattr(jobs, "_ranked_processes", lambda: iter([*processes, changed]))
+    assert [[rank.pid for rank in found.ranks] for found in find_jobs()] == [[100, 101], [200, 201]]
+    assert [found.missing for found in find_jobs()] == [(), ()]
+
+
 def test_a_rank_that_ended_is_missing(job: tuple[int, list[int]]) -> None:
     launcher, ranks = job
-    os.kill(ranks[1], 9)
-    subprocess.run(["pkill", "-9", "-P", str(ranks[1])], check=False)
+    for process in [*psutil.Process(ranks[1]).children(), psutil.Process(ranks[1])]:
+        process.kill()
     (found,) = find_jobs([launcher])
     assert ([rank.pid for rank in found.ranks], found.size, found.missing) == ([ranks[0]], 2, (1,))
 
