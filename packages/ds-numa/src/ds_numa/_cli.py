@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ds_numa.__about__ import __version__
+from ds_numa._described import read_described
 from ds_numa._devices import Devices
 from ds_numa._mempolicy import memory_policy_refusal
+from ds_numa._ranges import parse_range_list
 from ds_numa.binding import find_gpus
-from ds_numa.errors import NumaError, TopologyError
+from ds_numa.errors import NumaError
 from ds_numa.numactl import numactl_args
-from ds_numa.plan import MemoryMode, Mode, Plan, plan_binding
-from ds_numa.topology import Topology
+from ds_numa.plan import MemoryMode, Mode, Plan, check_rank, plan_binding
 
 _EXAMPLES = """examples:
   ds-numa show
@@ -154,27 +155,12 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _topology(path: Path | None) -> Topology:
-    if path is None:
-        return Topology.here()
-    if path.is_dir():
-        return Topology.from_sysfs(path)
-    try:
-        return Topology.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        if isinstance(error, NumaError):
-            raise TopologyError(f"--topology = '{path}': {error}") from None
-        raise TopologyError(
-            f"--topology = '{path}' cannot be read ({error}): write it with ds-numa show --json"
-        ) from None
-
-
 def _devices(which: str) -> list[str | None] | None:
     return None if which == "none" else [part.strip() or None for part in which.split(",")]
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    machine = _topology(arguments.topology)
+    machine = read_described(arguments.topology)
     if arguments.plot is not None:
         machine.plot(path=arguments.plot)
     if arguments.json:
@@ -189,7 +175,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    machine = _topology(arguments.topology)
+    machine = read_described(arguments.topology)
     notes: tuple[str, ...] = ()
     devices: Devices = "auto" if arguments.devices == "auto" else _devices(arguments.devices)
     if arguments.devices == "auto" and arguments.topology is None:
@@ -220,12 +206,19 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ds_numa._run import become, bind_and_say, is_launcher, start_launcher
+    from ds_numa._run import run
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         sys.stderr.write("ds-numa run: no command: write it after --, such as ds-numa run -- python train.py\n")
         return 2
+    # What is wrong for every rank is better said once, before anything starts.
+    if arguments.ranks is not None:
+        check_rank(arguments.rank or 0, arguments.ranks)
+    if arguments.cores is not None:
+        parse_range_list(arguments.cores)
+    if arguments.topology is not None:
+        read_described(arguments.topology)
     options: dict[str, Any] = {
         "mode": arguments.mode,
         "cores": arguments.cores,
@@ -234,18 +227,16 @@ def _run(arguments: argparse.Namespace) -> int:
         "memory": arguments.memory,
         "reserve": arguments.reserve,
         "set_omp": arguments.set_omp,
-        "topology": None if arguments.topology is None else _topology(arguments.topology).to_dict(),
+        "topology": None if arguments.topology is None else str(arguments.topology.absolute()),
+        "strict": arguments.strict,
+        "quiet": arguments.quiet,
+        "json": arguments.json,
     }
-    options |= {"strict": arguments.strict, "quiet": arguments.quiet, "json": arguments.json}
-    if arguments.rank is None and is_launcher(command):
-        return start_launcher(command, options | {"num_local_procs": arguments.ranks})
-    if bind_and_say(arguments.rank, arguments.ranks, options):
-        return 3
-    return become(command)
+    return run(command, arguments.rank, arguments.ranks, options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from ds_numa._doctor.command import doctor
 
-    machine = _topology(arguments.topology)
+    machine = read_described(arguments.topology)
     return doctor(machine, arguments.pid, arguments.mode, measured=arguments.measure, as_json=arguments.json)

@@ -9,43 +9,59 @@ themselves before they import anything else.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ds_numa._commands import is_python, starts_launcher
+from ds_numa._described import read_described
 from ds_numa._launcher import find_rank
-from ds_numa.binding import bind
+from ds_numa.binding import MARK, bind
 from ds_numa.errors import NumaError
-from ds_numa.topology import Topology
 
 OPTIONS = "DS_NUMA_RUN"  # JSON: how the ranks below are to bind
 _SITE = Path(__file__).parent / "_site"
-_LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "ds", "fabric", "mpirun", "mpiexec", "srun", "flux", "jsrun")
-_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "deepspeed")
 
 
-def is_launcher(command: Sequence[str]) -> bool:
-    """Whether a command starts ranks: one of the launchers by name, or ``python -m`` one.
+def run(command: Sequence[str], rank: int | None, ranks: int | None, options: dict[str, Any]) -> int:
+    """Bind and become a program, or become a launcher whose ranks bind.
 
-    >>> is_launcher(["/usr/bin/torchrun", "train.py"]), is_launcher(["python", "-m", "torch.distributed.run", "x.py"])
-    (True, True)
-    >>> is_launcher(["python", "train.py"])
-    False
+    Args:
+        command: the program and its arguments.
+        rank: the local rank that the user gave.
+        ranks: the number of local ranks that the user gave.
+        options: those of `bind`, ``topology`` as a path, and ``strict``, ``quiet``, ``json``.
+
+    Returns:
+        An exit code; only where the program was not started (or on Windows, which cannot replace a process).
     """
-    words = [word for word in command if word != "-u"]
-    name = os.path.basename(words[0])
-    if name in _LAUNCHERS or name.startswith(("mpirun.", "mpiexec.")):  # mpirun.openmpi, mpiexec.hydra
-        return True
-    return name.startswith("python") and words[1:2] == ["-m"] and (words[2:3] or [""])[0].startswith(_MODULES)
+    alone = rank is None and find_rank(os.environ, None, ranks).launcher is None  # no launcher above this process
+    if rank is None and starts_launcher(command):
+        return start_launcher(command, options | {"num_local_procs": ranks})
+    if alone and ranks != 1 and (ranks is not None or not is_python(command[0])):
+        if ranks is None and not options["quiet"]:
+            sys.stderr.write(
+                f"ds-numa: no launcher set a rank, so {command[0]} is taken for a launcher, and its Python ranks bind "
+                "themselves: give --ranks 1 to bind it as the only rank\n"
+            )
+        return start_launcher(command, options | {"num_local_procs": ranks})
+    assumed = "no launcher set a rank, so this is taken for the only one: give --ranks N where it starts N ranks"
+    if bind_and_say(rank, ranks, options, [assumed] if alone and ranks is None else []):
+        return 3
+    return become(command)
 
 
 def start_launcher(command: Sequence[str], options: dict[str, Any]) -> int:
-    """Become a launcher whose ranks bind with these options of `bind`, and ``strict``, ``quiet``, ``json``."""
-    os.environ[OPTIONS] = json.dumps(options)
-    others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(_SITE)]
+    """Become a launcher whose ranks bind with these options."""
+    path = os.environ.get("PYTHONPATH", "")
+    others = [entry for entry in path.split(os.pathsep) if entry != str(_SITE)] if path else []
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_SITE), *others])
+    os.environ[OPTIONS] = json.dumps(options)
     return become(command)
 
 
@@ -53,35 +69,46 @@ def bind_started_rank() -> None:
     """Bind this process if a launcher made it a rank; called when an interpreter below `start_launcher` starts."""
     try:
         options = json.loads(os.environ[OPTIONS])
-    except (KeyError, ValueError):
+        ranks = options.pop("num_local_procs")
+    except (KeyError, ValueError, TypeError):
         return
-    ranks = options.pop("num_local_procs")
     found = find_rank(os.environ, None, ranks)
-    if found.launcher is None:
-        return  # the launcher itself, or a tool that it uses
+    if found.launcher is None or starts_launcher(sys.orig_argv):
+        return  # a tool, or a launcher that another one started, such as torchrun under srun
+    if os.environ.get(MARK, "").startswith(f"{found.local_rank}/{found.num_local_procs}:"):
+        return  # a process that a bound rank started: it has the rank's CPUs, or others that the rank chose for it
     told = find_rank(os.environ, None, None).num_local_procs
     if ranks is not None and told is not None and told != ranks:
-        if told > 1:  # 1: a launcher that another launcher started, such as torchrun under srun
+        if told > 1 or options["strict"]:  # 1: a wrapper that starts a launcher
             sys.stderr.write(
                 f"ds-numa: not bound: {found.launcher} started {told} ranks here, but --ranks is {ranks}\n"
             )
-        return
-    if bind_and_say(None, ranks, options):
+        failed = told > 1 and bool(options["strict"])
+    else:
+        failed = bind_and_say(None, ranks, options)
+        if MARK in os.environ and found.num_local_procs != 1:
+            del os.environ[OPTIONS]  # what this rank starts inherits its share and need not look
+    if failed:
         sys.stderr.flush()
         os._exit(3)  # Python goes on after an exception in sitecustomize
 
 
-def bind_and_say(rank: int | None, ranks: int | None, options: dict[str, Any]) -> bool:
+def bind_and_say(rank: int | None, ranks: int | None, options: dict[str, Any], notes: Sequence[str] = ()) -> bool:
     """Bind this process and write the report to standard error; True if it must not go on (``strict``)."""
     choices = dict(options)
     strict, quiet, as_json = (choices.pop(name, False) for name in ("strict", "quiet", "json"))
-    if choices["topology"] is not None:
-        choices["topology"] = Topology.from_dict(choices["topology"])
+    logger, silent = logging.getLogger("ds.numa"), logging.NullHandler()
+    logger.addHandler(silent)  # what is logged is written below
     try:
+        if choices["topology"] is not None:
+            choices["topology"] = read_described(Path(choices["topology"]))
         report = bind(rank, ranks, **choices)
     except NumaError as error:
         sys.stderr.write(f"ds-numa: not bound: {error}\n")
         return bool(strict)
+    finally:
+        logger.removeHandler(silent)
+    report = replace(report, notes=(*notes, *report.notes))
     if as_json:
         sys.stderr.write(json.dumps(report.to_dict()) + "\n")
     elif not (quiet and report.complete):
@@ -94,6 +121,8 @@ def become(command: Sequence[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
+        if os.name == "nt":  # exec there returns to the caller at once, without the program's exit code
+            return subprocess.call(list(command))
         os.execvp(command[0], list(command))
     except OSError as error:
         sys.stderr.write(f"ds-numa run: {command[0]}: {error.strerror}\n")

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from ds_numa.errors import RankError
+from ds_numa._ranges import parse_range_list
+from ds_numa.errors import CoreListError, RankError
 
 _PROC = Path("/proc")
 
@@ -40,29 +39,38 @@ class Placement:
 def examine(pid: int, launcher_pid: int | None) -> Placement:
     """Look at a process.
 
+    Everything is read below /proc, whose process numbers may be those of another namespace than this process's.
+
     Raises:
-        RankError: it has ended.
+        RankError: it has ended, or ends meanwhile.
     """
-    try:
-        cpus = tuple(sorted(os.sched_getaffinity(pid)))
-        threads = [thread.id for thread in psutil.Process(pid).threads()]
-    except (ProcessLookupError, psutil.Error) as error:
-        raise RankError(f"process {pid} cannot be looked at ({error}): it has ended, or is another user's") from None
-    stray: Counter[tuple[int, ...]] = Counter()
-    for thread in threads:
-        mask = _mask(thread)
-        if mask is not None and not set(mask) <= set(cpus):
-            stray[mask] += 1
+    cpus = _mask(pid)
+    threads = [_mask(pid, thread) for thread in _threads(pid)]
+    if not cpus or not threads:
+        raise RankError(f"process {pid} has ended")
+    stray = Counter(mask for mask in threads if mask is not None and not set(mask) <= set(cpus))
     memory, policy = _memory(pid)
-    return Placement(
-        cpus, len(threads), dict(stray), memory, policy, None if launcher_pid is None else _mask(launcher_pid)
-    )
+    parent = None if launcher_pid is None else _mask(launcher_pid)
+    return Placement(cpus, len(threads), dict(stray), memory, policy, parent)
 
 
-def _mask(pid: int) -> tuple[int, ...] | None:
+def _threads(pid: int) -> list[int]:
     try:
-        return tuple(sorted(os.sched_getaffinity(pid)))
+        return [int(entry.name) for entry in (_PROC / str(pid) / "task").iterdir()]
     except OSError:
+        return []
+
+
+def _mask(pid: int, thread: int | None = None) -> tuple[int, ...] | None:
+    """Source: proc(5), ``Cpus_allowed_list`` of ``status``. None where it ended; a zombie has no CPUs either."""
+    folder = _PROC / str(pid) if thread is None else _PROC / str(pid) / "task" / str(thread)
+    try:
+        text = (folder / "status").read_text(errors="replace")
+        found = re.search(r"^Cpus_allowed_list:[ \t]*(\S+)", text, re.MULTILINE)
+        if found is None or re.search(r"^State:[ \t]*[ZX]", text, re.MULTILINE):
+            return None
+        return tuple(sorted(parse_range_list(found[1])))
+    except (OSError, CoreListError):
         return None
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
 
-from ds_numa._launchers import LAUNCHERS
+from ds_numa._commands import is_python
+from ds_numa._launcher import find_rank
 from ds_numa.errors import RankError
+
+_WRAPPER = 64 << 20  # bytes; a process that has imported torch has more
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """One rank: of the processes that have its number, the one with the most memory (the others are its workers).
+    """One rank: of the processes that have its number, the first that is more than a wrapper (the others are workers).
 
     Attributes:
         pid: its process.
@@ -38,11 +42,21 @@ class Job:
         launcher: the launcher's name in the table of launchers, or ``"none"``.
         launcher_pid: the process that started the ranks; None where it cannot be seen (containers).
         ranks: by local rank.
+        size: how many ranks the launcher says that it started here; None where it does not say.
+        command: what started the ranks, such as ``torchrun``; empty where it cannot be seen.
     """
 
     launcher: str
     launcher_pid: int | None
     ranks: tuple[RankProcess, ...]
+    size: int | None = None
+    command: str = ""
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The local ranks that are not seen: they ended, or another user runs them."""
+        found = {rank.local_rank for rank in self.ranks}
+        return tuple(sorted(set(range(self.size or max(found, default=0) + 1)) - found))
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class _Seen:
     parent: int
     launcher: str
     local_rank: int
+    size: int | None
     environ: Mapping[str, str]
     command: str
     memory: int
@@ -79,11 +94,12 @@ def find_jobs(pids: Sequence[int] = ()) -> list[Job]:
         members = {process.pid for found in by_rank.values() for process in found}
         if len(by_rank) == 1 and members & started:
             continue  # a launcher that another one started, such as torchrun under srun
-        ranks = [_rank_process(max(found, key=lambda process: process.memory)) for found in by_rank.values()]
+        ranks = [_rank_process(_main_process(found)) for found in by_rank.values()]
         if 0 not in by_rank:
             ranks += _first_rank(launcher_pid)
         ranks.sort(key=lambda rank: rank.local_rank)
-        job = Job(launcher, launcher_pid or None, tuple(ranks))
+        size = next((process.size for found in by_rank.values() for process in found), None)
+        job = Job(launcher, launcher_pid or None, tuple(ranks), size, _short_command(launcher_pid))
         if not pids or not members.isdisjoint(pids) or launcher_pid in pids:
             jobs.append(job)
     known = {process.pid for process in seen.values()} | {job.launcher_pid for job in jobs}
@@ -91,26 +107,37 @@ def find_jobs(pids: Sequence[int] = ()) -> list[Job]:
     return sorted(jobs, key=lambda job: (-len(job.ranks), job.launcher_pid or 0))
 
 
-def local_rank_of(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """The launcher's name and the local rank that an environment tells; None where it tells none."""
-    for launcher in LAUNCHERS:
-        text = environ.get(launcher.local_rank or "", "")
-        if text.isascii() and text.isdecimal():
-            return launcher.name, int(text)
-    return None
-
-
 def _ranked_processes() -> Iterator[_Seen]:
     for process in psutil.process_iter():
         try:
             environ = process.environ()
-            found = local_rank_of(environ)
-            if found is None:
+            found = find_rank(environ, None, None)
+            if found.launcher is None or found.local_rank is None:
                 continue
-            command = " ".join(process.cmdline()) or process.name()
-            yield _Seen(process.pid, process.ppid(), *found, environ, command, process.memory_info().rss)
+            command, memory = " ".join(process.cmdline()) or process.name(), process.memory_info().rss
+            size = found.num_local_procs
+            yield _Seen(process.pid, process.ppid(), found.launcher, found.local_rank, size, environ, command, memory)
         except (psutil.Error, OSError):  # it ended, or it is another user's
             continue
+
+
+def _main_process(found: Sequence[_Seen]) -> _Seen:
+    """The process that trains: the first of its rank, or where that only started another one (a shell), that one.
+
+    The one with the most memory would be a worker of a data loader.
+    """
+    below: dict[int, list[_Seen]] = {}
+    for process in found:
+        below.setdefault(process.parent, []).append(process)
+
+    def most(process: _Seen) -> int:
+        return max([process.memory, *map(most, below.get(process.pid, []))])
+
+    pids = {process.pid for process in found}
+    main = max((process for process in found if process.parent not in pids), key=most)
+    while main.memory < _WRAPPER and below.get(main.pid) and most(main) > main.memory:
+        main = max(below[main.pid], key=most)
+    return main
 
 
 def _launcher_pid(process: _Seen, seen: Mapping[int, _Seen]) -> int:
@@ -138,6 +165,17 @@ def _first_rank(launcher_pid: int) -> list[RankProcess]:
         return []
 
 
+def _short_command(pid: int) -> str:
+    """The program that a process runs, without folders and arguments: ``torchrun``, ``mpirun``."""
+    try:
+        words = psutil.Process(pid).cmdline()
+    except (psutil.Error, OSError, ValueError):
+        return ""
+    if words and is_python(words[0]):
+        words = [word for word in words[1:] if not word.startswith("-")] or words
+    return os.path.basename(words[0]) if words else ""
+
+
 def _single(pid: int) -> Job:
     try:
         process = psutil.Process(pid)
@@ -146,4 +184,4 @@ def _single(pid: int) -> Job:
         raise RankError(f"--pid {pid}: there is no such process: take one from ps") from None
     except (psutil.Error, OSError) as error:
         raise RankError(f"--pid {pid}: its environment may not be read ({error}): run as its user") from None
-    return Job("none", None, (RankProcess(pid, 0, environ, command, "no launcher gave it a rank"),))
+    return Job("none", None, (RankProcess(pid, 0, environ, command, "no launcher gave it a rank"),), 1)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from ds_numa._doctor.devices import far_cards, same_socket
+from ds_numa._doctor.binder import bound_by
+from ds_numa._doctor.devices import far_cards, near_cards, same_socket
 from ds_numa._doctor.examine import Placement
-from ds_numa._doctor.jobs import Job, RankProcess
+from ds_numa._doctor.jobs import Job
 from ds_numa._ranges import format_ranges
 from ds_numa.errors import NumaError
 from ds_numa.plan import Mode, Plan, plan_binding
@@ -23,7 +24,7 @@ class Verdict:
 
     Attributes:
         local_rank: its rank on this machine.
-        pid: its process.
+        pid: its process; None where none is seen.
         off: what is wrong; empty where the rank sits well.
         how: in which way it sits well, or where the plan would put it.
         notes: what else a reader should know.
@@ -32,10 +33,12 @@ class Verdict:
         gpu: PCI address of its GPU, or None.
         memory: bytes by node, without mapped files; None where the kernel does not show it.
         policy: the memory policy of most of it, or None.
+        bound_by: who bound it, as far as that can be told; empty where nobody did.
+        cards: the network cards nearest to its GPU, or to its CPUs where it has none.
     """
 
     local_rank: int
-    pid: int
+    pid: int | None
     off: tuple[str, ...]
     how: str
     notes: tuple[str, ...]
@@ -44,15 +47,19 @@ class Verdict:
     gpu: str | None
     memory: Mapping[int, int] | None
     policy: str | None
+    bound_by: str = ""
+    cards: str = ""
 
     def __str__(self) -> str:
         state = f"OFF: {'; '.join(self.off)}" if self.off else "ok"
-        parts = [f"rank {self.local_rank} (process {self.pid}): {state}; {self.how}"]
+        who = f"rank {self.local_rank}" + ("" if self.pid is None else f" (process {self.pid})")
+        parts = ["; ".join(filter(None, (f"{who}: {state}", self.how, self.bound_by)))]
         if self.memory:
             total = sum(self.memory.values()) or 1
             shares = [f"{100 * size / total:.0f} % on node {node}" for node, size in sorted(self.memory.items())]
             parts.append(f"memory: {total / 2**30:.2f} GiB, {', '.join(shares)}, policy {self.policy}")
         parts += [f"GPU {self.gpu}"] if self.gpu else []
+        parts += [self.cards] if self.cards else []
         return "; ".join(parts + [f"note: {note}" for note in self.notes])
 
 
@@ -64,6 +71,7 @@ class Diagnosis:
     launcher_pid: int | None
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
+    command: str = ""
 
     @property
     def ok(self) -> bool:
@@ -71,8 +79,10 @@ class Diagnosis:
         return not any(verdict.off for verdict in self.verdicts)
 
     def __str__(self) -> str:
-        by = f", started by process {self.launcher_pid}" if self.launcher_pid else ""
-        head = f"{len(self.verdicts)} rank{'s' if len(self.verdicts) > 1 else ''} (launcher: {self.launcher}{by})"
+        by = f" (process {self.launcher_pid})" if self.launcher_pid else ""
+        count = f"{len(self.verdicts)} rank{'s' if len(self.verdicts) > 1 else ''}"
+        starter = "no launcher" if self.launcher == "none" else f"started by {self.command or self.launcher}{by}"
+        head = f"{count}, {starter}"
         bad = sum(bool(verdict.off) for verdict in self.verdicts)
         tail = f"{bad} of {len(self.verdicts)} off" if bad else "all ok"
         return "\n".join([head, *map(str, self.verdicts), *(f"note: {note}" for note in self.notes), tail])
@@ -86,6 +96,7 @@ class Diagnosis:
         return {
             "launcher": self.launcher,
             "launcher_pid": self.launcher_pid,
+            "command": self.command,
             "ok": self.ok,
             "ranks": ranks,
             "notes": list(self.notes),
@@ -110,16 +121,27 @@ def judge(
     """
     known = {cpu for core in machine.cores for cpu in core}
     together = {cpu for placement in placements for cpu in placement.cpus}
-    given = next((set(placement.parent_cpus) for placement in placements if placement.parent_cpus), together)
-    base = tuple(sorted((given | together) & known))
+    given = next((set(placement.parent_cpus) for placement in placements if placement.parent_cpus), together) & known
+    given = given or known
+    base = tuple(sorted(given | together & known))
     machine = replace(machine, allowed=base)
-    complete = [rank.local_rank for rank in job.ranks] == list(range(len(job.ranks)))
-    notes = [] if complete else [f"not all ranks are seen: {format_ranges(rank.local_rank for rank in job.ranks)}"]
-    plans = _plans(machine, gpus, mode, notes) if complete else {}
-    verdicts = tuple(
-        _judge(machine, index, job.ranks[index], placements, gpus[index], plans) for index in range(len(job.ranks))
-    )
-    return Diagnosis(job.launcher, job.launcher_pid, verdicts, tuple(notes))
+    plans: dict[Mode, Plan] = {}
+    notes = []
+    if job.missing:
+        notes.append("no plan is made, because not all ranks are seen")
+    elif job.ranks:
+        plans = _plans(machine, gpus, mode, notes)
+    if given < known:
+        notes.append(f"the launcher itself may use CPUs {format_ranges(given)} of {format_ranges(known)} only")
+    verdicts = [_judge(machine, index, job, placements, gpus[index], plans, mode) for index in range(len(job.ranks))]
+    verdicts += [_missing(rank) for rank in job.missing]
+    verdicts.sort(key=lambda verdict: verdict.local_rank)
+    return Diagnosis(job.launcher, job.launcher_pid, tuple(verdicts), tuple(notes), job.command)
+
+
+def _missing(local_rank: int) -> Verdict:
+    why = "no process of it is seen: it has ended, or another user runs it"
+    return Verdict(local_rank, None, (why,), "", (), (), (), None, None, None)
 
 
 def _plans(machine: Topology, gpus: Sequence[str | None], mode: Mode, notes: list[str]) -> dict[Mode, Plan]:
@@ -140,15 +162,16 @@ def _plans(machine: Topology, gpus: Sequence[str | None], mode: Mode, notes: lis
 def _judge(
     machine: Topology,
     index: int,
-    rank: RankProcess,
+    job: Job,
     placements: Sequence[Placement],
     gpu: str | None,
     plans: Mapping[Mode, Plan],
+    mode: Mode,
 ) -> Verdict:
-    here = placements[index]
-    planned = next((plan[index] for plan in plans.values()), None)
+    rank, here = job.ranks[index], placements[index]
+    planned = plans[mode][index] if mode in plans else None
     fits = [mode for mode, plan in plans.items() if plan[index].cpus == here.cpus]
-    if here.cpus == machine.allowed and fits[:1] != list(plans)[:1]:
+    if here.cpus == machine.allowed and mode not in fits:
         fits = []  # a mode that nobody asked for, whose node or socket is the whole machine: nobody bound this rank
     fitting = next(iter(fits), None)
     off = [] if fitting else _wrong_cpus(machine, index, placements, gpu)
@@ -183,6 +206,8 @@ def _judge(
         gpu,
         here.memory,
         here.policy,
+        bound_by(machine, job, rank, here),
+        near_cards(machine, gpu, here.cpus),
     )
 
 
