@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,52 @@ def test_every_rank_of_torchrun_binds_itself(tmp_path: Path) -> None:
     assert sorted(report["local_rank"] for report in reports) == [0, 1]
 
 
+@pytest.mark.parametrize("wrapper", [["env", "X=1"], ["bash", "-c"], ["sh", "./start.sh"], [*DS_NUMA, "run", "--"]])
+def test_a_launcher_behind_a_wrapper_is_still_a_launcher(wrapper: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [*wrapper, *TORCHRUN, "train.py"]
+    if wrapper[0] == "bash":
+        command = [*wrapper, shlex.join([*TORCHRUN, "train.py"])]
+    elif wrapper[0] == "sh":
+        (tmp_path / "start.sh").write_text(shlex.join([*TORCHRUN, "train.py"]) + "\n")
+        command = wrapper
+    done = subprocess.run(
+        [*DS_NUMA, "run", "--", *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [said(done.stdout)[rank]["cpus"] for rank in (0, 1)] == halves()
+    assert done.stderr.count("bound to CPUs") == 2
+    assert "Error in sitecustomize" not in done.stderr
+    assert ("is taken for a launcher" in done.stderr) == (wrapper[0] == "sh")
+
+
+def test_workers_of_a_data_loader_are_not_bound_again(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from torch.utils.data import DataLoader\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 2\n"
+        "    def __getitem__(self, i):\n"
+        "        return torch.tensor([*sorted(os.sched_getaffinity(0)), int('ds_numa' in sys.modules)])\n"
+        "if __name__ == '__main__':\n"
+        "    loader = DataLoader(Data(), num_workers=2, multiprocessing_context='spawn')\n"
+        "    line = dict(rank=os.environ['LOCAL_RANK'], items=[item[0].tolist() for item in loader])\n"
+        "    print('SAID', __import__('json').dumps(line), flush=True)\n"
+    )
+    done = subprocess.run(
+        [*DS_NUMA, "run", "--", *TORCHRUN, str(script)], env=environment(), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert [said(done.stdout)[rank]["items"] for rank in (0, 1)] == [[[*half, 0]] * 2 for half in halves()]
+    assert done.stderr.count("ds-numa: local rank") == 2
+
+
 def test_a_number_of_ranks_that_is_not_the_launchers_is_said(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -119,16 +167,16 @@ def test_every_rank_of_mpirun_binds_itself(tmp_path: Path) -> None:
 
 
 @contextmanager
-def running(tmp_path: Path, *prefix: str) -> Iterator[int]:
+def running(tmp_path: Path, *prefix: str, first: str = "", launcher: Sequence[str] = TORCHRUN) -> Iterator[int]:
     """A job of torchrun whose two ranks are up, and the process of its launcher."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, time\nheld = bytearray(96 << 20)\n"
+        f"{first}\nimport os, time\nheld = bytearray(96 << 20)\n"
         f"open(os.path.join({str(tmp_path)!r}, 'up' + os.environ['LOCAL_RANK']), 'w').close()\ntime.sleep(120)\n"
     )
     process = subprocess.Popen(
-        [*prefix, *TORCHRUN, str(script)],
-        env=environment(),
+        [*prefix, *launcher, str(script)],
+        env=environment(DS_ACCELERATOR="cpu"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -159,6 +207,51 @@ def test_the_doctor_finds_a_bound_job_well(tmp_path: Path) -> None:
     assert (job["ok"], job["launcher_pid"], [rank["local_rank"] for rank in job["ranks"]]) == (True, pid, [0, 1])
     assert [rank["cpus"] for rank in job["ranks"]] == [rank["planned"] for rank in job["ranks"]]
     assert all(sum(rank["memory"].values()) > 96 << 20 for rank in job["ranks"] if rank["memory"] is not None)
+
+
+# A rank that starts a worker with more memory than its own, and writes its own process number down.
+WORKER = """
+import os, subprocess, sys
+code = "held = bytearray(400 << 20); print(1, flush=True); import time; time.sleep(100)"
+worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+worker.stdout.readline()
+open(os.path.join(os.path.dirname(__file__), "pid" + os.environ["LOCAL_RANK"]), "w").write(str(os.getpid()))
+"""
+
+
+def test_the_doctor_judges_the_rank_and_neither_its_worker_nor_its_shell(tmp_path: Path) -> None:
+    (tmp_path / "wrap.sh").write_text('"$@"\nexit $?\n')
+    launcher = [*TORCHRUN, "--no-python", "bash", str(tmp_path / "wrap.sh"), sys.executable]
+    with running(tmp_path, first=WORKER, launcher=launcher) as pid:
+        done = doctor("--pid", str(pid), "--json")
+        pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    (job,) = json.loads(done.stdout)["jobs"]
+    assert [rank["pid"] for rank in job["ranks"]] == pids
+
+
+def test_the_doctor_names_a_rank_that_has_ended(tmp_path: Path) -> None:
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]
+    launcher += ["--master_addr=127.0.0.1", "--master_port=29717"]
+    with running(tmp_path, *DS_NUMA, "run", "--quiet", "--", launcher=launcher) as pid:
+        job = json.loads(doctor("--pid", str(pid), "--json").stdout)["jobs"][0]
+        assert (job["ok"], [rank["bound_by"] for rank in job["ranks"]]) == (True, ["bound by ds-numa run"] * 2)
+        os.kill(pid, signal.SIGSTOP)  # so that it does not end the other rank
+        os.kill(job["ranks"][1]["pid"], signal.SIGKILL)
+        done = doctor("--pid", str(pid))
+    assert done.returncode == 1
+    assert "rank 1: OFF: no process of it is seen" in done.stdout
+    assert "rank 0 (process" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_doctor_says_which_launcher_cut(tmp_path: Path) -> None:
+    one = str(min(os.sched_getaffinity(0)))
+    with running(tmp_path, "taskset", "-c", one) as pid:
+        done = doctor("--pid", str(pid))
+    assert done.returncode == 1
+    assert f"the launcher itself may use CPUs {one} of " in done.stdout
+    assert done.stdout.count("OFF: it is not bound") == 2
 
 
 def test_the_doctor_names_ranks_that_nobody_bound(tmp_path: Path) -> None:

@@ -217,3 +217,74 @@ def test_half_an_environment_runs_unbound_unless_strict() -> None:
     assert "does not say how many ranks this machine has (LOCAL_WORLD_SIZE unset" in done.stderr
     done = call("run", "--strict", "--", *program, LOCAL_RANK="0")
     assert (done.returncode, done.stdout) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "holds a list and no nodes"),
+        ('{"topology": {}, "l3": []}', "holds the keys l3, topology and no nodes"),
+        ('{"nodes": {"0": {"cpus": 3}}}', "data is no description of a machine"),
+        ('{"nodes": {"0": {"cpus": "0-3"}}, "allowed": "9"}', "CPUs 9, which are in no core"),
+    ],
+)
+@pytest.mark.parametrize("command", [["show"], ["plan", "--ranks", "1"], ["run", "--", "true"], ["doctor"]])
+def test_a_file_that_describes_no_machine_is_named(
+    command: list[str], text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    assert main([command[0], "--topology", str(path), *command[1:]]) == 1
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith(f"ds-numa: --topology = '{path}'")
+    assert message in written.err
+
+
+def test_a_folder_without_a_machine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "--topology", str(tmp_path)]) == 1
+    assert f"--topology = '{tmp_path}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["plan", "--ranks", "1"]])
+def test_output_that_cannot_be_written_is_no_traceback(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ds_numa", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps({"nodes": {str(i): {"cpus": f"{8 * i}-{8 * i + 7}"} for i in range(4000)}}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ds_numa", "show", "--topology", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"4000 nodes")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()
+
+
+def test_a_name_that_the_encoding_lacks_is_still_written(tmp_path: Path) -> None:
+    path = tmp_path / "box.json"
+    path.write_text(json.dumps({"nodes": {"0": {"cpus": "0"}}, "gpus": [{"pci": "0000:17:00.0", "model": "\u00b5"}]}))
+    done = call("show", "--topology", str(path), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xb5" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["show", "--json"], ["plan", "--ranks", "2", "--json"]])
+def test_json_is_all_that_stands_on_standard_output(box: str, words: list[str]) -> None:
+    done = call(*words, "--topology", box)
+    assert isinstance(json.loads(done.stdout), dict)
+    assert done.stderr == ""

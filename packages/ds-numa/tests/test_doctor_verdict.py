@@ -120,6 +120,13 @@ def test_a_rank_that_is_not_seen_is_off_and_the_others_are_judged_without_a_plan
     assert not found.ok
 
 
+def test_a_number_of_ranks_that_cannot_be_is_no_flood() -> None:
+    found = diagnose(PLANNED[:1], gpus=GPUS[:1], size=1_000_000)
+    assert len(found.verdicts) == 65
+    assert "999935 more ranks are not seen" in found.notes
+    assert not found.ok
+
+
 def test_all_ranks_have_ended() -> None:
     found = diagnose([], gpus=[], size=2)
     assert [verdict.pid for verdict in found.verdicts] == [None, None]

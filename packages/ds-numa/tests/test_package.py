@@ -38,3 +38,11 @@ def test_import_is_silent_and_light() -> None:
 
 def test_every_exported_name_is_there() -> None:
     assert [name for name in ds_numa.__all__ if not hasattr(ds_numa, name)] == []
+
+
+def test_the_module_for_ranks_ships_and_is_nobodys_sitecustomize() -> None:
+    path = Path(ds_numa.__file__).parent / "_site" / "sitecustomize.py"
+    assert path.is_file()
+    code = "import importlib.util as u; print(getattr(u.find_spec('sitecustomize'), 'origin', None))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() != str(path), "it is found without ds-numa run"

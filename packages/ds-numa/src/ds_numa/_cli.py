@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     logging.getLogger("ds.numa").addHandler(logging.NullHandler())  # what is logged is written out here as well
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a device's name may not fit the terminal's encoding
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.call(arguments)
-    except NumaError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at the end is quiet
+        return 1
+    except (NumaError, OSError) as error:
         sys.stderr.write(f"ds-numa: {error}\n")
         return 1
     return code

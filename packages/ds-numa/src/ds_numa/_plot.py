@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ds_numa._draw import KINDS, PALETTE, SYMBOLS
 from ds_numa._ranges import format_ranges
-from ds_numa.errors import MissingDependencyError
+from ds_numa.errors import MissingDependencyError, NumaError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,7 @@ class _Box:
     width: float = 1.0
     height: float = 1.0
     gap: float = _PAD
+    new_line: bool = False
     places: list[tuple[float, float]] = field(default_factory=list)
 
     def arrange(self) -> None:
@@ -45,7 +46,7 @@ class _Box:
         x, y, line, right = self.gap, self.gap + (_TITLE if self.title else 0.0), 0.0, 0.0
         for child in self.children:
             child.arrange()
-            if x > self.gap and x + child.width > self.columns:
+            if x > self.gap and (child.new_line or x + child.width > self.columns):
                 x, y, line = self.gap, y + line + self.gap, 0.0
             self.places.append((x, y))
             x += child.width + self.gap
@@ -60,6 +61,8 @@ def plot(machine: Topology, plan: Plan | None = None, path: str | os.PathLike[st
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("a picture needs matplotlib: pip install ds-numa[plot]") from error
+    if path is not None:
+        _check_ending(path)
     root = _machine_box(machine, plan)
     root.arrange()
     figure = Figure(figsize=(root.width * _INCHES, root.height * _INCHES))
@@ -73,10 +76,25 @@ def plot(machine: Topology, plan: Plan | None = None, path: str | os.PathLike[st
     return figure
 
 
+def _check_ending(path: str | os.PathLike[str]) -> None:
+    """Raise `NumaError` unless a file's ending names a format that matplotlib writes."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    ending = os.path.splitext(os.fspath(path))[1]
+    if ending[1:].lower() not in known:
+        raise NumaError(f"path = {os.fspath(path)!r} ends in {ending!r}: end it in one of {', '.join(known)}")
+
+
 def _machine_box(machine: Topology, plan: Plan | None) -> _Box:
-    cores = f"{len(machine.cores)} cores, {sum(map(len, machine.cores))} CPUs"
-    ranks = f"; {len(plan)} rank{'' if len(plan) == 1 else 's'}, white: idle" if plan else ""
-    root = _Box(f"{cores}{ranks}", columns=110.0)
+    parts = [_count(len(machine.cores), "core"), _count(sum(map(len, machine.cores)), "CPU")]
+    parts += [_count(len(plan), "rank")] if plan else []
+    given = {cpu for binding in plan.bindings for cpu in binding.cpus} if plan else set()
+    denied = [core for core in machine.cores if set(core).isdisjoint(machine.allowed)]
+    idle = [core for core in machine.cores if core not in denied and given.isdisjoint(core)] if plan else []
+    parts += ["white: idle"] if idle else []
+    parts += ["grey: not allowed"] if denied else []
+    root = _Box(", ".join(parts), columns=80.0)
     sockets: list[tuple[str, set[int]]] = [(f"socket {i}", set(cpus)) for i, cpus in enumerate(machine.sockets)]
     everything = {cpu for core in machine.cores for cpu in core}
     rest = everything.difference(*(cpus for _, cpus in sockets))
@@ -87,7 +105,7 @@ def _machine_box(machine: Topology, plan: Plan | None) -> _Box:
         for node in nodes:
             boxes.append(_node_box(machine, node, cpus, plan, devices=node.id not in drawn))
             drawn.add(node.id)
-        root.children += [_Box(name, boxes, columns=54.0)] if name and boxes else boxes
+        root.children += [_Box(name, boxes, columns=38.0)] if name and boxes else boxes
     for node in machine.nodes:
         if not node.cpus:
             title = f"node {node.id}: {KINDS[node.kind]}{_size(node)}"
@@ -101,7 +119,7 @@ def _machine_box(machine: Topology, plan: Plan | None) -> _Box:
 
 def _node_box(machine: Topology, node: Node, socket: set[int], plan: Plan | None, *, devices: bool) -> _Box:
     mine = socket.intersection(node.cpus)
-    box = _Box(f"node {node.id}{_size(node)}" if machine.numa else "", columns=52.0)
+    box = _Box(f"node {node.id}{_size(node)}" if machine.numa else "", columns=36.0)
     groups = [mine.intersection(cache) for cache in machine.l3] + [mine.difference(*machine.l3)]
     for cpus in groups:
         cores = [core for core in machine.cores if not cpus.isdisjoint(core)]
@@ -110,7 +128,10 @@ def _node_box(machine: Topology, node: Node, socket: set[int], plan: Plan | None
             lines = -(-len(cells) // _ROW)
             box.children.append(_Box("", cells, columns=-(-len(cells) // lines) * 1.1 + 0.15, gap=0.1))
     if devices:
-        box.children += _device_boxes(machine, node.id, plan)
+        found = _device_boxes(machine, node.id, plan)
+        for first in found[:1]:
+            first.new_line = True
+        box.children += found
     return box
 
 
@@ -158,6 +179,10 @@ def _paint(axes: Axes, box: _Box, x: float, y: float, depth: int) -> None:
         axes.text(*middle, box.text, fontsize=6.5, va="center", ha="center", clip_on=True)
     for child, (left, top) in zip(box.children, box.places, strict=True):
         _paint(axes, child, x + left, y + top, depth + 1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _color(rank: int) -> str:

@@ -79,11 +79,10 @@ def bind_started_rank() -> None:
         return  # a process that a bound rank started: it has the rank's CPUs, or others that the rank chose for it
     told = find_rank(os.environ, None, None).num_local_procs
     if ranks is not None and told is not None and told != ranks:
-        if told > 1 or options["strict"]:  # 1: a wrapper that starts a launcher
-            sys.stderr.write(
-                f"ds-numa: not bound: {found.launcher} started {told} ranks here, but --ranks is {ranks}\n"
-            )
-        failed = told > 1 and bool(options["strict"])
+        if told == 1:
+            return  # a wrapper that starts a launcher
+        sys.stderr.write(f"ds-numa: not bound: {found.launcher} started {told} ranks here, but --ranks is {ranks}\n")
+        failed = bool(options["strict"])
     else:
         failed = bind_and_say(None, ranks, options)
         if MARK in os.environ and found.num_local_procs != 1:

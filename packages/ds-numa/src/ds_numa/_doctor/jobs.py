@@ -12,6 +12,7 @@ from ds_numa._commands import is_python
 from ds_numa._launcher import find_rank
 from ds_numa.errors import RankError
 
+_JOB_NAMES = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE")
 _WRAPPER = 64 << 20  # bytes; a process that has imported torch has more
 
 
@@ -84,13 +85,16 @@ def find_jobs(pids: Sequence[int] = ()) -> list[Job]:
         RankError: there is no process of that number, or its environment may not be read.
     """
     seen = {process.pid: process for process in _ranked_processes()}
-    groups: dict[tuple[str, int], dict[int, list[_Seen]]] = {}
+    groups: dict[tuple[str, int, tuple[str, ...]], dict[int, list[_Seen]]] = {}
     for process in seen.values():
-        key = (process.launcher, _launcher_pid(process, seen))
+        first = _first_of_rank(process, seen)
+        # Ranks of several jobs may have one parent: a supervisor, or process 1 after their launchers have ended.
+        names = tuple(first.environ.get(name, "") for name in _JOB_NAMES)
+        key = (process.launcher, first.parent, names)
         groups.setdefault(key, {}).setdefault(process.local_rank, []).append(process)
-    started = {launcher_pid for _, launcher_pid in groups}
+    started = {launcher_pid for _, launcher_pid, _ in groups}
     jobs = []
-    for (launcher, launcher_pid), by_rank in groups.items():
+    for (launcher, launcher_pid, _), by_rank in groups.items():
         members = {process.pid for found in by_rank.values() for process in found}
         if len(by_rank) == 1 and members & started:
             continue  # a launcher that another one started, such as torchrun under srun
@@ -140,12 +144,13 @@ def _main_process(found: Sequence[_Seen]) -> _Seen:
     return main
 
 
-def _launcher_pid(process: _Seen, seen: Mapping[int, _Seen]) -> int:
-    """The first ancestor that does not have this rank by this launcher; 0 where there is none to be seen."""
-    parent = process.parent
-    while parent in seen and (seen[parent].launcher, seen[parent].local_rank) == (process.launcher, process.local_rank):
-        parent = seen[parent].parent
-    return parent
+def _first_of_rank(process: _Seen, seen: Mapping[int, _Seen]) -> _Seen:
+    """The first process of this rank: its parent, which has another rank or none, is the launcher."""
+    while True:
+        parent = seen.get(process.parent)
+        if parent is None or (parent.launcher, parent.local_rank) != (process.launcher, process.local_rank):
+            return process
+        process = parent
 
 
 def _rank_process(process: _Seen) -> RankProcess:

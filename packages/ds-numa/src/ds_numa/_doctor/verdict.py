@@ -15,6 +15,7 @@ from ds_numa.errors import NumaError
 from ds_numa.plan import Mode, Plan, plan_binding
 from ds_numa.topology import Topology
 
+_MOST_MISSING = 64  # verdicts; a size that a launcher left behind may be any number
 _FAR_SHARE, _FAR_BYTES = 0.1, 64 << 20  # less memory than this on other nodes is not worth a word
 
 
@@ -134,7 +135,10 @@ def judge(
     if given < known:
         notes.append(f"the launcher itself may use CPUs {format_ranges(given)} of {format_ranges(known)} only")
     verdicts = [_judge(machine, index, job, placements, gpus[index], plans, mode) for index in range(len(job.ranks))]
-    verdicts += [_missing(rank) for rank in job.missing]
+    missing = job.missing
+    verdicts += [_missing(rank) for rank in missing[:_MOST_MISSING]]
+    if len(missing) > _MOST_MISSING:
+        notes.append(f"{len(missing) - _MOST_MISSING} more ranks are not seen")
     verdicts.sort(key=lambda verdict: verdict.local_rank)
     return Diagnosis(job.launcher, job.launcher_pid, tuple(verdicts), tuple(notes), job.command)
 
