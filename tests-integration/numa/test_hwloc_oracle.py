@@ -100,6 +100,34 @@ def make(root: Path, choose: random.Random, *, masks: bool) -> MachineTree:
     return tree
 
 
+def limit(tree: MachineTree, choose: random.Random, cpus: frozenset[int]) -> None:
+    """Put the process into a cpuset, in one of the ways that kernels have had, mounted in some place."""
+    way, place = (
+        choose.choice(["version 2", "version 1", "noprefix", "cpuset"]),
+        choose.choice(["sys/fs/cgroup", "sets"]),
+    )
+    if choose.random() < 0.5:
+        tree.put("proc/self/cpuset", "/job")
+    else:
+        tree.put("proc/self/cgroup", "0::/job" if way == "version 2" else "7:cpuset:/job")
+    kind, options, name = {
+        "version 2": ("cgroup2", "rw", "cpuset.{}.effective"),
+        "version 1": ("cgroup", "rw,cpuset", "cpuset.{}"),
+        "noprefix": ("cgroup", "rw,cpuset,noprefix", "{}"),
+        "cpuset": ("cpuset", "rw", "{}"),
+    }[way]
+    tree.put("proc/mounts", f"none /proc proc rw 0 0\nnone /{place} {kind} {options} 0 0")
+    tree.put(f"{place}/cgroup.controllers", "cpuset cpu")
+    tree.put(f"{place}/job/{name.format('cpus')}", ",".join(map(str, sorted(cpus))))
+    tree.put(f"{place}/job/{name.format('mems')}", "0-15")
+
+
+def end_with_nul(root: Path) -> None:
+    for path in root.glob("sys/devices/system/**/*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes() + b"\0")
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_machines(tmp_path: Path, seed: int) -> None:
     # hwloc reads masks; lists say the same in a second tree.
@@ -108,11 +136,10 @@ def test_random_machines(tmp_path: Path, seed: int) -> None:
     choose = random.Random(seed)
     limited = frozenset(choose.sample(online, choose.randint(1, len(online))))
     for tree in trees if seed % 3 == 0 else ():
-        tree.put("proc/self/cgroup", "0::/job").put("sys/fs/cgroup/cgroup.controllers", "cpuset")
-        tree.put("proc/mounts", "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0")
-        group = "sys/fs/cgroup/job/cpuset"
-        tree.put(f"{group}.cpus.effective", ",".join(map(str, sorted(limited))))
-        tree.put(f"{group}.mems.effective", "0-15")
+        limit(tree, random.Random(seed), limited)
+    if seed % 4 == 0:  # some tools copy the NUL that ends the kernel's buffer
+        for tree in trees:
+            end_with_nul(tree.root)
     theirs = ask_hwloc(trees[0].root)
     assert theirs.allowed == (limited if seed % 3 == 0 else frozenset(online))
     assert theirs.cores

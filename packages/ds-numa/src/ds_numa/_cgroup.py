@@ -7,6 +7,7 @@ Documentation/scheduler/sched-bwc.rst (cpu.cfs_quota_us).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from ds_numa._files import Tree, parse_list
 
@@ -26,14 +27,31 @@ _LISTS = {
 }
 
 
-def read_cpuset(tree: Tree) -> tuple[list[int] | None, list[int] | None]:
+@dataclass(frozen=True)
+class ControlGroups:
+    """Where control groups are mounted, and the process's own group, by kind of hierarchy."""
+
+    mounts: dict[str, tuple[str, ...]]
+    own: dict[str, str]
+
+    @classmethod
+    def read(cls, tree: Tree) -> ControlGroups:
+        """Read them from ``proc/mounts``, ``proc/self/cgroup`` and ``proc/self/cpuset``."""
+        return cls(_read_mounts(tree), _read_groups(tree))
+
+    def folders(self, kind: str) -> list[str]:
+        """The group's folder and those above it, in each place where the hierarchy is mounted."""
+        controller = _CPUSET if kind == _CPUSET_V2_MODE else kind
+        return [folder for mount in self.mounts[kind] for folder in _upwards(mount, self.own.get(controller, "/"))]
+
+
+def read_cpuset(tree: Tree, groups: ControlGroups) -> tuple[list[int] | None, list[int] | None]:
     """The CPUs and the memory nodes that the process may use; None for what the tree does not tell.
 
     The control groups' files come first: in a copied tree ``proc/self/status`` is that of the program that copied it,
     which may have had a mask of its own.
     """
-    mounts, groups = _read_mounts(tree), _read_groups(tree)
-    cpus, mems = _first(tree, mounts, groups, "cpus"), _first(tree, mounts, groups, "mems")
+    cpus, mems = _first(tree, groups, "cpus"), _first(tree, groups, "mems")
     status = "" if cpus is not None and mems is not None else tree.text("proc/self/status") or ""
     return (
         _status_list(status, "Cpus_allowed_list") if cpus is None else cpus,
@@ -46,21 +64,18 @@ def read_own_memory(tree: Tree) -> list[int] | None:
     return _status_list(tree.text("proc/self/status") or "", "Mems_allowed_list")
 
 
-def read_quota(tree: Tree) -> float | None:
+def read_quota(tree: Tree, groups: ControlGroups) -> float | None:
     """How many CPUs' worth of time the process gets: the least that any group above it grants; None without a limit."""
-    mounts, groups = _read_mounts(tree), _read_groups(tree)
     found = []
-    for mount in mounts[_V2]:
-        for folder in _upwards(mount, groups.get(_V2, "/")):
-            words = (tree.text(f"{folder}/cpu.max") or "").split()
-            if words and words[0] != "max":
-                found.append(_ratio(tree, f"{folder}/cpu.max", words[0], words[-1] if len(words) > 1 else "100000"))
-    for mount in mounts[_CPU]:
-        for folder in _upwards(mount, groups.get(_CPU, "/")):
-            quota = tree.text(f"{folder}/cpu.cfs_quota_us")
-            if quota and not quota.startswith("-"):
-                path = f"{folder}/cpu.cfs_quota_us"
-                found.append(_ratio(tree, path, quota, tree.text(f"{folder}/cpu.cfs_period_us") or ""))
+    for folder in groups.folders(_V2):
+        words = (tree.text(f"{folder}/cpu.max") or "").split()
+        if words and words[0] != "max":
+            found.append(_ratio(tree, f"{folder}/cpu.max", words[0], words[-1] if len(words) > 1 else "100000"))
+    for folder in groups.folders(_CPU):
+        quota = tree.text(f"{folder}/cpu.cfs_quota_us")
+        if quota and not quota.startswith("-"):
+            path = f"{folder}/cpu.cfs_quota_us"
+            found.append(_ratio(tree, path, quota, tree.text(f"{folder}/cpu.cfs_period_us") or ""))
     return min((value for value in found if value is not None), default=None)
 
 
@@ -119,16 +134,14 @@ def _upwards(mount: str, group: str) -> list[str]:
     return ["/".join([mount, *parts[:length]]) for length in range(len(parts), -1, -1)]
 
 
-def _first(tree: Tree, mounts: dict[str, tuple[str, ...]], groups: dict[str, str], what: str) -> list[int] | None:
+def _first(tree: Tree, groups: ControlGroups, what: str) -> list[int] | None:
     """The list of the nearest group that has one; an empty one (a group not yet set up) limits nothing."""
     for kind, names in _LISTS.items():
-        group = groups.get(_V2 if kind == _V2 else _CPUSET, "/")
-        for mount in mounts[kind]:
-            for folder in _upwards(mount, group):
-                for name in names:
-                    found = tree.numbers(f"{folder}/{name.format(what)}")
-                    if found:
-                        return found
+        for folder in groups.folders(kind):
+            for name in names:
+                found = tree.numbers(f"{folder}/{name.format(what)}")
+                if found:
+                    return found
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from ds_numa._cgroup import read_cpuset, read_quota
+from ds_numa._cgroup import ControlGroups, read_cpuset, read_quota
 from ds_numa._cpus import (
     FOLDER,
     read_core_classes,
@@ -39,7 +39,8 @@ def read_sysfs(
     mask = None if allowed is None else sorted(set(allowed))
     # Some sandboxes show the folder and little in it: then the mask is all that is known.
     online = read_online(tree) or mask or []
-    cpuset, memory = read_cpuset(tree) if allowed is None or allowed_memory is None else (None, None)
+    groups = ControlGroups.read(tree)
+    cpuset, memory = read_cpuset(tree, groups) if allowed is None or allowed_memory is None else (None, None)
     usable = _choose_allowed(mask, online, cpuset, notes)
     nodes = read_nodes(tree, online, notes)
     shown = nodes or (Node(0, tuple(online)),)
@@ -53,7 +54,7 @@ def read_sysfs(
     offline = read_offline(tree, online) if any(node.kind == "unknown" for node in nodes) else []
     nodes = classify_memory(tree, nodes, owned, offline, notes)
     classes = read_core_classes(tree, cores, notes)
-    quota = read_quota(tree)
+    quota = read_quota(tree, groups)
     allowed_memory = memory if allowed_memory is None else allowed_memory
     return Topology(
         nodes=nodes or shown,
