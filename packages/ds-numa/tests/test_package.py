@@ -12,7 +12,7 @@ import ds_numa
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = [name for _, name, _ in pkgutil.iter_modules(ds_numa.__path__, "ds_numa.") if name != "ds_numa.__main__"]
+MODULES = [name for _, name, _ in pkgutil.walk_packages(ds_numa.__path__, "ds_numa.") if not name.endswith("__main__")]
 
 
 @pytest.mark.parametrize("name", MODULES)

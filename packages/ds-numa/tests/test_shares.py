@@ -4,7 +4,7 @@ import random
 from itertools import accumulate, combinations, pairwise
 
 import pytest
-from ds_numa._shares import equal_cuts
+from ds_numa._planning.shares import equal_cuts
 
 
 def weigh(cuts: list[int], weights: dict[int, int]) -> int:

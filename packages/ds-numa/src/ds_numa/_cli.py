@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from ds_numa.__about__ import __version__
 from ds_numa._described import read_described
-from ds_numa._devices import Devices
 from ds_numa._mempolicy import memory_policy_refusal
+from ds_numa._planning.devices import Devices
 from ds_numa._ranges import parse_range_list
 from ds_numa.binding import find_gpus
 from ds_numa.errors import NumaError

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ds_numa._assign import Mode
-from ds_numa._devices import Devices
 from ds_numa._given_mask import GivenMask
 from ds_numa._gpus import hidden_notes, visible_gpus
-from ds_numa._memory import read_memory_mode
 from ds_numa._notes import gpu_notes
 from ds_numa._nvml import nvml_mig_parent
 from ds_numa._one_gpu import gpu_is_shared
+from ds_numa._planning.assign import Mode
+from ds_numa._planning.devices import Devices
+from ds_numa._planning.memory import read_memory_mode
 from ds_numa._ranges import read_core_list
 from ds_numa._words import count
 from ds_numa.errors import GpuLookupError, NotEnoughCoresError, PlanError

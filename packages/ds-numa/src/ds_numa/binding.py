@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Literal
 
 from ds_numa._affinity import read_mask, read_masks, restore_masks, set_mask
-from ds_numa._assign import Mode
-from ds_numa._devices import UNSET, Devices
 from ds_numa._given_mask import find_given_mask
 from ds_numa._launcher import find_rank
 from ds_numa._mempolicy import read_memory_policy, set_memory_policy
 from ds_numa._notes import core_notes, environment_notes, library_notes
 from ds_numa._own_share import Options, find_gpus, plan_share
+from ds_numa._planning.assign import Mode
+from ds_numa._planning.devices import UNSET, Devices
 from ds_numa._ranges import format_ranges
 from ds_numa._report import BindReport, describe_memory
 from ds_numa.errors import BindingError, NotEnoughCoresError, PlanError, RankError, TopologyError

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from ds_numa._assign import Mode as Mode, assign
-from ds_numa._devices import UNSET, Devices, resolve_devices
-from ds_numa._layout import Core, Layout, read_cores
-from ds_numa._memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
+from ds_numa._planning.assign import Mode as Mode, assign
+from ds_numa._planning.devices import UNSET, Devices, resolve_devices
+from ds_numa._planning.layout import Core, Layout, read_cores
+from ds_numa._planning.memory import MemoryChooser, MemoryMode as MemoryMode, read_memory_mode
+from ds_numa._planning.spare import keep_free, one_cpu_each, split_siblings
 from ds_numa._ranges import format_ranges, read_core_list
-from ds_numa._spare import keep_free, one_cpu_each, split_siblings
 from ds_numa._words import count, listed
 from ds_numa.errors import CoreListError, PlanError, RankError
 from ds_numa.topology import Topology

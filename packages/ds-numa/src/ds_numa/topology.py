@@ -255,7 +255,7 @@ class Topology:
           cores ####
         # a core
         """
-        from ds_numa._draw import show
+        from ds_numa._drawing.draw import show
 
         show(self, plan, file=file)
 
@@ -272,7 +272,7 @@ class Topology:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from ds_numa._plot import plot
+        from ds_numa._drawing.plot import plot
 
         return plot(self, plan, path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ds_numa._layout import Core
+from ds_numa._planning.layout import Core
 from ds_numa._ranges import format_ranges
 from ds_numa._words import count
 from ds_numa.errors import NotEnoughCoresError, PlanError

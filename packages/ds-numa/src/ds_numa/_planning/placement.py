@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ds_numa._layout import Core, Layout
-from ds_numa._shares import equal_cuts
+from ds_numa._planning.layout import Core, Layout
+from ds_numa._planning.shares import equal_cuts
 
 
 def place_equally(layout: Layout, row: Sequence[Core], homes: Sequence[int | None]) -> list[list[Core]]:

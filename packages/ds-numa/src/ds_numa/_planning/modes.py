@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ds_numa._layout import Core, Layout
+from ds_numa._planning.layout import Core, Layout
 from ds_numa._words import count
 from ds_numa.errors import NotEnoughCoresError
 

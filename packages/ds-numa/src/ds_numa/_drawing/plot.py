@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ds_numa._draw import KINDS, PALETTE, SYMBOLS
+from ds_numa._drawing.draw import KINDS, PALETTE, SYMBOLS
 from ds_numa._ranges import format_ranges
 from ds_numa.errors import MissingDependencyError, NumaError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ds_numa._devices import find_seats
-from ds_numa._layout import Core, Layout
-from ds_numa._modes import place_exclusive, place_whole
-from ds_numa._placement import place_by_device, place_equally
+from ds_numa._planning.devices import find_seats
+from ds_numa._planning.layout import Core, Layout
+from ds_numa._planning.modes import place_exclusive, place_whole
+from ds_numa._planning.placement import place_by_device, place_equally
 from ds_numa._ranges import format_ranges
 from ds_numa._words import listed
 from ds_numa.topology import Topology

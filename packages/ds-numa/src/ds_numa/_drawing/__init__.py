@@ -1,0 +1,1 @@
+"""Draw a machine, on a terminal and as a picture."""

@@ -1,0 +1,1 @@
+"""Deal out cores and memory to ranks. Pure."""
