@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ds_numa._process_tree import find_launcher, read_cpuset
+from ds_numa._cgroup import read_group_cpus
+from ds_numa._files import Tree
+from ds_numa._process_tree import find_launcher
 
 Put = Callable[..., None]
 RANK = {"HOME": "/", "LOCAL_RANK": "1"}
@@ -60,7 +62,7 @@ def test_a_mask_that_cannot_be_read(tmp_path: Path, put_process: Put) -> None:
         ("0::/job/step\n", {"job/step/cpuset.cpus.effective": "0-3"}, (0, 1, 2, 3)),
         ("0::/host/path\n", {"cpuset.cpus.effective": "4-5"}, (4, 5)),  # inside a container
         ("3:cpuset:/job\n2:cpu,cpuacct:/x\n0::/\n", {"cpuset/job/cpuset.cpus": "1,3"}, (1, 3)),
-        ("3:cpuset:/job\n", {"cpuset/job/cpuset.effective_cpus": "1", "cpuset/job/cpuset.cpus": "0-7"}, (1,)),
+        ("3:cpuset:/job\n", {"cpuset/job/cpuset.effective_cpus": "1", "cpuset/job/cpuset.cpus": "0-2"}, (0, 1, 2)),
         ("0::/\n", {"cpuset.cpus.effective": ""}, None),
         ("0::/\n", {"cpuset.cpus.effective": "nonsense"}, None),
         ("", {}, None),
@@ -73,7 +75,7 @@ def test_the_cpuset(tmp_path: Path, cgroup: str, files: dict[str, str], expected
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert read_cpuset(tmp_path) == expected
+    assert read_group_cpus(Tree(tmp_path)) == expected
 
 
 CHAIN = """

@@ -59,6 +59,12 @@ def read_cpuset(tree: Tree, groups: ControlGroups) -> tuple[list[int] | None, li
     )
 
 
+def read_group_cpus(tree: Tree) -> tuple[int, ...] | None:
+    """The CPUs that the process's control group allows, whatever its own mask is; None where no group has a list."""
+    found = _first(tree, ControlGroups.read(tree), "cpus")
+    return None if found is None else tuple(found)
+
+
 def read_own_memory(tree: Tree) -> list[int] | None:
     """The memory nodes that this very process may use, of the live tree; None where the kernel does not tell."""
     return _status_list(tree.text("proc/self/status") or "", "Mems_allowed_list")

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ds_numa._cgroup import read_group_cpus
+from ds_numa._files import Tree
 from ds_numa._launcher import agreeing_launchers, launcher_name
-from ds_numa._process_tree import find_launcher, read_cpuset, read_own_mask
+from ds_numa._process_tree import find_launcher, read_own_mask
 from ds_numa._ranges import format_ranges
 from ds_numa.topology import Topology
 
@@ -80,7 +82,7 @@ def find_given_mask(
 
     # /proc is evidence only if it speaks of this process with this mask.
     visible = read_own_mask(root) == tuple(mask)
-    cpuset = read_cpuset(root) if visible else None
+    cpuset = read_group_cpus(Tree(root)) if visible else None
     limit = online.intersection(cpuset) if cpuset is not None and set(cpuset) >= set(mask) else online
     cut_by_whom, same_as_launcher = None, False
     for row in rows if visible else ():

@@ -157,7 +157,8 @@ def _by_name(nvidia: Sequence[Gpu], entry: str, sort: str, mig_parent: Callable[
     if sort == "MIG-" and not old_style:
         if mig_parent is None:
             raise GpuLookupError(
-                f"CUDA_VISIBLE_DEVICES has {name!r}, which only NVML can place: install ds-numa[nvidia], or pass gpus="
+                f"CUDA_VISIBLE_DEVICES has {name!r}, which only NVML can place: install ds-numa[nvidia], "
+                "or pass devices="
             )
         pci = normalise_pci(mig_parent(name))
         matches = [gpu for gpu in nvidia if gpu.pci == pci]

@@ -35,7 +35,7 @@ def nvml_mig_parent(name: str) -> str:
     """
     with _session() as nvml:
         if nvml is None:
-            raise GpuLookupError(f"{name!r} can only be placed by NVML: install ds-numa[nvidia], or pass gpus=")
+            raise GpuLookupError(f"{name!r} can only be placed by NVML: install ds-numa[nvidia], or pass devices=")
         try:
             parent = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvml.nvmlDeviceGetHandleByUUID(name))
             return _text(nvml.nvmlDeviceGetPciInfo(parent).busId)

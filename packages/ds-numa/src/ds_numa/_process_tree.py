@@ -1,7 +1,6 @@
 """What ``/proc`` says of the processes above this one: who launched it, and with which CPUs.
 
-Source: proc(5): ``stat``, ``status``, ``environ`` (a process's environment as it was started), ``cgroup``; the cpuset
-files of cgroups v1 and v2.
+Source: proc(5): ``stat``, ``status``, ``environ`` (a process's environment as it was started).
 """
 
 from __future__ import annotations
@@ -46,22 +45,6 @@ def find_launcher(root: Path, variables: Sequence[str], pid: int | None = None) 
 def read_own_mask(root: Path) -> tuple[int, ...] | None:
     """The CPUs of this process as ``/proc`` has them; None where it does not say."""
     return _mask(root, os.getpid())
-
-
-def read_cpuset(root: Path) -> tuple[int, ...] | None:
-    """The CPUs that this process's cgroup allows; None where no cpuset can be read."""
-    mount = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" or "cpuset" in controllers.split(","):
-            # Inside a container the path may be that of the host, while the files are those of the container.
-            for folder in (mount / path.lstrip("/"), mount / "cpuset" / path.lstrip("/"), mount, mount / "cpuset"):
-                for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
-                    cpus = _cpus(_text(folder / name))
-                    if cpus:
-                        return cpus
-    return None
 
 
 def _environment(root: Path, pid: int) -> dict[str, str] | None:
