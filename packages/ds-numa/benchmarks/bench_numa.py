@@ -24,6 +24,7 @@ from typing import Any
 
 from ds_numa import Topology, format_ranges, plan_binding
 
+IMPORTS = ("import logging", "import ds_numa", "from ds_numa import bind")
 CORES = 112  # two sockets of 56 cores, two CPUs each
 
 
@@ -101,13 +102,13 @@ def by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 def imports(rounds: int) -> dict[str, float]:
     """CPU milliseconds beyond those of a bare Python."""
-    codes = {"bare": "pass", "logging": "import logging", "ds_numa": "import ds_numa"}
+    codes = {"bare": "pass", **{code: code for code in IMPORTS}}
     times: dict[str, list[float]] = {name: [] for name in codes}
     for _ in range(rounds):
         for name, code in codes.items():
             times[name].append(cpu_seconds(code))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    return {name: 1e3 * (medians[name] - medians["bare"]) for name in ("logging", "ds_numa")}
+    return {code: 1e3 * (medians[code] - medians["bare"]) for code in IMPORTS}
 
 
 def main() -> None:
@@ -148,7 +149,7 @@ def main() -> None:
     for what, milliseconds in times.items():
         print(f"{what:32} {milliseconds:8.2f} ms")
     for what, milliseconds in found["import_cpu_milliseconds"].items():
-        print(f"{'import ' + what:32} {milliseconds:8.1f} ms of CPU beyond a bare Python")
+        print(f"{what:32} {milliseconds:8.1f} ms of CPU beyond a bare Python")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
