@@ -47,8 +47,6 @@ def test_the_launchers_environment(env: dict[str, str], expected: tuple[int, int
 @pytest.mark.parametrize("launcher", [one for one in LAUNCHERS if one.local_rank], ids=lambda one: one.name)
 def test_no_launcher_is_silently_rank_0_of_1(launcher: Launcher) -> None:
     env = {launcher.rank: "3", str(launcher.local_rank): "1"}
-    if launcher.name == "Slurm":  # which needs a step's variable, to be told from a batch script
-        env["SLURM_STEP_TASKS_PER_NODE"] = "?"
     found = find_rank(env, None, None)
     assert (found.local_rank, found.num_local_procs) == (1, None)
     assert "does not say how many ranks this machine has" in (found.problem or "")

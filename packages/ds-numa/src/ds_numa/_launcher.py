@@ -99,8 +99,12 @@ def _rows(env: Mapping[str, str]) -> Iterator[tuple[Launcher, int]]:
 
 
 def _is_batch(env: Mapping[str, str], launcher: Launcher) -> bool:
-    """Slurm sets ranks in a batch script too, where it launched nothing; only srun sets the variables of a step."""
-    return launcher.name == "Slurm" and launcher.local_size not in env
+    """Whether Slurm only started a batch script, whose task 0 has ranks too, and launched nothing.
+
+    srun alone sets the variables of a step and ranks above 0.
+    """
+    ranks = (_number(env, launcher.rank), _number(env, launcher.local_rank))
+    return launcher.name == "Slurm" and launcher.local_size not in env and not any(ranks)
 
 
 def _size_of_another(env: Mapping[str, str], launcher: Launcher, rank: int) -> int | None:
