@@ -4,8 +4,8 @@
 session makes an environment of its own, and a missing interpreter is skipped and named. Torch is installed first, from
 constraints.txt, and only on the Pythons that the variable TORCH_PYTHONS names (3.11 when it is not set): on any other
 than the one that you have a build for, an installer takes gigabytes of CUDA libraries. So it does for the rows of
-`INCUMBENTS` with another torch. The variable INCUMBENTS names rows to run; without it the pinned one runs, and the tests
-of NVMe offload are left out.
+`INCUMBENTS` with another torch. The variable INCUMBENTS names rows to run; without it the pinned one runs, and the
+tests of NVMe offload are left out.
 """
 
 from __future__ import annotations
