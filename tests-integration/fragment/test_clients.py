@@ -77,6 +77,13 @@ class Run:
         """How near the oracle is what was computed; what was not is always equal."""
         return in_fp32 if self.dtype == torch.float32 else in_bf16
 
+    def close_logits(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Fail unless the logits are those of the same weights; processors round sums of bf16 differently."""
+        if self.dtype == torch.float32:
+            in_fp32(found, expected)
+        else:  # four steps of bf16 (2**-8) at the largest logit
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=2**-6 * expected.abs().max().item())
+
 
 def config_of(tied: bool) -> LlamaConfig:
     return LlamaConfig(
@@ -480,7 +487,7 @@ def check(rank: int, run: Run, oracle: nn.Module, folder: Path) -> None:
             moment = beside.state[theirs[name]]["exp_avg"].mul_(0.5)
             run.close(t.safe_get_full_optimizer_state(params[name], "exp_avg"), moment)
         equal_values()
-        run.close(logits_of(run.model), logits_of(deepcopy(oracle).to(run.dtype)))
+        run.close_logits(logits_of(run.model), logits_of(deepcopy(oracle).to(run.dtype)))
 
     # Saved, spoilt, loaded.
     ds_fragment.save_full(run.model, folder / "model.safetensors")
@@ -490,7 +497,7 @@ def check(rank: int, run: Run, oracle: nn.Module, folder: Path) -> None:
     ds_fragment.update_many(run.model, lambda name, whole: torch.zeros_like(whole))
     ds_fragment.load_full(run.model, folder / "model.safetensors")
     equal_values()
-    run.close(logits_of(run.model), logits_of(deepcopy(oracle).to(run.dtype)))
+    run.close_logits(logits_of(run.model), logits_of(deepcopy(oracle).to(run.dtype)))
 
 
 def launched(rank: int, client: str, folder: str) -> dict[str, str]:
