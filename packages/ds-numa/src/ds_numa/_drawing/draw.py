@@ -61,7 +61,8 @@ def drawing(machine: Topology, plan: Plan | None, columns: int = _COLUMNS) -> It
     """The lines of the drawing: sockets hold nodes, nodes hold caches, a cache is a row of cores."""
     yield _plain(_summary(machine))
     ranks = _ranks_of_cpus(plan)
-    for index, (name, cpus) in enumerate(_sockets(machine)):
+    drawn: set[int] = set()  # nodes whose devices are there: a node may lie in several sockets
+    for name, cpus in _sockets(machine):
         indent = "  " if name else ""
         if name:
             yield _plain(f"{name}: CPUs {format_ranges(cpus)}")
@@ -70,7 +71,8 @@ def drawing(machine: Topology, plan: Plan | None, columns: int = _COLUMNS) -> It
             if not part:
                 continue
             yield from _draw_node(machine, node, part, plan, ranks, indent, columns)
-            if index == _first_socket(machine, node):
+            if node.id not in drawn:
+                drawn.add(node.id)
                 yield from _draw_devices(machine, node.id, plan, indent + "  ")
     for node in machine.nodes:
         if not node.cpus:
@@ -99,11 +101,6 @@ def _sockets(machine: Topology) -> list[tuple[str, set[int]]]:
     found = [(f"socket {i}", set(socket)) for i, socket in enumerate(machine.sockets)]
     rest = {cpu for core in machine.cores for cpu in core}.difference(*(cpus for _, cpus in found))
     return found + ([("CPUs of no known socket" if found else "", rest)] if rest else [])
-
-
-def _first_socket(machine: Topology, node: Node) -> int:
-    """Where the node's devices are drawn: a node may lie in several sockets."""
-    return next(i for i, (_, cpus) in enumerate(_sockets(machine)) if not cpus.isdisjoint(node.cpus))
 
 
 def _draw_node(
