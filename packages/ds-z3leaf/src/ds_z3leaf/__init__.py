@@ -2,8 +2,9 @@
 
 from ds_z3leaf import leaf
 from ds_z3leaf.__about__ import __version__
-from ds_z3leaf._candidates import LeafCandidate, find_leaf_candidates
+from ds_z3leaf._candidates import find_leaf_candidates
 from ds_z3leaf._fsdp import fully_shard_leaves
+from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._select import Selection, select_modules
 from ds_z3leaf.errors import LeafError, LeafNotFoundError, LeafShardError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
@@ -23,6 +24,7 @@ __all__ = [
     "LeafCandidate",
     "LeafError",
     "LeafNotFoundError",
+    "LeafPlan",
     "LeafShardError",
     "LeafTypeError",
     "LeafValueError",

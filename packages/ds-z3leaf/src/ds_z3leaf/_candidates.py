@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
 from ds_z3leaf._matchers import class_names
+from ds_z3leaf._plan import LeafCandidate
 from ds_z3leaf._select import check_model
+from ds_z3leaf._sizes import full_shape
 
 # Sparse blocks of Hugging Face transformers, by class name.
 KNOWN_BLOCKS = frozenset(
@@ -48,24 +49,6 @@ _ROUTER = re.compile(r"(^|_)(router|gating|switch)(_|$)|(^|_)gate$|^gate_(networ
 _EXPERTS = re.compile(r"expert|moe", re.I)
 
 
-@dataclass(frozen=True)
-class LeafCandidate:
-    """A module that should be a leaf.
-
-    Attributes:
-        name: its name in the model.
-        module: the module.
-        reason: why, in words.
-    """
-
-    name: str
-    module: nn.Module
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name or '(the model itself)'} ({type(self.module).__name__}): {self.reason}"
-
-
 def find_leaf_candidates(model: nn.Module) -> list[LeafCandidate]:
     """The mixture-of-experts blocks of a model, outermost ones only. Changes nothing, reads no parameter's values.
 
@@ -93,7 +76,7 @@ def find_leaf_candidates(model: nn.Module) -> list[LeafCandidate]:
     for name, module in model.named_modules():
         reason = None if id(module) in inside else _reason(module)
         if reason:
-            found.append(LeafCandidate(name, module, reason))
+            found.append(LeafCandidate.of(name, module, reason))
             inside.update(id(part) for part in module.modules())
     return found
 
@@ -159,12 +142,7 @@ def _fused(module: nn.Module) -> Iterator[tuple[str, int]]:
         if type(holder).__module__.startswith("torch.nn.modules."):
             continue  # a convolution's weights have three dimensions too
         named = _EXPERTS.search(holder_name) or _EXPERTS.search(type(holder).__name__)
-        shapes = {name: _shape(param) for name, param in holder.named_parameters(recurse=False)}
+        shapes = {name: full_shape(param) for name, param in holder.named_parameters(recurse=False)}
         for name, shape in shapes.items():
             if len(shape) == 3 and shape[0] > 1 and (named or _EXPERTS.search(name)):
                 yield (f"{holder_name}.{name}" if holder_name else name), shape[0]
-
-
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    """The full shape; ZeRO-3 leaves an empty parameter behind and keeps its shape beside it."""
-    return tuple(getattr(param, "ds_shape", param.shape))
