@@ -1,7 +1,7 @@
 """Let a model run without leaving a trace: stand-ins for its parameters and buffers, and everything else put back.
 
-A forward may write buffers, attributes and gradients, and draw random numbers. Here it does so on stand-ins: parameters that
-share the model's values (or have none, on meta), copies of the buffers, and the random streams are put back.
+A forward may write buffers, attributes and gradients, and draw random numbers. Here it does so on stand-ins: parameters
+that share the model's values (or have none, on meta) and copies of the buffers. The random streams are put back.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def stand_in(index: ModuleIndex, read: Callable[[int], None], *, meta: bool) -> 
         return torch.empty_like(tensor, device="meta") if meta else tensor.clone()
 
     saved = [dict(module.__dict__) for module in index.modules]
-    grads = [(param, param.grad) for module in index.modules for param in module._parameters.values() if param is not None]
+    grads = [
+        (param, param.grad) for module in index.modules for param in module._parameters.values() if param is not None
+    ]
     try:
         for number, module in enumerate(index.modules):
             entries = {name: of(param, parameter) for name, param in module._parameters.items()}
@@ -89,7 +91,8 @@ def _reader(read: Callable[[int], None], number: int) -> Callable[[], None]:
 def kept_random_state() -> Iterator[None]:
     """Put the random streams of torch, Python and numpy back."""
     states = random_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else None
     numpy = sys.modules.get("numpy")
     array = numpy.random.get_state() if numpy is not None else None
     try:
