@@ -35,7 +35,8 @@ def rehearse(
 
     Call it on every rank, with batches that the rank would train on, before an engine has the model. In one process
     alone it compares the batches with each other. Afterwards the model, its gradients, its modes and the random streams
-    are as before; only what a module changes inside a list or another object of its own stays changed.
+    are as before; only what a module changes inside objects of its own, other than lists, sets and dictionaries, stays
+    changed.
 
     A leaf is the innermost module, called by all, during which forwards go on with different modules: a block that
     calls the experts it routes to, a model that calls its vision tower only for images, a stack that skips layers. A

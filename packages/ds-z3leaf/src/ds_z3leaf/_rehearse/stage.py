@@ -25,6 +25,7 @@ from ds_z3leaf._rehearse.calls import (
 from ds_z3leaf._rehearse.index import ModuleIndex
 from ds_z3leaf._rehearse.passes import Forward, Pass, Recording, device_of, record
 from ds_z3leaf._rehearse.ranks import Ranks
+from ds_z3leaf._rehearse.stand_in import kept_random_state
 from ds_z3leaf.errors import LeafRehearsalError, LeafTypeError, LeafValueError
 
 _SHOWN = 5  # modules that a note names
@@ -106,7 +107,8 @@ class Stage:
         try:
             options.check(batches)
             must_be_meta = _find_state(model)
-            taken = list(islice(batches, options.max_batches))
+            with kept_random_state():  # a loader draws an order
+                taken = list(islice(batches, options.max_batches))
         except Exception as caught:
             error = caught
         self.ranks.agree(error, "the rehearsal cannot start")
@@ -137,8 +139,8 @@ class Stage:
                 if any(self.ranks.gather(error is not None)):
                     continue  # a rank cannot run on meta: all run where the model is, which shows what is wrong
             else:
-                hint = "on meta, where tensors have no values, " if meta else ""
-                self.ranks.agree(error, f"the forward cannot run {hint}".rstrip().rstrip(","))
+                where = " on meta, where tensors have no values" if meta else ""
+                self.ranks.agree(error, f"the forward cannot run{where}")
             break
         return recording
 
@@ -244,6 +246,9 @@ class Stage:
                 helping[0] if helping else None,
             )
 
+    def _own_parameters(self, number: int) -> list[nn.Parameter]:
+        return list(self.index.modules[number].parameters(recurse=False))
+
     def called_inside(self, number: int) -> set[int]:
         """The modules with parameters that this rank's passes called inside a module."""
         inside = self.index.inside(number)
@@ -286,6 +291,13 @@ class Stage:
         )
 
     def _never_called(self, seen: set[int]) -> Iterator[str]:
+        used = {id(param) for number in seen if number != PASS for param in self._own_parameters(number)}
+        tied = {
+            number
+            for number, owns in enumerate(self.index.owns)
+            if owns and used.issuperset(map(id, self._own_parameters(number)))
+        }
+        seen = seen | tied
         covered: set[int] = set()
         for number, name in enumerate(self.index.names):
             if number in covered or not self.index.holds[number] or number in seen:
