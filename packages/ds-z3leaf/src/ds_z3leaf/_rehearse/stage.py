@@ -296,7 +296,7 @@ class Stage:
         """What these leaves cannot do, and what the rehearsal did not see, in words."""
         notes = [
             f"leaf {self.index.describe(number)} is called without a tensor of floating point, so ZeRO-3 cannot reduce "
-            "its gradients as a leaf. FSDP2 can; or give every rank the same kind of batch, with a blank image for example"
+            "its gradients as a leaf. FSDP2 can; or give every rank the same kind of batch (a blank image, say)"
             for number in leaves
             if number in self.without_floats
         ]
