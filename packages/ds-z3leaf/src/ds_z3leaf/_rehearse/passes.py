@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from ds_z3leaf._rehearse.calls import Call, read_calls
 from ds_z3leaf._rehearse.index import ModuleIndex
-from ds_z3leaf._rehearse.recorder import Recorder
 from ds_z3leaf._rehearse.stand_in import in_training, kept_random_state, random_state, stand_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -116,14 +116,12 @@ class _Session:
         self._open.enter_context(torch.compiler.set_stance("force_eager"))
         self._open.enter_context(in_training(self._model))
         self._open.enter_context(stand_in(self.index, self._access, meta=self._meta))
-        self._open.enter_context(Recorder(self.index, self._write))
+        # Two hooks on all modules: hooks on each would take longer to install than a forward takes.
+        self._open.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
+        self._open.callback(hooks.register_module_forward_hook(self._leave, always_call=True).remove)
         for number, module in enumerate(self.index.modules):
-            if not self.index.holds[number]:
-                continue
-            handles = [module.register_forward_pre_hook(self._watch_input(number), with_kwargs=True)]
-            if self._backward:
-                handles.append(module.register_forward_hook(self._watch_output(number)))
-            for handle in handles:
+            if self.index.holds[number] and any(True for _ in module.children()):  # the others cannot become leaves
+                handle = module.register_forward_pre_hook(self._watch_input(number), with_kwargs=True)
                 self._open.callback(handle.remove)
         return self
 
@@ -137,7 +135,8 @@ class _Session:
         self._stack.clear()
         self._reached = Counter()
         device = "meta" if self._meta else device_of(self._model)
-        with torch.set_grad_enabled(self._backward), _Reads(self._count_read):
+        reads = contextlib.nullcontext() if self._meta else _Reads(self._count_read)  # on meta, a read raises
+        with torch.set_grad_enabled(self._backward), reads:
             output = self._forward(self._model, _moved(batch, device))
         calls = read_calls(self._events, len(self.index.modules))
         reached = None
@@ -151,17 +150,31 @@ class _Session:
                     param.grad = None
         return Pass(number, repeat, calls, reached)
 
-    def _write(self, event: int) -> None:
-        self._events.append(event)
-        if event < 0:
-            self._active[~event] -= 1
-            if self._stack and self._stack[-1][0] == ~event:
-                self._stack.pop()
+    def _number(self, module: nn.Module) -> int | None:
+        """The number of a module with parameters; None for the others, and for those of other models."""
+        number = self.index.number.get(id(module))
+        return number if number is not None and self.index.holds[number] else None
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        number = self._number(module)
+        if number is None:
             return
+        self._events.append(number)
         if self._reads:
-            self.deciders.update(module for module, before in self._stack if before < self._reads)
-        self._active[event] += 1
-        self._stack.append((event, self._reads))
+            self.deciders.update(outer for outer, before in self._stack if before < self._reads)
+        self._active[number] += 1
+        self._stack.append((number, self._reads))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        number = self._number(module)
+        if number is None:
+            return
+        self._events.append(~number)
+        self._active[number] -= 1
+        if self._stack and self._stack[-1][0] == number:
+            self._stack.pop()
+        if self._backward:
+            self._watch_output(number, output)
 
     def _access(self, number: int) -> None:
         if self._stack and not self._active[number]:
@@ -178,22 +191,19 @@ class _Session:
 
         return watch
 
-    def _watch_output(self, number: int) -> Callable[..., None]:
-        def watch(module: nn.Module, args: Any, output: Any) -> None:
-            reached = self._reached
-            done = False
+    def _watch_output(self, number: int, output: Any) -> None:
+        reached = self._reached
+        done = False
 
-            def reach(grad: torch.Tensor) -> None:
-                nonlocal done
-                if not done:  # a module with several outputs is reached once a call
-                    done = True
-                    reached[number] += 1
+        def reach(grad: torch.Tensor) -> None:
+            nonlocal done
+            if not done:  # a call with several outputs is reached once
+                done = True
+                reached[number] += 1
 
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(reach)  # type: ignore[no-untyped-call]
-
-        return watch
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(reach)  # type: ignore[no-untyped-call]
 
 
 class _Reads(TorchFunctionMode):

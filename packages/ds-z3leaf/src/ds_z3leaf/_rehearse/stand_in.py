@@ -6,7 +6,6 @@ that share the model's values (or have none, on meta) and copies of the buffers.
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections import OrderedDict
@@ -91,7 +90,7 @@ class _Attributes:
         self._module = module
         self._values = dict(module.__dict__)
         self._entries = [
-            (value, copy.copy(value))
+            (value, value.copy()) if value else (value, ())
             for value in self._values.values()
             if type(value) in (dict, OrderedDict, list, set)
         ]
@@ -100,8 +99,9 @@ class _Attributes:
         self._module.__dict__.clear()
         self._module.__dict__.update(self._values)
         for value, entries in self._entries:
-            value.clear()
-            value.extend(entries) if isinstance(value, list) else value.update(entries)
+            if value or entries:
+                value.clear()
+                value.extend(entries) if isinstance(value, list) else value.update(entries)
 
 
 def _reader(read: Callable[[int], None], number: int) -> Callable[[], None]:
