@@ -188,26 +188,13 @@ def frozen_input() -> nn.Module:
     return net
 
 
-def required_input() -> nn.Module:
-    """The same; the first leaf makes its input require a gradient, before the hooks of any engine."""
-
-    def require(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(arg if arg.requires_grad else arg.detach().requires_grad_() for arg in args)
-
-    net = frozen_input()
-    net.get_submodule(OWN[0]).register_forward_pre_hook(require, prepend=True)
-    return net
-
-
 def partly_adapted() -> nn.Module:
     """LoRA on two of the four experts, which then are of another class than the rest."""
     import peft
 
     net = own(lambda: ListMixture(expert=lambda: nn.Linear(WIDTH, WIDTH)))()
     adapters = peft.LoraConfig(r=2, target_modules=r".*experts\.[01]", init_lora_weights=False)
-    net = peft.inject_adapter_in_model(adapters, net)
-    net.inp.requires_grad_(True)  # type: ignore[union-attr]  # see `frozen_input`
-    return net
+    return peft.inject_adapter_in_model(adapters, net)
 
 
 # ------------------------------------------------------------------------------------------- models of transformers
@@ -316,7 +303,6 @@ CASES: dict[str, Case] = {
     "list, frozen experts": Case(frozen_experts, rows, "Layer", OWN),
     "list, frozen mixture": Case(frozen_mixture, rows, "Layer", OWN),
     "list, frozen input": Case(frozen_input, rows, "Layer", OWN),
-    "list, required input": Case(required_input, rows, "Layer", OWN),
     "precise router": Case(own(PreciseMixture), rows, "Layer", OWN),
     "two mixtures, one taken": Case(own(EitherMixture), rows, "Layer", OWN),
     "partly adapted": Case(partly_adapted, rows, "Layer", OWN, needs=("peft",)),
