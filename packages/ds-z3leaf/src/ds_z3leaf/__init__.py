@@ -5,8 +5,19 @@ from ds_z3leaf.__about__ import __version__
 from ds_z3leaf._candidates import find_leaf_candidates
 from ds_z3leaf._fsdp import fully_shard_leaves
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
+from ds_z3leaf._rehearse.rehearse import check, rehearse
+from ds_z3leaf._rehearse.stage import Rehearsal
 from ds_z3leaf._select import Selection, select_modules
-from ds_z3leaf.errors import LeafError, LeafNotFoundError, LeafShardError, LeafTypeError, LeafValueError
+from ds_z3leaf.errors import (
+    LeafError,
+    LeafHangError,
+    LeafNotFoundError,
+    LeafOrderError,
+    LeafRehearsalError,
+    LeafShardError,
+    LeafTypeError,
+    LeafValueError,
+)
 from ds_z3leaf.leaf import (
     apply_zero_leaf_module_config,
     get_z3_leaf_modules,
@@ -23,19 +34,25 @@ from ds_z3leaf.leaf import (
 __all__ = [
     "LeafCandidate",
     "LeafError",
+    "LeafHangError",
     "LeafNotFoundError",
+    "LeafOrderError",
     "LeafPlan",
+    "LeafRehearsalError",
     "LeafShardError",
     "LeafTypeError",
     "LeafValueError",
+    "Rehearsal",
     "Selection",
     "__version__",
     "apply_zero_leaf_module_config",
+    "check",
     "find_leaf_candidates",
     "fully_shard_leaves",
     "get_z3_leaf_modules",
     "leaf",
     "mark_leaves",
+    "rehearse",
     "select_modules",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",

@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ds_z3leaf._flags import set_flag
 from ds_z3leaf._select import check_model
 from ds_z3leaf._sizes import size_of
+
+if TYPE_CHECKING:
+    from ds_z3leaf._rehearse.stage import Rehearsal
 
 _FORMAT = 1
 
@@ -53,10 +56,19 @@ class LeafPlan:
         model: the model.
         leaves: the leaves, none inside another, in the order of ``named_modules()``.
         notes: what the plan could not find out or had to change, in words.
+        rehearsal: what was tried, where the plan comes from a rehearsal.
     """
 
-    def __init__(self, model: nn.Module, leaves: Iterable[LeafCandidate] = (), notes: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: Iterable[LeafCandidate] = (),
+        notes: Iterable[str] = (),
+        *,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
         check_model(model)
+        self.rehearsal = rehearsal
         self.model = model
         self.leaves = tuple(leaves)
         self.notes = tuple(notes)

@@ -9,7 +9,6 @@ call can help, since what one rank calls there the other does not call at all; t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,7 +58,9 @@ def read_calls(events: Iterable[int], count: int) -> Call:
     stack = [whole]
     for event in events:
         if event >= count:
-            stack[-1].calls.append(Call(event - count, access=True))
+            read = Call(event - count, access=True)
+            if stack[-1].calls[-1:] != [read]:  # weight and bias, one after the other
+                stack[-1].calls.append(read)
         elif event >= 0:
             call = Call(event)
             stack[-1].calls.append(call)
@@ -88,11 +89,6 @@ def _reduce(call: Call, leaves: frozenset[int], hidden: frozenset[int], index: M
     own = call.module != PASS and (call.module in leaves or index.owns[call.module])
     gathers = tuple([call.module] if own else []) + tuple(number for made in calls for number in made.gathers)
     return [Call(call.module, calls, gathers=gathers)] if gathers or call.module == PASS else []
-
-
-def digest(call: Call) -> str:
-    """Equal for two reduced forwards if their gathers are."""
-    return hashlib.blake2b(repr(call.gathers).encode(), digest_size=16).hexdigest()
 
 
 def find_partings(first: Call, second: Call, stack: tuple[int, ...] = ()) -> Iterator[Parting]:
@@ -152,15 +148,31 @@ def find_strays(call: Call, leaves: Iterable[int], index: ModuleIndex) -> Iterat
     pending: list[tuple[Call, tuple[int, ...]]] = [(call, ())]
     while pending:
         made, stack = pending.pop()
-        leaf = leaf_of.get(made.module)
-        if leaf is not None and leaf not in stack:
-            yield leaf, made.module, stack
+        holder = leaf_of.get(made.module)
+        if holder is not None and holder not in stack:
+            yield holder, made.module, stack
             continue
         inner = stack if made.module == PASS else (*stack, made.module)
         pending.extend((below, inner) for below in reversed(made.calls))
 
 
+def find_stacks(call: Call, number: int) -> Iterator[tuple[int, ...]]:
+    """The modules around each call of a module, the outermost first."""
+    pending: list[tuple[Call, tuple[int, ...]]] = [(call, ())]
+    while pending:
+        made, stack = pending.pop()
+        if made.module == number and not made.access:
+            yield stack
+        inner = stack if made.module == PASS else (*stack, made.module)
+        pending.extend((below, inner) for below in made.calls)
+
+
+def hidden_by(leaves: Iterable[int], index: ModuleIndex) -> set[int]:
+    """The modules inside leaves, without the leaves."""
+    return {number for leaf in leaves for number in index.inside(leaf) if number != leaf}
+
+
 def outermost(leaves: Mapping[int, str], index: ModuleIndex) -> dict[int, str]:
     """The leaves, with their reasons, that are inside no other, in the model's order."""
-    within = {number for leaf in leaves for number in index.inside(leaf) if number != leaf}
+    within = hidden_by(leaves, index)
     return {leaf: leaves[leaf] for leaf in sorted(leaves) if leaf not in within}

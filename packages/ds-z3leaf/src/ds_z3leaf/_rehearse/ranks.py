@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_z3leaf.errors import LeafRehearsalError
+from ds_z3leaf.errors import LeafError, LeafRehearsalError
 
 T = TypeVar("T")
 
@@ -43,10 +43,13 @@ class Ranks:
         """Raise on every rank if any rank has an error, so that none waits for one that failed.
 
         Raises:
-            LeafRehearsalError: a rank has an error; its message names the rank.
+            LeafRehearsalError: a rank has an error; the message names the rank. An error of this package is raised
+                as it is on the rank that has it.
         """
         told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         for rank, text in zip(self.numbers, told, strict=True):
             if text is not None:
                 where = f"rank {rank} fails" if self.size > 1 else "it fails"
+                if isinstance(error, LeafError):
+                    raise error
                 raise LeafRehearsalError(f"{what}: {where} with {text}") from error

@@ -1,13 +1,15 @@
 """Let a model run without leaving a trace: stand-ins for its parameters and buffers, and everything else put back.
 
-A forward may write buffers, attributes and gradients, and draw random numbers. Here it does so on stand-ins: parameters that
-share the model's values (or have none, on meta), copies of the buffers, and the random streams are put back.
+A forward may write buffers, attributes and gradients, and draw random numbers. Here it does so on stand-ins: parameters
+that share the model's values (or have none, on meta) and copies of the buffers. The random streams are put back.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +37,8 @@ class WatchedParameters(dict[str, Any]):
 def stand_in(index: ModuleIndex, read: Callable[[int], None], *, meta: bool) -> Iterator[None]:
     """Give the model stand-ins for its parameters and buffers; at the end, put back all that the modules had.
 
-    Attributes that the modules are given meanwhile go, and those that are replaced come back. What a module changes
-    inside a list or another object of its own stays changed.
+    Attributes, entries of their lists, sets and dictionaries, and hooks that the modules are given meanwhile go, and
+    those that are replaced come back. What a module changes inside other objects stays changed.
 
     Args:
         index: the model's modules.
@@ -63,8 +65,10 @@ def stand_in(index: ModuleIndex, read: Callable[[int], None], *, meta: bool) -> 
     def buffer(tensor: Any) -> Any:
         return torch.empty_like(tensor, device="meta") if meta else tensor.clone()
 
-    saved = [dict(module.__dict__) for module in index.modules]
-    grads = [(param, param.grad) for module in index.modules for param in module._parameters.values() if param is not None]
+    saved = [_Attributes(module) for module in index.modules]
+    grads = [
+        (param, param.grad) for module in index.modules for param in module._parameters.values() if param is not None
+    ]
     try:
         for number, module in enumerate(index.modules):
             entries = {name: of(param, parameter) for name, param in module._parameters.items()}
@@ -73,12 +77,31 @@ def stand_in(index: ModuleIndex, read: Callable[[int], None], *, meta: bool) -> 
             module._buffers = {name: of(tensor, buffer) for name, tensor in module._buffers.items()}
         yield
     finally:
-        for module, attributes in zip(index.modules, saved, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for attributes in saved:
+            attributes.put_back()
         for param, grad in grads:  # modules such as LSTM keep references of their own to the parameters
             if param.grad is not grad:
                 param.grad = grad
+
+
+class _Attributes:
+    """The attributes of a module, and the entries of those that are containers: hooks, caches, lists of losses."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = dict(module.__dict__)
+        self._entries = [
+            (value, copy.copy(value))
+            for value in self._values.values()
+            if type(value) in (dict, OrderedDict, list, set)
+        ]
+
+    def put_back(self) -> None:
+        self._module.__dict__.clear()
+        self._module.__dict__.update(self._values)
+        for value, entries in self._entries:
+            value.clear()
+            value.extend(entries) if isinstance(value, list) else value.update(entries)
 
 
 def _reader(read: Callable[[int], None], number: int) -> Callable[[], None]:
@@ -89,7 +112,8 @@ def _reader(read: Callable[[int], None], number: int) -> Callable[[], None]:
 def kept_random_state() -> Iterator[None]:
     """Put the random streams of torch, Python and numpy back."""
     states = random_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else None
     numpy = sys.modules.get("numpy")
     array = numpy.random.get_state() if numpy is not None else None
     try:
