@@ -33,11 +33,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Split:
-    """Where reports part: the number of the event, and each rank's place of it in its own events."""
+    """Where reports part.
 
-    number: int
+    Attributes:
+        places: by rank, the place in its events where it goes its own way; of the ranks that have come so far.
+        early: it is the first event that is kept, so that they may have parted before.
+        inside: they part inside a leaf, where the engine gathers nothing.
+    """
+
     places: Mapping[int, int]
-    early: bool = False  # it is the first event that is kept: they may have parted before
+    early: bool = False
+    inside: bool = False
 
 
 def diagnose(
@@ -90,7 +96,7 @@ def _find(reports: Mapping[int, Report], counted: Sequence[bool]) -> _Split | No
     if found is None:
         return None
     reached = {rank: found - first[rank] for rank in reports if first[rank] <= found < reports[rank].counted}
-    return _Split(found, {rank: places[rank][place] for rank, place in reached.items()}, early)
+    return _Split({rank: places[rank][place] for rank, place in reached.items()}, early=early)
 
 
 def _find_inside(reports: Mapping[int, Report], counted: Sequence[bool]) -> _Split | None:
@@ -109,7 +115,7 @@ def _find_inside(reports: Mapping[int, Report], counted: Sequence[bool]) -> _Spl
             rank: starts[rank] + step for rank, report in reports.items() if starts[rank] + step < len(report.events)
         }
         if len({reports[rank].events[place] for rank, place in reached.items()}) > 1:
-            return _Split(step, reached)
+            return _Split(reached, inside=True)
     return None
 
 
@@ -127,19 +133,22 @@ def _explain(split: _Split, reports: Mapping[int, Report], index: ModuleIndex, l
     needed = {number for rank, place in split.places.items() for number in _entered(reports[rank], place, len(stack))}
     where = f"in {index.describe(stack[-1])}, " if stack else ""
     does = [f"{_ranks(ranks)} {_does(event, index)}" for event, ranks in list(by_event.items())[:3]]
-    leaf = choose_leaf(Parting(stack, None, None, None, frozenset(needed)), leaves, index)
     said = f"Ranks called different modules and wait for each other: {where}{' where '.join(does)}. "
-    if leaf is not None:
-        return said + (
-            f"Make {index.describe(leaf)} a leaf before the engine is built: "
-            f"mark_leaves(model, names={index.names[leaf]!r}) for ZeRO-3, fully_shard_leaves() for FSDP2."
+    if split.inside:
+        leaf = next((number for number in reversed(stack) if number in set(leaves)), None)
+        around = (
+            f"{index.describe(leaf)} is a leaf already, in which no engine gathers"
+            if leaf is not None
+            else "No engine gathers there"
         )
-    held = next((number for number in reversed(stack) if needed <= index.inside(number)), None)
-    if held is not None:
-        return said + (
-            f"{index.describe(held)} is a leaf already, in which no engine gathers: something else in it waits."
-        )
-    return said + "No module that all of them are in holds what they call differently, so that no leaf can help."
+        return f"{said}{around}: a collective of the model's own waits."
+    leaf = choose_leaf(Parting(stack, None, None, None, frozenset(needed)), leaves, index)
+    if leaf is None:
+        return said + "No module that all of them are in holds what they call differently, so that no leaf can help."
+    return said + (
+        f"Make {index.describe(leaf)} a leaf before the engine is built: "
+        f"mark_leaves(model, names={index.names[leaf]!r}) for ZeRO-3, fully_shard_leaves() for FSDP2."
+    )
 
 
 def _no_cause(reports: Mapping[int, Report], ranks: Sequence[int]) -> str:
