@@ -51,11 +51,13 @@ class Recording:
     Attributes:
         passes: one for each batch and repeat.
         deciders: numbers of the modules that read values of tensors and call other modules after it.
+        without_floats: numbers of the modules that a pass called without a tensor of floating point.
         on_meta: whether the model ran on meta.
     """
 
     passes: tuple[Pass, ...]
     deciders: frozenset[int]
+    without_floats: frozenset[int]
     on_meta: bool
 
 
@@ -89,7 +91,7 @@ def record(
                 if repeats is None and _differ(before, random_state()):
                     runs = 4
                 repeat += 1
-    return Recording(tuple(passes), frozenset(session.deciders), meta)
+    return Recording(tuple(passes), frozenset(session.deciders), frozenset(session.without_floats), meta)
 
 
 class _Session:
@@ -98,6 +100,7 @@ class _Session:
     def __init__(self, index: ModuleIndex, forward: Forward | None, backward: bool, meta: bool) -> None:
         self.index = index
         self.deciders: set[int] = set()
+        self.without_floats: set[int] = set()
         self._forward = forward or _call
         self._backward = backward
         self._meta = meta
@@ -114,11 +117,14 @@ class _Session:
         self._open.enter_context(in_training(self._model))
         self._open.enter_context(stand_in(self.index, self._access, meta=self._meta))
         self._open.enter_context(Recorder(self.index, self._write))
-        if self._backward:
-            for number, module in enumerate(self.index.modules):
-                if self.index.holds[number]:
-                    handle = module.register_forward_hook(self._watch_output(number))
-                    self._open.callback(handle.remove)
+        for number, module in enumerate(self.index.modules):
+            if not self.index.holds[number]:
+                continue
+            handles = [module.register_forward_pre_hook(self._watch_input(number), with_kwargs=True)]
+            if self._backward:
+                handles.append(module.register_forward_hook(self._watch_output(number)))
+            for handle in handles:
+                self._open.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -163,6 +169,14 @@ class _Session:
 
     def _count_read(self) -> None:
         self._reads += 1
+
+    def _watch_input(self, number: int) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = (*args, *kwargs.values())
+            if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given):
+                self.without_floats.add(number)
+
+        return watch
 
     def _watch_output(self, number: int) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any, output: Any) -> None:

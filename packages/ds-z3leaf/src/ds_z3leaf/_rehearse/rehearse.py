@@ -13,7 +13,7 @@ from ds_z3leaf._flags import outermost_leaves
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.calls import outermost
 from ds_z3leaf._rehearse.passes import Forward
-from ds_z3leaf._rehearse.stage import Options, Stage, describe_unseen
+from ds_z3leaf._rehearse.stage import Options, Stage
 from ds_z3leaf._select import check_model, select_modules
 from ds_z3leaf._sizes import full_shape
 from ds_z3leaf.errors import LeafOrderError, LeafTypeError
@@ -173,7 +173,7 @@ def _calls_alike(stage: Stage, number: int) -> bool:
 def _plan(stage: Stage, leaves: dict[int, str]) -> LeafPlan:
     index, rehearsal = stage.index, stage.describe(leaves)
     chosen = [LeafCandidate.of(index.names[number], index.modules[number], why) for number, why in leaves.items()]
-    return LeafPlan(index.modules[0], chosen, describe_unseen(rehearsal), rehearsal=rehearsal)
+    return LeafPlan(index.modules[0], chosen, stage.notes(leaves, rehearsal), rehearsal=rehearsal)
 
 
 def _modules(model: nn.Module, leaves: object) -> list[nn.Module]:

@@ -117,7 +117,9 @@ class Stage:
         if sum(self.ranks.gather(len(taken))) == 0:
             raise LeafValueError("batches is empty on every rank: pass at least one batch")
         self.recording = self._record(taken, must_be_meta)
-        self.deciders = frozenset().union(*self.ranks.gather(self.recording.deciders))
+        told = self.ranks.gather((self.recording.deciders, self.recording.without_floats))
+        self.deciders = frozenset().union(*(deciders for deciders, _ in told))
+        self.without_floats = frozenset().union(*(numbers for _, numbers in told))
 
     def _record(self, batches: list[Any], must_be_meta: bool) -> Recording:
         device = self.options.device
@@ -290,6 +292,16 @@ class Stage:
             tuple(self._never_called(everywhere | hidden_by(leaves, self.index))),
         )
 
+    def notes(self, leaves: Iterable[int], rehearsal: Rehearsal) -> list[str]:
+        """What these leaves cannot do, and what the rehearsal did not see, in words."""
+        notes = [
+            f"leaf {self.index.describe(number)} is called without a tensor of floating point, so ZeRO-3 cannot reduce "
+            "its gradients as a leaf. FSDP2 can; or give every rank the same kind of batch (a blank image, say)"
+            for number in leaves
+            if number in self.without_floats
+        ]
+        return notes + _describe_unseen(rehearsal)
+
     def _never_called(self, seen: set[int]) -> Iterator[str]:
         used = {id(param) for number in seen if number != PASS for param in self._own_parameters(number)}
         tied = {
@@ -328,7 +340,7 @@ class _View:
         return (self.backward or {}).get(number, 0)
 
 
-def describe_unseen(rehearsal: Rehearsal) -> list[str]:
+def _describe_unseen(rehearsal: Rehearsal) -> list[str]:
     """What a rehearsal did not see, in words."""
     notes = []
     if rehearsal.never_called:
