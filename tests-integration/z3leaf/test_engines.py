@@ -28,7 +28,7 @@ WORLD_SIZE, STEPS, LEARNING_RATE = 2, 3, 0.2
 CASE_TIMEOUT = 60.0  # seconds; DeepSpeed's first start compiles its communication operator before the first case
 ENV = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4"}  # for DeepSpeed
 ENGINES = {"fsdp2": "torch", "zero3": "deepspeed"}
-# What DeepSpeed says without `adapt_inputs`: see the note there.
+# What DeepSpeed says without `adapt_calls`: see the note there.
 FAULTS = {"list, frozen input": "size of tensor", "jetmoe": "size of tensor"}
 
 Result = dict[str, Any]
@@ -65,12 +65,12 @@ def train_alone(case: Case) -> Result:
 def train_zero3(case: Case, rank: int, adapt: bool = True) -> Result:
     import deepspeed
     import ds_z3leaf
-    from ds_z3leaf._inputs import adapt_inputs
+    from ds_z3leaf._calls import adapt_calls
 
     model = case.make()
     for leaf in ds_z3leaf.mark_leaves(model, modules=leaves_of(case, model)):
         if adapt:
-            adapt_inputs(leaf)
+            adapt_calls(leaf)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=sgd(model),
@@ -177,7 +177,7 @@ def train_as_it_is(rank: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_zero_3_cannot_train_a_leaf_without_an_input_that_has_a_gradient(name: str) -> None:
-    """The reason for `adapt_inputs`."""
+    """The reason for `adapt_calls`."""
     missing = [library for library in ("deepspeed", *CASES[name].needs) if importlib.util.find_spec(library) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ds_z3leaf._inputs import adapt_inputs
+from ds_z3leaf._calls import adapt_calls
 from ds_z3leaf.errors import LeafShardError
 from torch import nn
 
@@ -49,17 +49,19 @@ def test_the_hook_runs_after_the_backward(name: str) -> None:
     leaf = Leaf()
     early, expected = hook_sees_gradient(leaf, *args, **kwargs)
     assert early == (name == "second input"), "torch calls the hook early for the others, or this tells nothing"
-    handle = adapt_inputs(leaf)
+    handles = adapt_calls(leaf)
     after, found = hook_sees_gradient(leaf, *args, **kwargs)
     assert after
     torch.testing.assert_close(found, expected)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert not leaf._forward_pre_hooks
+    assert not leaf._forward_hooks
 
 
 def test_what_is_not_trained_is_left_alone() -> None:
     leaf, x = Leaf(), torch.ones(1, 2)
-    adapt_inputs(leaf)
+    adapt_calls(leaf)
     with torch.no_grad():
         assert not leaf(x).requires_grad
         leaf([x])
@@ -70,6 +72,22 @@ def test_what_is_not_trained_is_left_alone() -> None:
 
 def test_a_leaf_that_takes_no_tensor_is_refused() -> None:
     leaf = Leaf()
-    adapt_inputs(leaf)
+    adapt_calls(leaf)
     with pytest.raises(LeafShardError, match="leaf Leaf is called with no positional tensor of floating point"):
         leaf([torch.ones(1, 2)])
+
+
+def test_an_output_without_a_gradient_is_refused() -> None:
+    class Wrapped(Leaf):
+        def forward(self, x: torch.Tensor, way: Any = dict) -> Any:
+            return way(out=super().forward(x)) if way is dict else way(super().forward(x))
+
+    leaf = Wrapped()
+    adapt_calls(leaf)
+    assert leaf(torch.ones(1, 2), lambda out: (1, out))[1].requires_grad
+    with pytest.raises(LeafShardError, match="leaf Wrapped returns a dict without a tensor that requires a gradient"):
+        leaf(torch.ones(1, 2))
+    with pytest.raises(LeafShardError, match="leaf Wrapped returns a Tensor without"):
+        leaf(torch.ones(1, 2), torch.Tensor.detach)
+    with torch.no_grad():
+        leaf(torch.ones(1, 2))
