@@ -8,6 +8,7 @@ from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.rehearse import check, rehearse
 from ds_z3leaf._rehearse.stage import Rehearsal
 from ds_z3leaf._select import Selection, select_modules
+from ds_z3leaf._watch.watcher import watch
 from ds_z3leaf.errors import (
     LeafError,
     LeafHangError,
@@ -59,6 +60,7 @@ __all__ = [
     "set_z3_leaf_modules_by_name",
     "set_z3_leaf_modules_by_suffix",
     "unset_z3_leaf_modules",
+    "watch",
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]
