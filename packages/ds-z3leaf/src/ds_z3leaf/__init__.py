@@ -3,8 +3,11 @@
 from ds_z3leaf import leaf
 from ds_z3leaf.__about__ import __version__
 from ds_z3leaf._candidates import find_leaf_candidates
+from ds_z3leaf._choose import plan_leaves
+from ds_z3leaf._fine_grained import find_fine_grained
 from ds_z3leaf._fsdp import fully_shard_leaves
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
+from ds_z3leaf._report import LeafReport, LeafRow, leaf_report
 from ds_z3leaf._select import Selection, select_modules
 from ds_z3leaf.errors import LeafError, LeafNotFoundError, LeafShardError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
@@ -18,6 +21,7 @@ from ds_z3leaf.leaf import (
     unset_z3_leaf_modules,
     z3_leaf_module,
     z3_leaf_parameter,
+    z3_leaves,
 )
 
 __all__ = [
@@ -25,17 +29,22 @@ __all__ = [
     "LeafError",
     "LeafNotFoundError",
     "LeafPlan",
+    "LeafReport",
+    "LeafRow",
     "LeafShardError",
     "LeafTypeError",
     "LeafValueError",
     "Selection",
     "__version__",
     "apply_zero_leaf_module_config",
+    "find_fine_grained",
     "find_leaf_candidates",
     "fully_shard_leaves",
     "get_z3_leaf_modules",
     "leaf",
+    "leaf_report",
     "mark_leaves",
+    "plan_leaves",
     "select_modules",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
@@ -44,6 +53,7 @@ __all__ = [
     "unset_z3_leaf_modules",
     "z3_leaf_module",
     "z3_leaf_parameter",
+    "z3_leaves",
 ]
 
 
