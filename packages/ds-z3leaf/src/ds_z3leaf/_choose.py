@@ -86,7 +86,7 @@ def choose(
             missing.append(text)
         _add(modules, reasons, found.leaves)
     if len([part for part in (select, given or None, fine_grained) if part is not None]) > 1:
-        modules = {name: modules[name] for name, _, _ in walk(model) if name in modules}
+        modules = {name: modules[name] for name in walk(model).names if name in modules}
     return Choice(modules, reasons, tuple(missing))
 
 

@@ -66,11 +66,11 @@ def find_fine_grained(
 def search_fine_grained(model: nn.Module, per_module: object, max_elements: object = 1_000_000_000) -> FineGrained:
     """`find_fine_grained`, and what comes nearest."""
     limit, most = _positive("max_elements_per_module", per_module), _positive("max_elements", max_elements)
-    entries = walk(model)
+    tree = walk(model)
     totals: dict[int, tuple[int, int]] = {}  # by id: modules with parameters, elements
     granularity: dict[int, int] = {}
     # Children come after their parents in a walk: backwards, they are done before.
-    for _, _, module in reversed(entries):
+    for module in reversed(tree.modules):
         if id(module) in totals:
             continue
         children = {id(child): child for child in module._modules.values() if child is not None}
@@ -88,7 +88,7 @@ def search_fine_grained(model: nn.Module, per_module: object, max_elements: obje
         totals[id(module)] = (count, elements)
     leaves: list[LeafCandidate] = []
     inside: set[int] = set()
-    for name, _, module in entries:
+    for name, module in tree:
         if id(module) in inside or granularity.get(id(module), limit + 1) > limit:
             continue
         count, elements = totals[id(module)]
@@ -96,7 +96,7 @@ def search_fine_grained(model: nn.Module, per_module: object, max_elements: obje
         leaves.append(LeafCandidate.of(name, module, reason))
         inside.update(id(part) for part in module.modules())
     smallest = min(granularity.values(), default=None)
-    name = next((name for name, _, module in entries if granularity.get(id(module)) == smallest), "")
+    name = next((name for name, module in tree if granularity.get(id(module)) == smallest), "")
     return FineGrained(leaves, smallest, name)
 
 

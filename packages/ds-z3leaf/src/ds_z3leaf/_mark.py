@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -100,19 +101,22 @@ def _called_parent(model: nn.Module, name: str) -> str:
 def _claim(leaf: nn.Module) -> list[nn.Module]:
     """Make a leaf the owner of all its parameters; return the flagged modules inside."""
     home = flag_home(leaf)
-    flagged = []
-    stack, seen = [leaf], {id(leaf)}
+    flagged, stack = [], [leaf]
+    plain: dict[type, bool] = {}  # by type: only the module's own attribute can say that it is a leaf
     while stack:
         module = stack.pop()
         for param in module._parameters.values():
             if param is not None:
                 setattr(param, OWNER, leaf)
         for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                stack.append(child)
-                if is_leaf(child) and flag_home(child) is not home:
-                    flagged.append(child)
+            if child is None:
+                continue
+            stack.append(child)
+            kind: Any = type(child)
+            if kind not in plain:
+                plain[kind] = kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, FLAG)
+            if (not plain[kind] or FLAG in child.__dict__) and is_leaf(child) and flag_home(child) is not home:
+                flagged.append(child)
     return flagged
 
 

@@ -178,9 +178,8 @@ class LeafPlan:
         except ValueError as error:
             raise LeafValueError(f"{where} is no leaf plan: it is not JSON ({error})") from None
         rows = _rows_of(data, where)
-        entries = walk(model)
-        # The wrapper itself has the short name.
-        by_name = {short: (name, module) for name, short, module in reversed(entries) if not is_wrapped(name)}
+        # Where a module is wrapped, the wrapper has the short name.
+        by_name = {short_name(name): (name, module) for name, module in walk(model) if not is_wrapped(name)}
         missing = [row["name"] for row in rows if row["name"] not in by_name]
         if missing:
             index = NameIndex([name for name in by_name if name])

@@ -99,7 +99,7 @@ def leaf_report(model: nn.Module) -> LeafReport:
     check_model(model)
     leaves = {id(leaf) for leaf in outermost_leaves(model)}
     rows = []
-    for name, _, module in walk(model):
+    for name, module in walk(model):
         if id(module) in leaves:
             leaves.remove(id(module))
             rows.append(_row(name, module))

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_z3leaf._matchers import Matcher, matchers_of
 from ds_z3leaf._suggest import explain_missing
-from ds_z3leaf._walk import Entry, check_model, is_wrapped, walk
+from ds_z3leaf._walk import Tree, check_model, is_wrapped, short_name, walk
 from ds_z3leaf.errors import LeafNotFoundError, LeafValueError
 
 __all__ = ["Predicate", "Selection", "check_model", "select_modules"]
@@ -87,12 +87,12 @@ def select_modules(
     matchers = matchers_of(classes, names, suffixes, globs, regexes, where, modules)
     if not matchers:
         raise LeafValueError("no selector is given: pass classes, names, suffixes, globs, regexes, where or modules")
-    entries = walk(model)
-    found, hit = _match(entries, matchers)
-    _refuse_all(entries, matchers)
+    tree = walk(model)
+    found, hit = _match(tree, matchers)
+    _refuse_all(tree, matchers)
     missing = [matcher for index, matcher in enumerate(matchers) if index not in hit]
     if missing and raise_if_not_found:
-        raise LeafNotFoundError(explain_missing(model, entries, missing, len(matchers)))
+        raise LeafNotFoundError(explain_missing(tree, missing, len(matchers)))
     return Selection(
         {name: module for name, module, _ in found.values()},
         tuple(matcher.text for matcher in missing),
@@ -101,65 +101,73 @@ def select_modules(
     )
 
 
-def _match(entries: list[Entry], matchers: list[Matcher]) -> tuple[dict[int, tuple[str, nn.Module, int]], set[int]]:
+def _match(tree: Tree, matchers: list[Matcher]) -> tuple[dict[int, tuple[str, nn.Module, int]], set[int]]:
     """The modules found, by id, each with its name and its first matcher; and which matchers matched.
 
-    Names, suffixes and modules are looked up rather than tried in turn, classes are tried once for each type: the time
-    hardly depends on how many there are.
+    Classes are tried once for each type, names and suffixes where the last part is theirs, modules looked up by id: the
+    time hardly depends on how many there are, and few names are put together.
     """
-    of_kind: dict[str, list[int]] = {}
-    by_name: dict[str, list[int]] = {}
-    by_tail: dict[str, list[tuple[str, int]]] = {}  # by their last part: suffixes with a dot in front
-    by_id: dict[int, list[int]] = {}
+    hits: dict[int, list[int]] = {}  # by index of the module: matchers
+    by_kind: dict[str, list[int]] = {}
     for index, matcher in enumerate(matchers):
-        if matcher.kind == "name":
-            by_name.setdefault(str(matcher.value), []).append(index)
-        elif matcher.kind == "suffix":
-            suffix = "." + str(matcher.value).lstrip(".")
-            by_tail.setdefault(suffix.rpartition(".")[2], []).append((suffix, index))
-        elif matcher.kind == "module":
-            by_id.setdefault(id(matcher.value), []).append(index)
-        else:
-            of_kind.setdefault("class" if matcher.kind == "class" else "called", []).append(index)
-    class_matchers = of_kind.get("class", [])
-    called = [(index, matchers[index].matches) for index in of_kind.get("called", [])]
-    of_type: dict[type, list[int]] = {}
-    found: dict[int, tuple[str, nn.Module, int]] = {}
-    hit: set[int] = set()
-    for name, short, module in entries:
-        hits: list[int] = []
-        if class_matchers:
+        by_kind.setdefault(matcher.kind, []).append(index)
+    if classes := by_kind.get("class"):
+        of_type: dict[type, list[int]] = {}
+        for at, module in enumerate(tree.modules):
             kind = type(module)
-            indices = of_type.get(kind)
-            if indices is None:
-                indices = of_type[kind] = [i for i in class_matchers if matchers[i].matches("", module)]
-            if indices:
-                hits += indices
-        if by_id and id(module) in by_id:
-            hits += by_id[id(module)]
-        for spelling in (name,) if short == name or is_wrapped(name) else (name, short):
-            if by_name and spelling in by_name:
-                hits += by_name[spelling]
-            if by_tail:
-                for suffix, index in by_tail.get(spelling[spelling.rfind(".") + 1 :], ()):
-                    if f".{spelling}".endswith(suffix):
-                        hits.append(index)
-            for index, matches in called:
-                if matches(spelling, module):
-                    hits.append(index)
-        if hits:
-            hit.update(hits)
-            found.setdefault(id(module), (name, module, min(hits)))
-    return found, hit
+            if kind not in of_type:
+                of_type[kind] = [index for index in classes if matchers[index].matches("", module)]
+            if of_type[kind]:
+                hits.setdefault(at, []).extend(of_type[kind])
+    if given := by_kind.get("module"):
+        by_id = {id(matchers[index].value): index for index in given}
+        for at, module in enumerate(tree.modules):
+            if id(module) in by_id:
+                hits.setdefault(at, []).append(by_id[id(module)])
+    if ends := by_kind.get("name", []) + by_kind.get("suffix", []):
+        by_tail: dict[str, list[int]] = {}
+        for index in ends:
+            by_tail.setdefault(str(matchers[index].value).rpartition(".")[2], []).append(index)
+        exact = {str(matchers[index].value): index for index in by_kind.get("name", [])}
+        suffixes = set(by_kind.get("suffix", []))
+        for at, part in enumerate(tree.parts):
+            if part in by_tail:
+                for name in _spellings(tree, at):
+                    found_here = [exact[name]] if name in exact else []
+                    found_here += [
+                        i for i in by_tail[part] if i in suffixes and matchers[i].matches(name, tree.modules[at])
+                    ]
+                    if found_here:
+                        hits.setdefault(at, []).extend(found_here)
+    if called := [i for kind in ("glob", "regex", "where") for i in by_kind.get(kind, [])]:
+        names = tree.names
+        for at, module in enumerate(tree.modules):
+            for name in _spellings(tree, at) if tree.wrapped else (names[at],):
+                found_here = [index for index in called if matchers[index].matches(name, module)]
+                if found_here:
+                    hits.setdefault(at, []).extend(found_here)
+    found: dict[int, tuple[str, nn.Module, int]] = {}
+    for at in sorted(hits):
+        found.setdefault(id(tree.modules[at]), (tree.name(at), tree.modules[at], min(hits[at])))
+    return found, {index for indices in hits.values() for index in indices}
 
 
-def _refuse_all(entries: list[Entry], matchers: list[Matcher]) -> None:
+def _spellings(tree: Tree, at: int) -> tuple[str, ...]:
+    """A name as it is, and without the wrappers' words unless it ends in one (then the wrapper has the short name)."""
+    name = tree.name(at)
+    if not tree.wrapped or is_wrapped(name):
+        return (name,)
+    short = short_name(name)
+    return (name,) if short == name else (name, short)
+
+
+def _refuse_all(tree: Tree, matchers: list[Matcher]) -> None:
     """Raise if a regular expression matches the name of every module, at every depth."""
-    named = entries[1:]
-    deep = any("." in name for name, _, _ in named)
     for matcher in matchers:
-        if matcher.kind != "regex" or not all(matcher.matches(name, module) for name, _, module in named):
+        if matcher.kind != "regex" or not all(matcher.matches(name, module) for name, module in tree if name):
             continue
-        if deep or all(matcher.matches(name, entries[0][2]) for name in _ANY_NAME):
+        if any(parent > 0 for parent in tree.parents) or all(
+            matcher.matches(name, tree.modules[0]) for name in _ANY_NAME
+        ):
             shown = getattr(matcher.value, "pattern", matcher.value)
             raise LeafValueError(f"regexes holds {shown!r}, which every name matches: name a part, as .*mlp")
