@@ -14,8 +14,8 @@ from ds_z3leaf._candidates import find_leaf_candidates
 from ds_z3leaf._fine_grained import search_fine_grained
 from ds_z3leaf._mark import check_containers
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
-from ds_z3leaf._select import Predicate, select_modules
-from ds_z3leaf._walk import check_model, walk
+from ds_z3leaf._select import Predicate, select_in
+from ds_z3leaf._walk import Tree, check_model, walk
 from ds_z3leaf.errors import LeafNotFoundError, LeafTypeError, LeafValueError
 
 logger = logging.getLogger("ds.z3leaf")
@@ -30,11 +30,13 @@ class Choice:
         modules: by name, in the order of ``named_modules()``.
         reasons: by the same names.
         missing: the selectors that matched nothing, in words.
+        tree: the modules of the model.
     """
 
     modules: dict[str, nn.Module]
     reasons: dict[str, str]
     missing: tuple[str, ...]
+    tree: Tree
 
 
 def choose(
@@ -62,13 +64,14 @@ def choose(
     modules: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     missing: list[str] = []
+    tree = walk(model)
     if select == "auto":
         candidates = find_leaf_candidates(model)
         if not candidates:
             logger.info("%s has no mixture-of-experts block: nothing to flag", type(model).__name__)
         _add(modules, reasons, candidates)
     if given:
-        selection = select_modules(model, raise_if_not_found=raise_if_not_found, **selectors)
+        selection = select_in(tree, raise_if_not_found, **selectors)
         known = {id(module) for module in modules.values()}
         fresh = {name: module for name, module in selection.modules.items() if id(module) not in known}
         modules |= fresh
@@ -86,8 +89,8 @@ def choose(
             missing.append(text)
         _add(modules, reasons, found.leaves)
     if len([part for part in (select, given or None, fine_grained) if part is not None]) > 1:
-        modules = {name: modules[name] for name in walk(model).names if name in modules}
-    return Choice(modules, reasons, tuple(missing))
+        modules = {name: modules[name] for name in tree.names if name in modules}
+    return Choice(modules, reasons, tuple(missing), tree)
 
 
 def _add(modules: dict[str, nn.Module], reasons: dict[str, str], candidates: Iterable[LeafCandidate]) -> None:

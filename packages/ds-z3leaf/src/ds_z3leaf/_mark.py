@@ -8,47 +8,65 @@ from typing import Any
 
 from torch import nn
 
-from ds_z3leaf._flags import FLAG, OWNER, REASON, drop_flag, flag_home, is_leaf, never_called, outermost_leaves
+from ds_z3leaf._flags import FLAG, OWNER, REASON, drop_flag, flag_home, is_leaf, never_called
+from ds_z3leaf._walk import Tree
 from ds_z3leaf.errors import LeafValueError
 
 logger = logging.getLogger("ds.z3leaf")
 _SHOWN = 4  # containers in an error
 
 
-def mark(
-    model: nn.Module, chosen: Mapping[str, nn.Module], reasons: Mapping[str, str], *, containers: str = "raise"
-) -> list[nn.Module]:
+def mark(tree: Tree, chosen: Mapping[str, nn.Module], reasons: Mapping[str, str], *, containers: str = "raise") -> None:
     """Flag modules of a model. Leaves inside leaves are none: only the outermost one is flagged, and a warning says so.
 
+    A module that is a part of a leaf and has another place outside of it stays a leaf.
+
     Args:
-        chosen: the modules by name.
+        tree: the model's modules.
+        chosen: the modules to flag, by name.
         reasons: why, by the same names.
         containers: ``raise``, or ``warn`` and flag them nevertheless as DeepSpeed does, where a container is chosen
             that is never called.
 
-    Returns:
-        Those of the chosen that are leaves now.
-
     Raises:
         LeafValueError: a container is never called; nothing is changed.
     """
-    check_containers(model, chosen, containers)
+    check_containers(tree.modules[0], chosen, containers)
     names = {id(module): name for name, module in chosen.items()}
-    outermost = outermost_leaves(model, frozenset(names))
-    marked = [leaf for leaf in outermost if id(leaf) in names]
-    for leaf in marked:
-        setattr(leaf, FLAG, True)
-        if names[id(leaf)] in reasons:
-            setattr(leaf, REASON, reasons[names[id(leaf)]])
-    inner = {id(part): (part, leaf) for leaf in marked for part in _claim(leaf)}
-    kept = {id(leaf) for leaf in marked}
-    unflagged = [part for part, _ in inner.values() if id(part) not in kept]
-    for part in unflagged:
-        drop_flag(part)
-    passed = [module for key, module in names.items() if key not in kept]
-    if passed or unflagged:
-        _say_nested(model, [chosen[name] for name in passed], unflagged, outermost)
-    return marked
+    special = {kind for kind in set(map(type, tree.modules)) if not _is_plain(kind)}
+    marked: set[int] = set()
+    inner: dict[int, tuple[int, int]] = {}  # by id: the index of a leaf inside a leaf, and that of the leaf around
+    at, count = 0, len(tree.modules)
+    while at < count:
+        module = tree.modules[at]
+        if id(module) in names:
+            setattr(module, FLAG, True)
+            if names[id(module)] in reasons:
+                setattr(module, REASON, reasons[names[id(module)]])
+            marked.add(id(module))
+            end = _claim(tree, at, special, names, inner)
+        elif is_leaf(module):
+            end = next((i for i in range(at + 1, count) if tree.parents[i] < at), count)
+            inner.update((id(tree.modules[i]), (i, at)) for i in range(at + 1, end) if id(tree.modules[i]) in names)
+        else:
+            end = at + 1
+        at = end
+    nested = {key: places for key, places in inner.items() if key not in marked}
+    for index, around in nested.values():
+        part = tree.modules[index]
+        if id(tree.modules[around]) in marked and is_leaf(part):
+            drop_flag(part)
+    if nested:
+        index, around = next(iter(nested.values()))
+        logger.warning(
+            "%d %s of other leaves and not flagged by %s: %r (%s) is in %r, which is gathered whole",
+            len(nested),
+            "module is a part" if len(nested) == 1 else "modules are parts",
+            "itself" if len(nested) == 1 else "themselves",
+            tree.name(index),
+            type(tree.modules[index]).__name__,
+            tree.name(around),
+        )
 
 
 def check_containers(model: nn.Module, chosen: Mapping[str, nn.Module], containers: str = "raise") -> None:
@@ -98,42 +116,24 @@ def _called_parent(model: nn.Module, name: str) -> str:
     return name
 
 
-def _claim(leaf: nn.Module) -> list[nn.Module]:
-    """Make a leaf the owner of all its parameters; return the flagged modules inside."""
+def _claim(tree: Tree, at: int, special: set[type], names: Mapping[int, str], inner: dict[int, tuple[int, int]]) -> int:
+    """Make a leaf the owner of all its parameters, note leaves inside, and return the index behind its last module."""
+    modules, parents = tree.modules, tree.parents
+    leaf = modules[at]
     home = flag_home(leaf)
-    flagged, stack = [], [leaf]
-    plain: dict[type, bool] = {}  # by type: only the module's own attribute can say that it is a leaf
-    while stack:
-        module = stack.pop()
+    for index in range(at, len(modules)):
+        if parents[index] < at < index:
+            return index
+        module = modules[index]
         for param in module._parameters.values():
             if param is not None:
                 setattr(param, OWNER, leaf)
-        for child in module._modules.values():
-            if child is None:
-                continue
-            stack.append(child)
-            kind: Any = type(child)
-            if kind not in plain:
-                plain[kind] = kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, FLAG)
-            if (not plain[kind] or FLAG in child.__dict__) and is_leaf(child) and flag_home(child) is not home:
-                flagged.append(child)
-    return flagged
+        if id(module) in names or FLAG in module.__dict__ or (special and type(module) in special and is_leaf(module)):
+            if module is not leaf and flag_home(module) is not home:
+                inner[id(module)] = (index, at)
+    return len(modules)
 
 
-def _say_nested(
-    model: nn.Module, passed: list[nn.Module], unflagged: list[nn.Module], outermost: list[nn.Module]
-) -> None:
-    """One warning for all the leaves inside leaves."""
-    example = (passed or unflagged)[0]
-    around = next(leaf for leaf in outermost if any(part is example for part in leaf.modules()))
-    names = {id(module): name for name, module in model.named_modules()}
-    count = len({id(module) for module in (*passed, *unflagged)})
-    logger.warning(
-        "%d %s of other leaves and not flagged by %s: %r (%s) is in %r, which is gathered whole",
-        count,
-        "module is a part" if count == 1 else "modules are parts",
-        "itself" if count == 1 else "themselves",
-        names.get(id(example), "?"),
-        type(example).__name__,
-        names.get(id(around), "?"),
-    )
+def _is_plain(kind: Any) -> bool:
+    """Whether only a module's own attribute can say that it is a leaf: neither its class, nor a module that it wraps."""
+    return kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, FLAG)

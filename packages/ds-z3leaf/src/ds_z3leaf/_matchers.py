@@ -32,7 +32,13 @@ class Matcher:
 
 
 def matchers_of(
-    classes: object, names: object, suffixes: object, globs: object, regexes: object, where: object, modules: object
+    classes: object = (),
+    names: object = (),
+    suffixes: object = (),
+    globs: object = (),
+    regexes: object = (),
+    where: object = None,
+    modules: object = (),
 ) -> list[Matcher]:
     """The matchers of `select_modules`' arguments, duplicates dropped.
 

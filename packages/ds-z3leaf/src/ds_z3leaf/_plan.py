@@ -82,11 +82,9 @@ class LeafPlan:
         Raises:
             LeafValueError: a leaf is a container that is never called; nothing is changed.
         """
-        return mark(
-            self.model,
-            {leaf.name: leaf.module for leaf in self.leaves},
-            {leaf.name: leaf.reason for leaf in self.leaves},
-        )
+        chosen = {leaf.name: leaf.module for leaf in self.leaves}
+        mark(walk(self.model), chosen, {leaf.name: leaf.reason for leaf in self.leaves})
+        return self.modules
 
     def apply_fsdp2(
         self,

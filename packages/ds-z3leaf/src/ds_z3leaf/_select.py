@@ -21,6 +21,7 @@ __all__ = ["Predicate", "Selection", "check_model", "select_modules"]
 
 Predicate = Callable[[str, nn.Module], bool]
 # No model has a module of these names: a pattern that matches them matches anything.
+_WILD = frozenset("*?[")
 _ANY_NAME = ("zq", "zq.0.wj", "0.1.2")
 
 
@@ -84,10 +85,24 @@ def select_modules(
     ds_z3leaf.errors.LeafNotFoundError: 1 of 1 selectors matches nothing in ModuleDict: class 'Linaer' (near: 'Linear')
     """
     check_model(model)
-    matchers = matchers_of(classes, names, suffixes, globs, regexes, where, modules)
+    return select_in(
+        walk(model),
+        raise_if_not_found,
+        classes=classes,
+        names=names,
+        suffixes=suffixes,
+        globs=globs,
+        regexes=regexes,
+        where=where,
+        modules=modules,
+    )
+
+
+def select_in(tree: Tree, raise_if_not_found: bool, **selectors: object) -> Selection:
+    """`select_modules` in the modules of a model."""
+    matchers = matchers_of(**selectors)
     if not matchers:
         raise LeafValueError("no selector is given: pass classes, names, suffixes, globs, regexes, where or modules")
-    tree = walk(model)
     found, hit = _match(tree, matchers)
     _refuse_all(tree, matchers)
     missing = [matcher for index, matcher in enumerate(matchers) if index not in hit]
@@ -104,8 +119,8 @@ def select_modules(
 def _match(tree: Tree, matchers: list[Matcher]) -> tuple[dict[int, tuple[str, nn.Module, int]], set[int]]:
     """The modules found, by id, each with its name and its first matcher; and which matchers matched.
 
-    Classes are tried once for each type, names and suffixes where the last part is theirs, modules looked up by id: the
-    time hardly depends on how many there are, and few names are put together.
+    Classes are tried once for each type, names, suffixes and globs where the last part is theirs, modules looked up by
+    id: the time hardly depends on how many there are, and few names are put together.
     """
     hits: dict[int, list[int]] = {}  # by index of the module: matchers
     by_kind: dict[str, list[int]] = {}
@@ -124,28 +139,30 @@ def _match(tree: Tree, matchers: list[Matcher]) -> tuple[dict[int, tuple[str, nn
         for at, module in enumerate(tree.modules):
             if id(module) in by_id:
                 hits.setdefault(at, []).append(by_id[id(module)])
-    if ends := by_kind.get("name", []) + by_kind.get("suffix", []):
-        by_tail: dict[str, list[int]] = {}
-        for index in ends:
-            by_tail.setdefault(str(matchers[index].value).rpartition(".")[2], []).append(index)
-        exact = {str(matchers[index].value): index for index in by_kind.get("name", [])}
-        suffixes = set(by_kind.get("suffix", []))
+    exact = {str(matchers[index].value): index for index in by_kind.get("name", [])}
+    by_tail: dict[str, list[int]] = {name.rpartition(".")[2]: [] for name in exact}
+    called = [*by_kind.get("regex", []), *by_kind.get("where", [])]
+    for index in (*by_kind.get("suffix", []), *by_kind.get("glob", [])):
+        tail = str(matchers[index].value).rpartition(".")[2]
+        if matchers[index].kind == "glob" and not _WILD.isdisjoint(tail):
+            called.append(index)
+        else:
+            by_tail.setdefault(tail, []).append(index)
+    if by_tail:
         for at, part in enumerate(tree.parts):
             if part in by_tail:
                 for name in _spellings(tree, at):
-                    found_here = [exact[name]] if name in exact else []
-                    found_here += [
-                        i for i in by_tail[part] if i in suffixes and matchers[i].matches(name, tree.modules[at])
-                    ]
-                    if found_here:
-                        hits.setdefault(at, []).extend(found_here)
-    if called := [i for kind in ("glob", "regex", "where") for i in by_kind.get(kind, [])]:
+                    here = [exact[name]] if name in exact else []
+                    here += [index for index in by_tail[part] if matchers[index].matches(name, tree.modules[at])]
+                    if here:
+                        hits.setdefault(at, []).extend(here)
+    if called:
         names = tree.names
         for at, module in enumerate(tree.modules):
             for name in _spellings(tree, at) if tree.wrapped else (names[at],):
-                found_here = [index for index in called if matchers[index].matches(name, module)]
-                if found_here:
-                    hits.setdefault(at, []).extend(found_here)
+                here = [index for index in called if matchers[index].matches(name, module)]
+                if here:
+                    hits.setdefault(at, []).extend(here)
     found: dict[int, tuple[str, nn.Module, int]] = {}
     for at in sorted(hits):
         found.setdefault(id(tree.modules[at]), (tree.name(at), tree.modules[at], min(hits[at])))

@@ -20,8 +20,8 @@ from ds_z3leaf._config import read_config
 from ds_z3leaf._flags import FLAG, OWNER, REASON, is_leaf, set_flag
 from ds_z3leaf._mark import check_containers, mark
 from ds_z3leaf._matchers import split_classes
-from ds_z3leaf._select import Predicate, Selection, select_modules
-from ds_z3leaf._walk import check_model
+from ds_z3leaf._select import Predicate, select_in
+from ds_z3leaf._walk import check_model, walk
 from ds_z3leaf.errors import LeafTypeError
 
 logger = logging.getLogger("ds.z3leaf")
@@ -88,10 +88,7 @@ def set_z3_leaf_modules_by_name(
     Raises:
         LeafNotFoundError, LeafTypeError, LeafValueError: see `select_modules`.
     """
-    if not _given(module_names):
-        return [], []
-    selection = select_modules(model, names=module_names, raise_if_not_found=raise_if_not_found)
-    return _finish(model, selection, flag, not raise_if_not_found), [str(value) for value in selection.missing_values]
+    return _set_by_text(model, "names", module_names, flag, raise_if_not_found)
 
 
 def set_z3_leaf_modules_by_suffix(
@@ -104,10 +101,7 @@ def set_z3_leaf_modules_by_suffix(
 
     Args, returns and raises as `set_z3_leaf_modules_by_name`.
     """
-    if not _given(module_name_suffixes):
-        return [], []
-    selection = select_modules(model, suffixes=module_name_suffixes, raise_if_not_found=raise_if_not_found)
-    return _finish(model, selection, flag, not raise_if_not_found), [str(value) for value in selection.missing_values]
+    return _set_by_text(model, "suffixes", module_name_suffixes, flag, raise_if_not_found)
 
 
 def set_z3_leaf_modules(
@@ -190,7 +184,7 @@ def mark_leaves(
     }
     choice = choose(model, select, fine_grained, raise_if_not_found, selectors)
     if flag:
-        mark(model, choice.modules, choice.reasons)
+        mark(choice.tree, choice.modules, choice.reasons)
     else:
         _unmark(choice.modules.values())
     _say_missing(model, choice.missing)
@@ -271,14 +265,9 @@ def apply_zero_leaf_module_config(model: nn.Module, leaf_cfg: object) -> list[nn
     config = read_config(leaf_cfg)
     if not (config.classes or config.names or config.name_suffixes):
         return []
-    selection = select_modules(
-        model,
-        classes=config.classes,
-        names=config.names,
-        suffixes=config.name_suffixes,
-        raise_if_not_found=False,
-    )
-    return _finish(model, selection, True, True, quiet=config.default_classes)
+    selectors = {"classes": config.classes, "names": config.names, "suffixes": config.name_suffixes}
+    found, _ = _set(model, selectors, True, raise_if_not_found=False, quiet=config.default_classes)
+    return found
 
 
 def _set_by_class(model: nn.Module, entries: object, flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
@@ -286,34 +275,45 @@ def _set_by_class(model: nn.Module, entries: object, flag: bool, raise_if_not_fo
     classes, modules = split_classes(entries)
     if not classes and not modules and not raise_if_not_found:
         return []
-    selection = select_modules(
-        model,
-        classes=classes,  # type: ignore[arg-type]  # checked there
-        modules=modules,
-        raise_if_not_found=raise_if_not_found,
-    )
-    return _finish(model, selection, flag, not raise_if_not_found)
+    found, _ = _set(model, {"classes": classes, "modules": modules}, flag, raise_if_not_found)
+    return found
 
 
-def _given(entries: object) -> bool:
-    """Whether there is anything in a list; what is no list is for `select_modules` to refuse."""
+def _set_by_text(
+    model: nn.Module, argument: str, entries: object, flag: bool, raise_if_not_found: bool
+) -> tuple[list[nn.Module], list[str]]:
     if entries is None:
         raise LeafTypeError("module names are None: pass a list of strings")
-    return not (isinstance(entries, (list, tuple, set, frozenset)) and not entries)
+    check_model(model)
+    if isinstance(entries, (list, tuple, set, frozenset)) and not entries:
+        return [], []
+    found, missing = _set(model, {argument: entries}, flag, raise_if_not_found)
+    return found, [str(value) for value in missing]
 
 
-def _finish(
-    model: nn.Module, selection: Selection, flag: bool, lenient: bool, quiet: frozenset[str] = frozenset()
-) -> list[nn.Module]:
-    """Flag what was found; say what was not, except for the values that may be missing."""
+def _set(
+    model: nn.Module,
+    selectors: dict[str, Any],
+    flag: bool,
+    raise_if_not_found: bool,
+    quiet: frozenset[str] = frozenset(),
+) -> tuple[list[nn.Module], tuple[object, ...]]:
+    """Flag what selectors find; say what they do not, except for the values that may be missing.
+
+    Returns:
+        The modules found, and the values that found nothing.
+    """
+    tree = walk(model)
+    selection = select_in(tree, raise_if_not_found, **selectors)
     if flag:
         reasons = {name: f"selected by {text}" for name, text in selection.reasons.items()}
-        mark(model, selection.modules, reasons, containers="warn" if lenient else "raise")
+        # DeepSpeed's callers who want no exception get none for a container either.
+        mark(tree, selection.modules, reasons, containers="raise" if raise_if_not_found else "warn")
     else:
         _unmark(selection.modules.values())
     values = zip(selection.missing, selection.missing_values, strict=True)
     _say_missing(model, [text for text, value in values if value not in quiet])
-    return list(selection.modules.values())
+    return list(selection.modules.values()), selection.missing_values
 
 
 def _unmark(modules: Iterable[nn.Module]) -> None:
