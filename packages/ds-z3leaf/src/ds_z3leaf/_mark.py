@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_z3leaf._flags import FLAG, OWNER, REASON, drop_flag, flag_home, is_leaf, never_called
+from ds_z3leaf._flags import FLAG, REASON, drop_flag, flag_home, is_leaf, never_called
 from ds_z3leaf._walk import Tree
 from ds_z3leaf.errors import LeafValueError
 
@@ -44,9 +44,10 @@ def mark(tree: Tree, chosen: Mapping[str, nn.Module], reasons: Mapping[str, str]
             if names[id(module)] in reasons:
                 setattr(module, REASON, reasons[names[id(module)]])
             marked.add(id(module))
-            end = _claim(tree, at, special, names, inner)
+            end = tree.ends.get(at, at + 1)
+            inner.update((id(tree.modules[index]), (index, at)) for index in _claim(tree, at, end, special, names))
         elif is_leaf(module):
-            end = next((i for i in range(at + 1, count) if tree.parents[i] < at), count)
+            end = tree.ends.get(at, at + 1)
             inner.update((id(tree.modules[i]), (i, at)) for i in range(at + 1, end) if id(tree.modules[i]) in names)
         else:
             end = at + 1
@@ -116,22 +117,19 @@ def _called_parent(model: nn.Module, name: str) -> str:
     return name
 
 
-def _claim(tree: Tree, at: int, special: set[type], names: Mapping[int, str], inner: dict[int, tuple[int, int]]) -> int:
-    """Make a leaf the owner of all its parameters, note leaves inside, and return the index behind its last module."""
-    modules, parents = tree.modules, tree.parents
-    leaf = modules[at]
-    home = flag_home(leaf)
-    for index in range(at, len(modules)):
-        if parents[index] < at < index:
-            return index
-        module = modules[index]
-        for param in module._parameters.values():
+def _claim(tree: Tree, at: int, end: int, special: set[type], names: Mapping[int, str]) -> list[int]:
+    """Make a leaf the owner of all its parameters; return the indices of the leaves inside."""
+    leaf = tree.modules[at]
+    inside = []
+    for index, module in enumerate(tree.modules[at:end], at):
+        own = module.__dict__
+        for param in own["_parameters"].values():
             if param is not None:
-                setattr(param, OWNER, leaf)
-        if id(module) in names or FLAG in module.__dict__ or (special and type(module) in special and is_leaf(module)):
-            if module is not leaf and flag_home(module) is not home:
-                inner[id(module)] = (index, at)
-    return len(modules)
+                param.ds_z3_leaf_module = leaf
+        if FLAG in own or id(module) in names or (special and type(module) in special and is_leaf(module)):
+            inside.append(index)
+    home = flag_home(leaf)
+    return [index for index in inside if index > at and flag_home(tree.modules[index]) is not home]
 
 
 def _is_plain(kind: Any) -> bool:

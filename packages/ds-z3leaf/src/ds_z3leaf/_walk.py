@@ -33,11 +33,13 @@ class Tree:
         modules: the modules.
         parents: by index, the index of the module that holds this one; -1 for the model itself.
         parts: by index, the last part of the name.
+        ends: by index, for modules with children, the index behind the last module below.
     """
 
     modules: list[nn.Module]
     parents: list[int]
     parts: list[str]
+    ends: dict[int, int]
 
     def name(self, index: int) -> str:
         """The name of a module."""
@@ -71,7 +73,7 @@ def walk(model: nn.Module) -> Tree:
     Raises:
         LeafValueError: a module holds itself.
     """
-    modules, parents, parts = [model], [-1], [""]
+    modules, parents, parts, ends = [model], [-1], [""], {0: 1}
 
     def visit(module: nn.Module, index: int) -> None:
         for part, child in module._modules.items():
@@ -81,12 +83,13 @@ def walk(model: nn.Module) -> Tree:
                 parts.append(part)
                 if child._modules:
                     visit(child, len(modules) - 1)
+        ends[index] = len(modules)
 
     try:
         visit(model, 0)
     except RecursionError:
         raise LeafValueError(f"{type(model).__name__} holds a module that holds itself: name its parts once") from None
-    return Tree(modules, parents, parts)
+    return Tree(modules, parents, parts, ends)
 
 
 def is_wrapped(name: str) -> bool:
