@@ -9,7 +9,7 @@ from typing import Any
 
 import ds_z3leaf
 import pytest
-from ds_z3leaf import leaf
+from ds_z3leaf import leaf, plan_leaves
 from ds_z3leaf.errors import LeafNotFoundError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
     apply_zero_leaf_module_config,
@@ -22,6 +22,7 @@ from ds_z3leaf.leaf import (
     unset_z3_leaf_modules,
     z3_leaf_module,
     z3_leaf_parameter,
+    z3_leaves,
 )
 from torch import nn
 
@@ -188,13 +189,53 @@ def test_marking_by_every_kind_of_selector(net: nn.Module, kinds: Kinds) -> None
     assert state(net) == CLEAN
 
 
-def test_a_container_that_is_never_called_is_warned_about(net: nn.Module, caplog: Any) -> None:
-    set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: set_z3_leaf_modules_by_name(net, ["head", "layers.0.mlp.experts"]),
+        lambda net: set_z3_leaf_modules_by_suffix(net, ["0.mlp.experts"]),
+        lambda net: mark_leaves(net, globs="layers.0.mlp.experts", names="head"),
+        lambda net: mark_leaves(net, globs="layers.0.mlp.experts", names="head", raise_if_not_found=False),
+        lambda net: mark_leaves(net, modules=[net.head, net.layers[0].mlp.experts]),
+        lambda net: plan_leaves(net, names=["head", "layers.0.mlp.experts"]),
+        lambda net: z3_leaves(net, names=["head", "layers.0.mlp.experts"]).__enter__(),
+    ],
+)
+def test_a_container_that_is_never_called_is_refused_with_the_fix(net: nn.Module, call: Any) -> None:
+    before = state(net)
+    with pytest.raises(LeafValueError) as caught:
+        call(net)
+    assert str(caught.value) == (
+        "leaf 'layers.0.mlp.experts' is a ModuleList, which is never called itself, so that no engine can gather it: flag "
+        "what holds it, names='layers.0.mlp'"
+    )
+    assert state(net) == before
+
+
+def test_the_fix_for_several_containers_and_for_those_without_a_parent(net: nn.Module) -> None:
+    with pytest.raises(
+        LeafValueError, match=r"experts' \(and 11 more\).* names=\['layers.0.mlp', .*'layers.3.mlp', ...\]"
+    ):
+        mark_leaves(net, suffixes="mlp.experts")
+    with pytest.raises(LeafValueError, match=r"leaf 'layers' \(and 12 more\).* flag the Net itself, modules=model"):
+        mark_leaves(net, classes="ModuleList")
+    with pytest.raises(LeafValueError, match="leaf '' is a ModuleList.* flag the module that holds it"):
+        set_z3_leaf_module(net.layers, True)
+    assert state(net) == CLEAN
+    set_z3_leaf_module(net.layers, False)
+    mark_leaves(net, classes="ModuleList", flag=False)
+    assert state(net) == CLEAN
+
+
+def test_deepspeeds_names_only_warn_of_a_container_where_they_raise_nothing(net: nn.Module, caplog: Any) -> None:
+    found, _ = set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"], raise_if_not_found=False)
+    assert found == get_z3_leaf_modules(net) == [net.layers[0].mlp.experts]
     assert "leaf 'layers.0.mlp.experts' is a ModuleList, which is never called itself" in caplog.text
     caplog.clear()
     set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"], False)
-    set_z3_leaf_modules_by_suffix(net, ["mlp"])
-    assert caplog.text == ""
+    assert state(net) == CLEAN
+    apply_zero_leaf_module_config(net, {"names": ["layers.0.mlp.experts"]})
+    assert "never called itself" in caplog.text
 
 
 def test_a_marked_model_can_be_copied_and_pickled() -> None:
