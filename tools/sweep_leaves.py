@@ -1,0 +1,292 @@
+"""Look for leaf candidates in every model type of Hugging Face transformers, and write what is found as a table.
+
+Each type is built on meta from its default configuration with few layers and four experts; plain, with LoRA on all
+linear layers, and with LoRA on the parameters that hold several experts. Whether a type has mixtures is taken from
+its configuration and its class names, not from what is found.
+
+    python tools/sweep_leaves.py docs/leaf-sweep.md
+    python tools/sweep_leaves.py - mixtral llama
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from ds_z3leaf import find_leaf_candidates
+from torch import nn
+
+SECONDS = 60  # for one type
+LAYERS, EXPERTS = 4, 4
+_LAYER_KEYS = re.compile(
+    r"^(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_decoder_layers|num_encoder_layers"
+    r"|depth|layers)$"
+)
+_EXPERT_KEYS = re.compile(r"^(moe_|encoder_|decoder_)?(num|n)_(local_|routed_|text_)?experts$|^num_moe_experts$")
+_TOP_KEYS = re.compile(r"^(num_experts_per_(tok|token)|moe_top_?k|moe_k|num_selected_experts|top_k_experts)$")
+_GROUP_KEYS = re.compile(r"^(n_group|topk_group|num_expert_groups?)$")
+_SWITCHES = re.compile(r"^(is_moe|use_moe|enable_moe\w*)$")
+_DENSE_FIRST = re.compile(r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|first_k_dense_layers)$")
+_CLASSES = re.compile(r"Experts|(Mo[eE]|SparseMLP|Mo[eE]Block|Mo[eE]Layer|Mo[eE]MLP|MoA)$")
+
+
+@dataclass
+class Found:
+    """What the sweep found for one model type.
+
+    Attributes:
+        kind: the model type.
+        mixture: whether its configuration has several experts and a class of its modules says so.
+        blocks: class, first name and reason of the blocks, one for each class.
+        names: the blocks' names, for each way of building; None where that could not be built, with `errors`.
+        errors: why a way of building failed.
+    """
+
+    kind: str
+    mixture: bool = False
+    modules: int = 0
+    blocks: list[tuple[str, str, str]] = field(default_factory=list)
+    names: dict[str, list[str] | None] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def same(self, way: str) -> str:
+        """Whether a way of building gives the same names as the plain model: yes, NO, or - where there is none."""
+        if self.names.get(way) is None:
+            return "-"
+        return "yes" if self.names[way] == self.names["plain"] else "NO"
+
+
+def model_types() -> list[str]:
+    """All types that have a base model."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return sorted(MODEL_MAPPING_NAMES)
+
+
+def sweep_one(kind: str, ways: tuple[str, ...] = ("plain", "lora", "parameters")) -> Found:
+    """Build one type in each way and look for candidates; never raises."""
+    found = Found(kind)
+    for way in ways:
+        try:
+            with _time_out(SECONDS):
+                model = build(kind)
+                found.mixture = found.mixture or is_mixture(model)
+                found.modules = found.modules or sum(1 for _ in model.modules())
+                adapted = adapt(model, way)
+                if adapted is None:
+                    continue
+                candidates = find_leaf_candidates(adapted)
+        except Exception as error:  # one type of hundreds
+            found.names[way] = None
+            found.errors[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            if way == "plain":
+                break
+            continue
+        found.names[way] = [_plain(candidate.name) for candidate in candidates]
+        if way == "plain":
+            shown: dict[str, tuple[str, str, str]] = {}
+            for candidate in candidates:
+                name = type(candidate.module).__name__
+                shown.setdefault(name, (name, candidate.name, candidate.reason))
+            found.blocks = list(shown.values())
+    return found
+
+
+def build(kind: str) -> nn.Module:
+    """The base model of a type on meta: small if its configuration allows that, of its default size if not."""
+    from transformers import AutoModel
+
+    last: Exception | None = None
+    for configuration in _configurations(kind):
+        try:
+            with torch.device("meta"):
+                return AutoModel.from_config(configuration)
+        except Exception as error:
+            last = error
+    raise last or RuntimeError("no configuration can be made")
+
+
+def adapt(model: nn.Module, way: str) -> nn.Module | None:
+    """The model as it is, or with LoRA; None where nothing can be adapted in that way."""
+    if way == "plain":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    if way == "lora":
+        return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    targets = sorted(
+        {
+            name
+            for name, param in model.named_parameters()
+            if param.dim() == 3 and param.shape[0] > 1 and re.search("expert", name)
+        }
+    )
+    return get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets)) if targets else None
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether the configuration has several experts and a module's class says so too."""
+    classes = {type(module).__name__ for module in model.modules()}
+    return _has_experts(model.config.to_dict()) and any(_CLASSES.search(name) for name in classes)
+
+
+def table(results: list[Found], took: float) -> str:
+    """The results as a page."""
+    built = [result for result in results if result.names.get("plain") is not None]
+    mixtures = [result for result in built if result.mixture]
+    dense = [result for result in built if not result.mixture]
+    missed = [result.kind for result in mixtures if not result.blocks]
+    alarms = [result for result in dense if result.blocks]
+    changed = [result.kind for result in built if "NO" in (result.same("lora"), result.same("parameters"))]
+    import peft
+    import transformers
+
+    lines = [
+        "# Leaf candidates in transformers' model types",
+        "",
+        "`python tools/sweep_leaves.py docs/leaf-sweep.md` wrote this page. It builds the base model of every type on meta,",
+        "with few layers and four experts where the configuration allows that, and calls `find_leaf_candidates` on it: plain,",
+        'with LoRA on all linear layers, and with LoRA on the parameters that hold several experts (`target_parameters`). Whether',
+        "a type has mixtures is taken from its configuration and its class names.",
+        "",
+        f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__.split('+')[0]}; "
+        f"{took / 60:.0f} minutes on CPU.",
+        "",
+        "| | types |",
+        "|---|---|",
+        f"| listed | {len(results)} |",
+        f"| built | {len(built)} |",
+        f"| with mixtures | {len(mixtures)} |",
+        f"| of them without a block found | {len(missed)}{_listed(missed)} |",
+        f"| without mixtures | {len(dense)} |",
+        f"| of them with a block found | {len(alarms)}{_listed([result.kind for result in alarms])} |",
+        f"| other blocks under LoRA | {len(changed)}{_listed(changed)} |",
+        "",
+        "## Mixtures",
+        "",
+        "One row for each class of block. \"same\" means the same module names as in the plain model.",
+        "",
+        "| type | block class | blocks | reason | same under LoRA | same under `target_parameters` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in [*mixtures, *alarms]:
+        for name, first, reason in result.blocks or [("none", "", "")]:
+            count = len(result.names["plain"] or [])
+            lines.append(
+                f"| {result.kind} | {name} | {count} (`{first}`, ...) | {_escaped(reason)} | {result.same('lora')} "
+                f"| {result.same('parameters')} |"
+            )
+    failed = [result for result in results if result.names.get("plain") is None]
+    lines += ["", "## Not built", "", "| type | why |", "|---|---|"]
+    lines += [f"| {result.kind} | {_escaped(result.errors.get('plain', ''))} |" for result in failed]
+    adapters = [(result.kind, way, why) for result in built for way, why in result.errors.items()]
+    lines += ["", "## Not adapted by peft", "", "| type | way | why |", "|---|---|---|"]
+    lines += [f"| {kind} | {way} | {_escaped(why)} |" for kind, way, why in adapters]
+    return "\n".join(lines) + "\n"
+
+
+def _configurations(kind: str) -> Iterator[Any]:
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(kind)
+    for changes in (
+        _changes(default, layers=True, experts=True),
+        _changes(default, layers=False, experts=True),
+        _changes(default, layers=True, experts=False),
+        {},
+    ):
+        try:
+            yield type(default)(**copy.deepcopy(changes))
+        except Exception:  # a configuration that checks its own sizes
+            continue
+
+
+def _changes(config: Any, *, layers: bool, experts: bool) -> dict[str, Any]:
+    """Arguments of a configuration class that differ from the default."""
+    changes: dict[str, Any] = {}
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            if inner := _changes(value, layers=layers, experts=experts):
+                kept = {name: entry for name, entry in value.to_dict().items() if not isinstance(entry, list)}
+                changes[key] = {**kept, **inner}
+        elif isinstance(value, bool):
+            if experts and _SWITCHES.match(key):
+                changes[key] = True
+        elif experts and _EXPERT_KEYS.match(key):
+            changes[key] = EXPERTS
+        elif experts and (_TOP_KEYS.match(key) or _GROUP_KEYS.match(key)) and (value is None or isinstance(value, int)):
+            changes[key] = 1 if _GROUP_KEYS.match(key) else 2
+        elif isinstance(value, int) and layers and _LAYER_KEYS.match(key):
+            changes[key] = min(value, LAYERS)
+        elif isinstance(value, int) and _DENSE_FIRST.match(key):
+            changes[key] = min(value, 1)
+    return changes
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    for key, value in config.items():
+        if isinstance(value, dict) and _has_experts(value):
+            return True
+        if _EXPERT_KEYS.match(key) and isinstance(value, int) and value > 1:
+            return True
+    return False
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^base_model\.model\.?", "", name)
+
+
+def _listed(kinds: list[str]) -> str:
+    return f" ({', '.join(kinds)})" if kinds else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+@contextlib.contextmanager
+def _time_out(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def main(arguments: list[str]) -> None:
+    """Sweep the types that are named, or all of them, and write or print the page."""
+    if not arguments:
+        sys.exit(__doc__)
+    warnings.simplefilter("ignore")
+    started = time.time()
+    results = []
+    for kind in arguments[1:] or model_types():
+        results.append(sweep_one(kind))
+        result = results[-1]
+        note = [name for name, _, _ in result.blocks] or result.errors.get("plain", "nothing")
+        print(kind, "mixture" if result.mixture else "dense", note, result.same("lora"), result.same("parameters"), flush=True)
+    page = table(results, time.time() - started)
+    if arguments[0] == "-":
+        print(page)
+    else:
+        Path(arguments[0]).write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
