@@ -38,6 +38,7 @@ _TOP_KEYS = re.compile(r"^(num_experts_per_(tok|token)|moe_top_?k|moe_k|num_sele
 _GROUP_KEYS = re.compile(r"^(n_group|topk_group|num_expert_groups?)$")
 _SWITCHES = re.compile(r"^(is_moe|use_moe|enable_moe\w*)$")
 _DENSE_FIRST = re.compile(r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|first_k_dense_layers)$")
+_SIZE_KEYS = re.compile(r"^(moe|expert)_intermediate_size$")
 _CLASSES = re.compile(r"Experts|(Mo[eE]|SparseMLP|Mo[eE]Block|Mo[eE]Layer|Mo[eE]MLP|MoA)$")
 
 
@@ -110,6 +111,8 @@ def build(kind: str) -> nn.Module:
     last: Exception | None = None
     for configuration in _configurations(kind):
         try:
+            if kind == "dbrx":
+                configuration.attn_config.rope_theta = 10000.0  # read, but no default
             with torch.device("meta"):
                 return AutoModel.from_config(configuration)
         except Exception as error:
@@ -218,8 +221,7 @@ def _changes(config: Any, *, layers: bool, experts: bool) -> dict[str, Any]:
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             if inner := _changes(value, layers=layers, experts=experts):
-                kept = {name: entry for name, entry in value.to_dict().items() if not isinstance(entry, list)}
-                changes[key] = {**kept, **inner}
+                changes[key] = {"model_type": value.model_type, **inner} if value.model_type else inner
         elif isinstance(value, bool):
             if experts and _SWITCHES.match(key):
                 changes[key] = True
@@ -231,6 +233,8 @@ def _changes(config: Any, *, layers: bool, experts: bool) -> dict[str, Any]:
             changes[key] = min(value, LAYERS)
         elif isinstance(value, int) and _DENSE_FIRST.match(key):
             changes[key] = min(value, 1)
+        elif value is None and experts and _SIZE_KEYS.match(key):
+            changes[key] = 64
     return changes
 
 
@@ -238,7 +242,7 @@ def _has_experts(config: dict[str, Any]) -> bool:
     for key, value in config.items():
         if isinstance(value, dict) and _has_experts(value):
             return True
-        if _EXPERT_KEYS.match(key) and isinstance(value, int) and value > 1:
+        if isinstance(key, str) and _EXPERT_KEYS.match(key) and isinstance(value, int) and value > 1:
             return True
     return False
 

@@ -55,48 +55,57 @@ def find_leaf_candidates(model: nn.Module) -> list[LeafCandidate]:
     order: dict[int, int] = {}
     for index, node in enumerate(walk(model)):
         order[id(node.module)] = index
-        if any(id(holder.module) in found for holder in _chain(node)):
+        node.inside = node.inside or (node.parent is not None and node.parent.inside)
+        if node.inside:
             continue
         for block, reason in _blocks(node, sources):
-            found.setdefault(id(block.module), (block, reason))
+            found[id(block.module)] = block, reason
+            # What is yet to come of the block lies below these.
+            for holder in node.up_to(block):
+                holder.inside = True
             break
     outermost = [
         (block, reason)
         for block, reason in found.values()
-        if block.parent is None or not any(id(holder.module) in found for holder in _chain(block.parent))
+        if not any(id(holder.module) in found for holder in block.up_to(None) if holder is not block)
     ]
     outermost.sort(key=lambda entry: order[id(entry[0].module)])
     return [LeafCandidate.of(block.name, block.module, reason) for block, reason in outermost]
 
 
-def _chain(node: Node | None) -> Iterator[Node]:
-    while node is not None:
-        yield node
-        node = node.parent
-
-
 def _blocks(node: Node, sources: Sources) -> Iterator[tuple[Node, str]]:
     """The blocks whose experts a module holds, with the reasons."""
     for experts in experts_of(node):
-        block = _block_of(experts, sources)
-        if block is not None and (raised := _raise_to_called(*block, sources)) is not None:
-            yield raised
+        found = _block_of(experts, sources)
+        if found is None:
+            continue
+        inner, router = found
+        block, moves = _raise_to_called(inner, sources)
+        if block is not None:
+            yield block.at_plain_name(), "; ".join([_because(block, inner, experts, router), *moves])
 
 
-def _block_of(experts: Experts, sources: Sources) -> tuple[Node, str] | None:
+def _block_of(experts: Experts, sources: Sources) -> tuple[Node, Router | None] | None:
     """The smallest module that holds the experts and their router."""
     for level, block in enumerate(experts.node.above()):
-        if level > _LEVELS:
+        if level > (_LEVELS if experts.named else 1):
             break
+        if isinstance(block.module, nn.ModuleList):
+            continue
         for router in routers_of(block, experts):
             if _belong(block, experts, router, level, sources):
-                return block, _because(block, experts, router)
-    return _without_router(experts, sources)
+                return block, router
+    block_without = _without_router(experts, sources)
+    return None if block_without is None else (block_without, None)
 
 
-def _because(block: Node, experts: Experts, router: Router) -> str:
-    text = f"{router.width} {experts.text}" if experts.count is None else experts.text
-    return f"{text} in {experts.where(block)!r}, {router}"
+def _because(block: Node, inner: Node, experts: Experts, router: Router | None) -> str:
+    text = f"{router.width} {experts.text}" if experts.count is None and router is not None else experts.text
+    where = f"{text} in {experts.where(block)!r}"
+    if router is None:
+        return f"{where}, chosen in its forward without a router"
+    word = ".".join([*inner.below(block), router.word])
+    return f"{where}, router {word!r}" + (f" with {router.width} outputs" if router.width else "")
 
 
 def _belong(block: Node, experts: Experts, router: Router, level: int, sources: Sources) -> bool:
@@ -134,32 +143,29 @@ def _alike(experts: Experts) -> bool:
     return len({signature(member) for member in experts.members}) <= 1
 
 
-def _without_router(experts: Experts, sources: Sources) -> tuple[Node, str] | None:
-    """Experts that are chosen without a router of their own, such as by a hash or by an argument."""
+def _without_router(experts: Experts, sources: Sources) -> Node | None:
+    """The block of experts that are chosen without a router of their own, such as by a hash or by an argument."""
     if not (experts.named and experts.members and _alike(experts)):
         return None
-    for level, block in enumerate(experts.node.above()):
-        if level > 2:
-            break
-        if routes(sources.of(block.module)):
-            return block, f"{experts.text} in {experts.where(block)!r}, chosen in its forward without a router"
-    return None
+    near = [block for level, block in enumerate(experts.node.above()) if level <= 2]
+    return next((block for block in near if routes(sources.of(block.module))), None)
 
 
-def _raise_to_called(block: Node, reason: str, sources: Sources) -> tuple[Node, str] | None:
-    """The block, or the module around it that is called on every rank; None if there is nothing that can be called."""
+def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[str]]:
+    """The block, or the module around it that is called on every rank, and why; None if nothing can be called."""
+    moves: list[str] = []
     while True:
         why = cannot_be_called(block.module, sources.of(block.module))
         above = holder_of(block)
         if above is None:
-            return None if why and is_container(block.module) else (block.at_plain_name(), reason)
+            return (None if why and is_container(block.module) else block), moves
         parent, word, listed = above
         source = sources.of(parent.module)
-        name = block.word
         if why is None and (use := other_use(source, word, listed=listed)):
             why = f"its forward is never called: {type(parent.module).__name__} {use}"
         if why is None and not listed and (condition := condition_of_call(source, word)):
-            why = f"called only if {condition}"
+            why = f"it is called only if {condition}"
         if why is None:
-            return block.at_plain_name(), reason
-        block, reason = parent, f"{reason}; not {name!r} alone: {why}"
+            return block, moves
+        moves.append(f"not {block.word!r} alone: {why}")
+        block = parent

@@ -38,9 +38,6 @@ class Router:
     named: bool
     fits: bool
 
-    def __str__(self) -> str:
-        return f"router {self.word!r}" + (f" with {self.width} outputs" if self.width else "")
-
 
 def routers_of(block: Node, experts: Experts) -> Iterator[Router]:
     """What could be the router of these experts in a block, the likeliest first."""
@@ -60,7 +57,10 @@ def _direct(block: Node, experts: Experts) -> Iterator[Router]:
         if child is not None and _is_other(block, word, child, experts):
             yield from _as_router(word, peel(child), experts)
     for word, param in block.module._parameters.items():
-        if param is not None and not (block is experts.node and word in experts.words):
+        if param is None or "bias" in word or (block is experts.node and word in experts.words):
+            continue
+        # Beside the experts' weights lie other weights of as many rows: only a name tells the router from them.
+        if block is not experts.node or experts.members or says_router(word):
             yield from _of_shape(word, shape_of(param), experts)
 
 
@@ -78,13 +78,7 @@ def _is_other(block: Node, word: str, child: nn.Module, experts: Experts) -> boo
     """Whether a child of the block neither is nor holds the experts."""
     if block is experts.node:
         return word not in experts.words if experts.words else False
-    return all(node.module is not child for node in _chain(experts.node))
-
-
-def _chain(node: Node | None) -> Iterator[Node]:
-    while node is not None:
-        yield node
-        node = node.parent
+    return all(node.module is not child for node in experts.node.up_to(block))
 
 
 def _as_router(word: str, module: nn.Module, experts: Experts) -> Iterator[Router]:

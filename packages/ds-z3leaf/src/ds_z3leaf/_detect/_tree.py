@@ -31,12 +31,14 @@ class Node:
         word: the last part of the name.
         module: the module.
         parent: the module that holds it; None for the model.
+        inside: whether it is, or is in, a block that was found; those below it are in one too.
     """
 
     name: str
     word: str
     module: nn.Module
     parent: Node | None
+    inside: bool = False
 
     def above(self) -> Iterator[Node]:
         """The node itself and those that hold it, wrappers left out."""
@@ -45,6 +47,13 @@ class Node:
             if wrapped(node.module) is None:
                 yield node
             node = node.parent
+
+    def up_to(self, last: Node | None) -> Iterator[Node]:
+        """The node itself and those that hold it, up to one of them, or all."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = None if node is last else node.parent
 
     def below(self, holder: Node) -> list[str]:
         """The words that lead from a holder to this node, without those of wrappers."""
@@ -135,18 +144,18 @@ def own_shapes(module: nn.Module, *, buffers: bool = False) -> dict[str, Shape]:
 
 def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear layer, also of quantised ones, whose weights have other shapes."""
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        found = tuple(module.__dict__.get(name) for name in names)
-        if all(isinstance(width, int) for width in found):
-            return found  # type: ignore[return-value]
-    return None
+    known = module.__dict__
+    inputs = known.get("in_features", known.get("infeatures"))
+    outputs = known.get("out_features", known.get("outfeatures"))
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether a module computes with weights: helpers such as Dropout and Identity do not."""
-    if next(module.parameters(), None) is not None:
-        return True
-    return any(linear_widths(part) is not None for part in module.modules())
+    """Whether a module multiplies by a matrix: Dropout, Identity and norms do not."""
+    return any(
+        linear_widths(part) is not None or any(len(shape) > 1 for shape in own_shapes(part).values())
+        for part in module.modules()
+    )
 
 
 def signature(module: nn.Module) -> tuple[object, ...]:
