@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 import signal
 import sys
@@ -27,6 +28,12 @@ import torch
 from ds_z3leaf import find_leaf_candidates
 from torch import nn
 
+# Every rank uses all of the experts of these, so that they need no leaf.
+ALL_USED = {
+    "doge": "its experts are rows of two embeddings, which every rank looks up",
+    "vitpose": "its forward calls all of its experts and masks what they put out",
+    "vitpose_backbone": "its forward calls all of its experts and masks what they put out",
+}
 SECONDS = 60  # for one type
 LAYERS, EXPERTS = 4, 4
 _LAYER_KEYS = re.compile(
@@ -40,6 +47,27 @@ _SWITCHES = re.compile(r"^(is_moe|use_moe|enable_moe\w*)$")
 _DENSE_FIRST = re.compile(r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|first_k_dense_layers)$")
 _SIZE_KEYS = re.compile(r"^(moe|expert)_intermediate_size$")
 _CLASSES = re.compile(r"Experts|(Mo[eE]|SparseMLP|Mo[eE]Block|Mo[eE]Layer|Mo[eE]MLP|MoA)$")
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+# What a class reads and its configuration has no default for.
+_NEEDED: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", *["sparse"] * 47]},
+    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 32},
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 64,
+        "talker_config.spatial_merge_size": 2,
+    },
+    "qwen4_exp": {f"text_config.{key}": value for key, value in _INDEXER.items()},
+    "qwen4_exp_text": _INDEXER,
+}
 
 
 @dataclass
@@ -49,7 +77,7 @@ class Found:
     Attributes:
         kind: the model type.
         mixture: whether its configuration has several experts and a class of its modules says so.
-        blocks: class, first name and reason of the blocks, one for each class.
+        blocks: for each class of blocks, the class, the first block's name, their number, the first block's reason.
         names: the blocks' names, for each way of building; None where that could not be built, with `errors`.
         errors: why a way of building failed.
     """
@@ -57,7 +85,7 @@ class Found:
     kind: str
     mixture: bool = False
     modules: int = 0
-    blocks: list[tuple[str, str, str]] = field(default_factory=list)
+    blocks: list[tuple[str, str, int, str]] = field(default_factory=list)
     names: dict[str, list[str] | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -69,10 +97,10 @@ class Found:
 
 
 def model_types() -> list[str]:
-    """All types that have a base model."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    """All types that have a configuration."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return sorted(MODEL_MAPPING_NAMES)
+    return sorted(CONFIG_MAPPING_NAMES)
 
 
 def sweep_one(kind: str, ways: tuple[str, ...] = ("plain", "lora", "parameters")) -> Found:
@@ -96,25 +124,22 @@ def sweep_one(kind: str, ways: tuple[str, ...] = ("plain", "lora", "parameters")
             continue
         found.names[way] = [_plain(candidate.name) for candidate in candidates]
         if way == "plain":
-            shown: dict[str, tuple[str, str, str]] = {}
-            for candidate in candidates:
-                name = type(candidate.module).__name__
-                shown.setdefault(name, (name, candidate.name, candidate.reason))
-            found.blocks = list(shown.values())
+            for name in dict.fromkeys(type(candidate.module).__name__ for candidate in candidates):
+                alike = [candidate for candidate in candidates if type(candidate.module).__name__ == name]
+                found.blocks.append((name, alike[0].name, len(alike), alike[0].reason))
     return found
 
 
 def build(kind: str) -> nn.Module:
     """The base model of a type on meta: small if its configuration allows that, of its default size if not."""
-    from transformers import AutoModel
-
     last: Exception | None = None
     for configuration in _configurations(kind):
         try:
-            if kind == "dbrx":
-                configuration.attn_config.rope_theta = 10000.0  # read, but no default
+            for path, value in _NEEDED.get(kind, {}).items():
+                *holders, key = path.split(".")
+                setattr(functools.reduce(getattr, holders, configuration), key, value)
             with torch.device("meta"):
-                return AutoModel.from_config(configuration)
+                return _model_class(configuration)(configuration)
         except Exception as error:
             last = error
     raise last or RuntimeError("no configuration can be made")
@@ -149,7 +174,8 @@ def table(results: list[Found], took: float) -> str:
     built = [result for result in results if result.names.get("plain") is not None]
     mixtures = [result for result in built if result.mixture]
     dense = [result for result in built if not result.mixture]
-    missed = [result.kind for result in mixtures if not result.blocks]
+    used = [result.kind for result in mixtures if not result.blocks and result.kind in ALL_USED]
+    missed = [result.kind for result in mixtures if not result.blocks and result.kind not in ALL_USED]
     alarms = [result for result in dense if result.blocks]
     changed = [result.kind for result in built if "NO" in (result.same("lora"), result.same("parameters"))]
     import peft
@@ -158,9 +184,9 @@ def table(results: list[Found], took: float) -> str:
     lines = [
         "# Leaf candidates in transformers' model types",
         "",
-        "`python tools/sweep_leaves.py docs/leaf-sweep.md` wrote this page. It builds the base model of every type on meta,",
+        "`python tools/sweep_leaves.py docs/leaf-sweep.md` wrote this page. It builds a model of every type on meta,",
         "with few layers and four experts where the configuration allows that, and calls `find_leaf_candidates` on it: plain,",
-        'with LoRA on all linear layers, and with LoRA on the parameters that hold several experts (`target_parameters`). Whether',
+        "with LoRA on all linear layers, and with LoRA on the parameters that hold several experts (`target_parameters`). Whether",
         "a type has mixtures is taken from its configuration and its class names.",
         "",
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__.split('+')[0]}; "
@@ -171,25 +197,25 @@ def table(results: list[Found], took: float) -> str:
         f"| listed | {len(results)} |",
         f"| built | {len(built)} |",
         f"| with mixtures | {len(mixtures)} |",
-        f"| of them without a block found | {len(missed)}{_listed(missed)} |",
+        f"| of them where every rank uses all experts, so that no block is wanted | {len(used)}{_listed(used)} |",
+        f"| of them missed | {len(missed)}{_listed(missed)} |",
         f"| without mixtures | {len(dense)} |",
-        f"| of them with a block found | {len(alarms)}{_listed([result.kind for result in alarms])} |",
+        f"| of them with a block found all the same | {len(alarms)}{_listed([result.kind for result in alarms])} |",
         f"| other blocks under LoRA | {len(changed)}{_listed(changed)} |",
         "",
         "## Mixtures",
         "",
-        "One row for each class of block. \"same\" means the same module names as in the plain model.",
+        'One row for each class of block. "same" means the same module names as in the plain model.',
         "",
         "| type | block class | blocks | reason | same under LoRA | same under `target_parameters` |",
         "|---|---|---|---|---|---|",
     ]
     for result in [*mixtures, *alarms]:
-        for name, first, reason in result.blocks or [("none", "", "")]:
-            count = len(result.names["plain"] or [])
-            lines.append(
-                f"| {result.kind} | {name} | {count} (`{first}`, ...) | {_escaped(reason)} | {result.same('lora')} "
-                f"| {result.same('parameters')} |"
-            )
+        same = f"{result.same('lora')} | {result.same('parameters')}"
+        for name, first, count, reason in result.blocks:
+            lines.append(f"| {result.kind} | {name} | {count} (`{first}`, ...) | {_escaped(reason)} | {same} |")
+        if not result.blocks:
+            lines.append(f"| {result.kind} | none | 0 | {ALL_USED.get(result.kind, 'missed')} | {same} |")
     failed = [result for result in results if result.names.get("plain") is None]
     lines += ["", "## Not built", "", "| type | why |", "|---|---|"]
     lines += [f"| {result.kind} | {_escaped(result.errors.get('plain', ''))} |" for result in failed]
@@ -213,6 +239,21 @@ def _configurations(kind: str) -> Iterator[Any]:
             yield type(default)(**copy.deepcopy(changes))
         except Exception:  # a configuration that checks its own sizes
             continue
+
+
+def _model_class(configuration: Any) -> Any:
+    """The base model's class, or for types without one the first other that takes this configuration."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = [
+        modeling_auto.MODEL_MAPPING,
+        *(mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING")),
+    ]
+    for mapping in mappings:
+        if type(configuration) in mapping:
+            found = mapping[type(configuration)]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    raise LookupError(f"no model takes a {type(configuration).__name__}")
 
 
 def _changes(config: Any, *, layers: bool, experts: bool) -> dict[str, Any]:
@@ -283,8 +324,15 @@ def main(arguments: list[str]) -> None:
     for kind in arguments[1:] or model_types():
         results.append(sweep_one(kind))
         result = results[-1]
-        note = [name for name, _, _ in result.blocks] or result.errors.get("plain", "nothing")
-        print(kind, "mixture" if result.mixture else "dense", note, result.same("lora"), result.same("parameters"), flush=True)
+        note = [name for name, *_ in result.blocks] or result.errors.get("plain", "nothing")
+        print(
+            kind,
+            "mixture" if result.mixture else "dense",
+            note,
+            result.same("lora"),
+            result.same("parameters"),
+            flush=True,
+        )
     page = table(results, time.time() - started)
     if arguments[0] == "-":
         print(page)

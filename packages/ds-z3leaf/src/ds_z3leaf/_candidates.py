@@ -16,7 +16,7 @@ from torch import nn
 from ds_z3leaf._detect._calls import cannot_be_called, condition_of_call, holder_of, other_use
 from ds_z3leaf._detect._experts import Experts, experts_of, says_mixture, says_stack
 from ds_z3leaf._detect._router import Router, routers_of
-from ds_z3leaf._detect._routing import chooses, is_stack, routes
+from ds_z3leaf._detect._routing import chooses, is_stack, picks_by_data
 from ds_z3leaf._detect._source import Sources
 from ds_z3leaf._detect._tree import Node, is_container, signature, walk
 from ds_z3leaf._plan import LeafCandidate
@@ -136,7 +136,7 @@ def _words_in(block: Node, experts: Experts) -> tuple[str, ...]:
     if experts.node is block:
         return experts.words
     words = experts.node.below(block)
-    return tuple(words) if len(words) == 1 and (is_container(experts.node.module) or not experts.members) else ()
+    return tuple(words) if len(words) == 1 else ()
 
 
 def _alike(experts: Experts) -> bool:
@@ -147,8 +147,11 @@ def _without_router(experts: Experts, sources: Sources) -> Node | None:
     """The block of experts that are chosen without a router of their own, such as by a hash or by an argument."""
     if not (experts.named and experts.members and _alike(experts)):
         return None
-    near = [block for level, block in enumerate(experts.node.above()) if level <= 2]
-    return next((block for block in near if routes(sources.of(block.module))), None)
+    for level, block in enumerate(experts.node.above()):
+        words = ("self",) if block is experts.node and not experts.words else _words_in(block, experts)
+        if level <= 2 and words and picks_by_data(sources.of(block.module), words):
+            return block
+    return None
 
 
 def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[str]]:
@@ -164,8 +167,8 @@ def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[s
         if why is None and (use := other_use(source, word, listed=listed)):
             why = f"its forward is never called: {type(parent.module).__name__} {use}"
         if why is None and not listed and (condition := condition_of_call(source, word)):
-            why = f"it is called only if {condition}"
+            why = f"whether it is called depends on {condition}"
         if why is None:
             return block, moves
-        moves.append(f"not {block.word!r} alone: {why}")
+        moves.append(f"not {block.called()!r} alone: {why}")
         block = parent

@@ -130,9 +130,7 @@ class _Walker:
             return _Ways(_NONE)
         if isinstance(statement, ast.If):
             start = self.expression(statement.test, start)
-            return self.branch(
-                statement.test, self.block(statement.body, start), self.block(statement.orelse, start)
-            )
+            return self.branch(statement.test, self.block(statement.body, start), self.block(statement.orelse, start))
         if isinstance(statement, (ast.For, ast.While)):
             return self.loop(statement, start)
         if isinstance(statement, ast.With):

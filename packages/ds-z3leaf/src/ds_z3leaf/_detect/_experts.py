@@ -58,7 +58,7 @@ class Experts:
 
 def says_mixture(node: Node) -> bool:
     """Whether the name or the class of a module says that it is a mixture of experts."""
-    return bool(_MIXTURE.search(node.word) or _MIXTURE.search(type(node.module).__name__))
+    return bool(_MIXTURE.search(node.called()) or _MIXTURE.search(type(node.module).__name__))
 
 
 def experts_of(node: Node) -> Iterator[Experts]:
@@ -147,12 +147,12 @@ def _numbered_parameters(node: Node, shapes: dict[str, tuple[int, ...]]) -> Iter
 
 def _says_experts(node: Node) -> bool:
     """Whether a module, or one that holds it a level or two up, is called experts."""
-    if _MIXTURE.search(node.word) and not says_stack(node.word):
+    if _MIXTURE.search(node.called()) and not says_stack(node.called()):
         return True
     for level, holder in enumerate(node.above()):
         if level > _HOLDERS:
             return False
-        if _EXPERT.search(holder.word) or _EXPERT.search(type(holder.module).__name__):
+        if _EXPERT.search(holder.called()) or _EXPERT.search(type(holder.module).__name__):
             return True
     return False
 

@@ -16,7 +16,9 @@ from torch import nn
 Function = ast.FunctionDef
 _DEPTH = 3  # methods that call methods
 _STATIC_ATTRIBUTES = frozenset({"dtype", "device", "ndim", "is_cuda", "requires_grad", "is_meta", "layout"})
-_STATIC_CALLS = frozenset({"isinstance", "hasattr", "callable", "type", "is_grad_enabled", "is_tensor", "is_compiling", "dim"})
+_STATIC_CALLS = frozenset(
+    {"isinstance", "hasattr", "callable", "type", "is_grad_enabled", "is_tensor", "is_compiling", "dim"}
+)
 _CONFIGURATION = frozenset({"self", "config", "cfg", "kwargs", "layer_idx", "layer_id"})
 
 

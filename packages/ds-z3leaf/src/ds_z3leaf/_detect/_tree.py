@@ -65,12 +65,16 @@ class Node:
             node = node.parent
         return words[::-1]
 
-    def at_plain_name(self) -> Node:
+    def at_plain_name(self, words: tuple[str, ...] = _ADAPTED) -> Node:
         """The outermost adapter around this node, which has the name that the module has without adapters."""
         node = self
-        while node.word in _ADAPTED and node.parent is not None and wrapped(node.parent.module) is node.module:
+        while node.word in words and node.parent is not None and wrapped(node.parent.module) is node.module:
             node = node.parent
         return node
+
+    def called(self) -> str:
+        """The word for this node, wrappers left out: what is called ``experts.base_layer`` is called ``experts``."""
+        return self.at_plain_name((*_ADAPTED, *_WRAPPED)).word
 
 
 def walk(model: nn.Module) -> Iterator[Node]:
