@@ -123,11 +123,10 @@ def _belong(block: Node, experts: Experts, router: Router, level: int, sources: 
     words = _words_in(block, experts)
     if not (router.fits and words and _alike(experts)):
         return False
-    source = sources.of(block.module)
-    if chooses(source, router.word.split(".")[0], words):
+    if sources.ask(chooses, block.module, router.word.split(".")[0], words):
         return True
     told = router.named or (says_mixture(block) and router.word not in _HEADS)
-    stack = any(says_stack(word) or is_stack(source, word) for word in words)
+    stack = any(says_stack(word) or sources.ask(is_stack, block.module, word) for word in words)
     return told and bool(experts.members) and not stack
 
 
@@ -149,7 +148,7 @@ def _without_router(experts: Experts, sources: Sources) -> Node | None:
         return None
     for level, block in enumerate(experts.node.above()):
         words = ("self",) if block is experts.node and not experts.words else _words_in(block, experts)
-        if level <= 2 and words and picks_by_data(sources.of(block.module), words):
+        if level <= 2 and words and sources.ask(picks_by_data, block.module, words):
             return block
     return None
 
@@ -163,10 +162,9 @@ def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[s
         if above is None:
             return (None if why and is_container(block.module) else block), moves
         parent, word, listed = above
-        source = sources.of(parent.module)
-        if why is None and (use := other_use(source, word, listed=listed)):
+        if why is None and (use := sources.ask(other_use, parent.module, word, listed)):
             why = f"its forward is never called: {type(parent.module).__name__} {use}"
-        if why is None and not listed and (condition := condition_of_call(source, word)):
+        if why is None and not listed and (condition := sources.ask(condition_of_call, parent.module, word)):
             why = f"whether it is called depends on {condition}"
         if why is None:
             return block, moves

@@ -34,7 +34,7 @@ def cannot_be_called(module: nn.Module, source: Source) -> str | None:
     return None
 
 
-def other_use(source: Source, word: str, *, listed: bool) -> str | None:
+def other_use(source: Source, word: str, listed: bool) -> str | None:
     """How a class uses ``self.word`` if it never calls it, such as "calls .map()"; None if it does, or for no use.
 
     Args:

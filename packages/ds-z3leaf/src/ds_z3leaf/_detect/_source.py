@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from torch import nn
 
+T = TypeVar("T")
 Function = ast.FunctionDef
 _DEPTH = 3  # methods that call methods
 _STATIC_ATTRIBUTES = frozenset({"dtype", "device", "ndim", "is_cuda", "requires_grad", "is_meta", "layout"})
@@ -39,7 +40,7 @@ class Source:
         if name not in self._parsed:
             found = getattr(self._kind, name, None)
             own = inspect.isroutine(found) and found is not getattr(nn.Module, name, None)
-            self._parsed[name] = _parse(found) if own else None
+            self._parsed[name] = _parse(found) if found is not None and own else None
         return self._parsed[name]
 
     def reached(self) -> list[Function]:
@@ -63,10 +64,14 @@ class Source:
 
 
 class Sources:
-    """The sources of the classes of one model, each read once: a model has hundreds of blocks of one class."""
+    """The sources of the classes of one model, and the answers to what was asked of them.
+
+    A model has hundreds of blocks of a few classes, and one answer takes tens of milliseconds.
+    """
 
     def __init__(self) -> None:
         self._read: dict[type[nn.Module], Source] = {}
+        self._answers: dict[tuple[object, ...], Any] = {}
 
     def of(self, module: nn.Module) -> Source:
         """The source of a module's class."""
@@ -74,6 +79,14 @@ class Sources:
         if kind not in self._read:
             self._read[kind] = Source(kind)
         return self._read[kind]
+
+    def ask(self, question: Callable[..., T], module: nn.Module, *arguments: Hashable) -> T:
+        """What a function of a `Source` and these arguments returns for a module's class."""
+        key = (question, id(type(module)), *arguments)
+        if key not in self._answers:
+            self._answers[key] = question(self.of(module), *arguments)
+        answer: T = self._answers[key]
+        return answer
 
 
 def _parse(function: Callable[..., Any]) -> Function | None:
