@@ -169,15 +169,33 @@ def is_mixture(model: nn.Module) -> bool:
     return _has_experts(model.config.to_dict()) and any(_CLASSES.search(name) for name in classes)
 
 
+def missed_types(results: list[Found]) -> list[str]:
+    """Types with mixtures in which no block was found, those left out of which every rank uses all experts."""
+    return [
+        result.kind
+        for result in results
+        if result.mixture and result.names.get("plain") == [] and result.kind not in ALL_USED
+    ]
+
+
+def false_alarms(results: list[Found]) -> list[Found]:
+    """Types without mixtures in which a block was found."""
+    return [result for result in results if not result.mixture and result.blocks]
+
+
+def changed_types(results: list[Found]) -> list[str]:
+    """Types in which adapters change the blocks' names."""
+    return [result.kind for result in results if "NO" in (result.same("lora"), result.same("parameters"))]
+
+
 def table(results: list[Found], took: float) -> str:
     """The results as a page."""
     built = [result for result in results if result.names.get("plain") is not None]
     mixtures = [result for result in built if result.mixture]
     dense = [result for result in built if not result.mixture]
     used = [result.kind for result in mixtures if not result.blocks and result.kind in ALL_USED]
-    missed = [result.kind for result in mixtures if not result.blocks and result.kind not in ALL_USED]
-    alarms = [result for result in dense if result.blocks]
-    changed = [result.kind for result in built if "NO" in (result.same("lora"), result.same("parameters"))]
+    missed, alarms = missed_types(results), false_alarms(results)
+    changed = changed_types(results)
     import peft
     import transformers
 
@@ -185,9 +203,9 @@ def table(results: list[Found], took: float) -> str:
         "# Leaf candidates in transformers' model types",
         "",
         "`python tools/sweep_leaves.py docs/leaf-sweep.md` wrote this page. It builds a model of every type on meta,",
-        "with few layers and four experts where the configuration allows that, and calls `find_leaf_candidates` on it: plain,",
-        "with LoRA on all linear layers, and with LoRA on the parameters that hold several experts (`target_parameters`). Whether",
-        "a type has mixtures is taken from its configuration and its class names.",
+        "with few layers and four experts where the configuration allows that, and calls `find_leaf_candidates` on it:",
+        "plain, with LoRA on all linear layers, and with LoRA on the parameters that hold several experts",
+        "(`target_parameters`). Whether a type has mixtures is taken from its configuration and its class names.",
         "",
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__.split('+')[0]}; "
         f"{took / 60:.0f} minutes on CPU.",
@@ -216,8 +234,16 @@ def table(results: list[Found], took: float) -> str:
             lines.append(f"| {result.kind} | {name} | {count} (`{first}`, ...) | {_escaped(reason)} | {same} |")
         if not result.blocks:
             lines.append(f"| {result.kind} | none | 0 | {ALL_USED.get(result.kind, 'missed')} | {same} |")
-    failed = [result for result in results if result.names.get("plain") is None]
-    lines += ["", "## Not built", "", "| type | why |", "|---|---|"]
+    unbuilt = [result for result in results if result.names.get("plain") is None]
+    parts = [result.kind for result in unbuilt if "no model takes" in result.errors.get("plain", "")]
+    failed = [result for result in unbuilt if result.kind not in parts]
+    lines += [
+        "",
+        "## Not built",
+        "",
+        f"{len(parts)} types are parts of other models and have no model class of their own.",
+    ]
+    lines += ["", "| type | why |", "|---|---|"]
     lines += [f"| {result.kind} | {_escaped(result.errors.get('plain', ''))} |" for result in failed]
     adapters = [(result.kind, way, why) for result in built for way, why in result.errors.items()]
     lines += ["", "## Not adapted by peft", "", "| type | way | why |", "|---|---|---|"]

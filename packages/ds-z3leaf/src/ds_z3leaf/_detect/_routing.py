@@ -23,7 +23,21 @@ from ds_z3leaf._detect._source import (
 )
 
 _CHOICES = frozenset(
-    "topk kthvalue argmax argmin max one_hot nonzero multinomial argsort sort bincount gumbel_softmax sample".split()
+    (
+        "topk",
+        "kthvalue",
+        "argmax",
+        "argmin",
+        "max",
+        "one_hot",
+        "nonzero",
+        "multinomial",
+        "argsort",
+        "sort",
+        "bincount",
+        "gumbel_softmax",
+        "sample",
+    )
 )
 Chosen = Callable[[ast.AST], bool]  # whether the value of an expression comes from a choice
 _KEPT_APART = (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.stmt)

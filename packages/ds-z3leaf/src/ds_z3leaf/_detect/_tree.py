@@ -1,8 +1,8 @@
 """The modules of a model with their parents, as they are below adapters and wrappers.
 
-[Note: wrappers] An adapter layer (peft's have ``adapter_layer_names``) holds the layer that it adapts as ``base_layer``,
-peft's trained copies hold theirs as ``original_module``; `torch.compile`, activation checkpointing and FSDP1 have words
-of their own. A wrapper adds a level and changes nothing of what the module in it is. Adapters are set aside.
+[Note: wrappers] An adapter layer (peft's have ``adapter_layer_names``) holds the layer that it adapts as
+``base_layer``, peft's trained copies hold theirs as ``original_module``; `torch.compile`, activation checkpointing and
+FSDP1 have words of their own. A wrapper adds a level and changes nothing of the module in it. Adapters are set aside.
 """
 
 from __future__ import annotations
