@@ -79,33 +79,44 @@ def _blocks(node: Node, sources: Sources) -> Iterator[tuple[Node, str]]:
         found = _block_of(experts, sources)
         if found is None:
             continue
-        inner, router = found
-        block, moves = _raise_to_called(inner, sources)
+        first, holder, router = found
+        block, moves = _raise_to_called(first, sources)
         if block is not None:
-            yield block.at_plain_name(), "; ".join([_because(block, inner, experts, router), *moves])
+            yield block.at_plain_name(), "; ".join([_because(block, experts, holder, router), *moves])
 
 
-def _block_of(experts: Experts, sources: Sources) -> tuple[Node, Router | None] | None:
-    """The smallest module that holds the experts and their router."""
-    for level, block in enumerate(experts.node.above()):
+def _block_of(experts: Experts, sources: Sources) -> tuple[Node, Node, Router | None] | None:
+    """The smallest module that holds the experts and their router, the module that holds the router, and the router."""
+    for level, holder in enumerate(experts.node.above()):
         if level > (_LEVELS if experts.named else 1):
             break
-        if isinstance(block.module, nn.ModuleList):
+        if isinstance(holder.module, nn.ModuleList):
             continue
-        for router in routers_of(block, experts):
-            if _belong(block, experts, router, level, sources):
-                return block, router
-    block_without = _without_router(experts, sources)
-    return None if block_without is None else (block_without, None)
+        for router in routers_of(holder, experts):
+            if _belong(holder, experts, router, level, sources):
+                return _below_stack(experts.node, holder), holder, router
+    block = _without_router(experts, sources)
+    return None if block is None else (block, block, None)
 
 
-def _because(block: Node, inner: Node, experts: Experts, router: Router | None) -> str:
+def _below_stack(node: Node, holder: Node) -> Node:
+    """What holds a router that a stack of blocks shares is too much: the block is the one in the stack."""
+    inner = [part for part in node.up_to(holder) if part is not node and part is not holder]
+    stack = next((part for part in inner if is_container(part.module)), None)
+    if stack is None:
+        return holder
+    return next(part for part in node.up_to(holder) if part.parent is stack)
+
+
+def _because(block: Node, experts: Experts, holder: Node, router: Router | None) -> str:
     text = f"{router.width} {experts.text}" if experts.count is None and router is not None else experts.text
     where = f"{text} in {experts.where(block)!r}"
     if router is None:
         return f"{where}, chosen in its forward without a router"
-    word = ".".join([*inner.below(block), router.word])
-    return f"{where}, router {word!r}" + (f" with {router.width} outputs" if router.width else "")
+    inside = any(part is block for part in holder.up_to(None))
+    word = ".".join([*holder.below(block), router.word]) if inside else f"{holder.name}.{router.word}".lstrip(".")
+    outputs = f" with {router.width} outputs" if router.width else ""
+    return f"{where}, router {word!r}{'' if inside else ' of the model'}{outputs}"
 
 
 def _belong(block: Node, experts: Experts, router: Router, level: int, sources: Sources) -> bool:

@@ -13,6 +13,7 @@ from ds_z3leaf._detect._tree import Node, has_weights, is_container, linear_widt
 _EXPERT = re.compile(r"expert", re.I)
 _MIXTURE = re.compile(r"expert|moe|mixture", re.I)
 _NUMBERED = re.compile(r"(.*?)_?(\d+)")
+_SHARED = re.compile(r"shared|gate|rout|norm|proj|experts$", re.I)  # shared_expert, expert_gate
 _HOLDERS = 2  # levels between a module called experts and what holds them: experts.mlp, experts.deepspeed_experts
 
 
@@ -91,6 +92,9 @@ def _numbered_children(node: Node) -> Iterator[Experts]:
     for word, child in node.module._modules.items():
         if child is not None and (match := _NUMBERED.fullmatch(word)):
             groups.setdefault(match[1], []).append(word)
+    each = [word for word in node.module._modules if _EXPERT.search(word) and not _SHARED.search(word)]
+    if len(each) > 1 and not any(_NUMBERED.fullmatch(word) for word in each):
+        groups["expert"] = each  # text_expert and vision_expert
     for prefix, words in groups.items():
         if len(words) < 2:
             continue

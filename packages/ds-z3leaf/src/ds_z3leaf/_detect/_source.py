@@ -94,7 +94,20 @@ def _parse(function: Callable[..., Any]) -> Function | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+    found = next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+    return None if found is None else _with_self(found)
+
+
+def _with_self(function: Function) -> Function:
+    """The method with its first argument called ``self``, as nearly all have it."""
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    first = arguments[0].arg if arguments else "self"
+    if first != "self":
+        arguments[0].arg = "self"
+        for part in ast.walk(function):
+            if isinstance(part, ast.Name) and part.id == first:
+                part.id = "self"
+    return function
 
 
 def attribute_of_self(node: ast.AST) -> str | None:
