@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from ds_z3leaf import find_leaf_candidates
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -269,3 +270,24 @@ def test_a_dictionary_of_parts_goes_to_the_module_that_uses_it() -> None:
 def test_a_block_that_is_registered_twice_is_found_once() -> None:
     made = block(gate=gate(), experts=four())
     assert [candidate.name for candidate in find_leaf_candidates(nn.ModuleDict({"a": made, "b": made}))] == ["a"]
+
+
+def find_when_sharded(rank: int) -> list[tuple[str, list[str], list[str]]]:
+    from torch.distributed.fsdp import fully_shard
+
+    different = []
+    for kind in ("some adapted", "fused, biases beside", "stacked rows", "a list of parameters"):
+        model = nn.Sequential(nn.Linear(8, 8), BLOCKS[kind][0]())
+        before = [str(candidate).partition(": ")[2] for candidate in find_leaf_candidates(model)]
+        for module in model[1].modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                fully_shard(module)
+        fully_shard(model)
+        after = [str(candidate).partition(": ")[2] for candidate in find_leaf_candidates(model)]
+        if before != after or len(after) != 1:
+            different.append((kind, before, after))
+    return different
+
+
+def test_sharded_parameters_have_the_same_shapes() -> None:
+    assert run_ranks(find_when_sharded, 2) == [[], []]

@@ -85,7 +85,12 @@ class Fused(nn.Module):
         return torch.einsum("bi,bij->bj", x, self.w[self.pick(x).argmax(-1)])
 
 
-@pytest.mark.parametrize("kind", [ByIndex, ByRows, ByLoop, ByCondition, ByMethods, Fused])
+class ShortSelf(Unnamed):
+    def forward(s, x: Tensor) -> Tensor:
+        return s.branches[int(s.pick(x).sum(0).argmax())](x)
+
+
+@pytest.mark.parametrize("kind", [ByIndex, ShortSelf, ByRows, ByLoop, ByCondition, ByMethods, Fused])
 def test_a_source_that_routes_needs_no_names(kind: type[nn.Module]) -> None:
     assert names(nn.Sequential(nn.Linear(8, 8), kind())) == ["1"]
 
@@ -407,3 +412,51 @@ def test_a_class_without_source_is_taken_as_called() -> None:
     scope: dict[str, type[nn.Module]] = {"Around": Around}
     exec("class Hidden(Around):\n    def forward(self, x):\n        return self.moe(x) if x.any() else x", scope)
     assert names(nn.Sequential(scope["Hidden"]())) == ["0.moe"]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = four()
+
+    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = (choice == index).nonzero().squeeze(-1)
+            out[rows] = expert(x[rows])
+        return out
+
+
+class SharedRouter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = self.router(x).argmax(-1)
+        for layer in self.layers:
+            x = layer(x, choice)
+        return x
+
+
+def test_layers_that_share_a_router_are_leaves_each() -> None:
+    found = find_leaf_candidates(nn.Sequential(SharedRouter()))
+    assert [candidate.name for candidate in found] == ["0.layers.0", "0.layers.1"]
+    assert found[0].reason == ("4 experts of class Linear in 'experts', router '0.router' of the model with 4 outputs")
+
+
+class TwoExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_expert, self.vision_expert = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, images: Tensor) -> Tensor:
+        return self.vision_expert(x) if images.any() else self.text_expert(x)
+
+
+def test_experts_with_names_of_their_own() -> None:
+    (found,) = find_leaf_candidates(nn.Sequential(TwoExperts()))
+    assert found.reason == (
+        "2 experts of class Linear in 'text_expert..vision_expert', chosen in its forward without a router"
+    )

@@ -18,7 +18,7 @@ from ds_z3leaf._detect._experts import Experts, experts_of, says_mixture, says_s
 from ds_z3leaf._detect._router import Router, routers_of
 from ds_z3leaf._detect._routing import chooses, is_stack, picks_by_data
 from ds_z3leaf._detect._source import Sources
-from ds_z3leaf._detect._tree import Node, is_container, signature, walk
+from ds_z3leaf._detect._tree import Node, class_of, is_container, signature, walk
 from ds_z3leaf._plan import LeafCandidate
 from ds_z3leaf._select import check_model
 
@@ -174,7 +174,7 @@ def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[s
             return (None if why and is_container(block.module) else block), moves
         parent, word, listed = above
         if why is None and (use := sources.ask(other_use, parent.module, word, listed)):
-            why = f"its forward is never called: {type(parent.module).__name__} {use}"
+            why = f"its forward is never called: {class_of(parent.module).__name__} {use}"
         if why is None and not listed and (condition := sources.ask(condition_of_call, parent.module, word)):
             why = f"whether it is called depends on {condition}"
         if why is None:

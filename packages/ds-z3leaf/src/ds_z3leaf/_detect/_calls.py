@@ -16,7 +16,7 @@ from ds_z3leaf._detect._source import (
     mentions,
     only_raises,
 )
-from ds_z3leaf._detect._tree import Node, is_container, wrapped
+from ds_z3leaf._detect._tree import Node, class_of, is_container, wrapped
 
 _SHOWN = 60  # characters of a condition in a message
 _DEPTH = 3
@@ -27,7 +27,7 @@ _NONE: Paths = frozenset()
 def cannot_be_called(module: nn.Module, source: Source) -> str | None:
     """Why calling a module can only fail; None if it can work."""
     if type(module).forward is nn.Module.forward:
-        kind = type(module).__name__
+        kind = class_of(module).__name__
         return f"a {kind} is never called itself" if is_container(module) else f"{kind} has no forward"
     if source.forward is not None and only_raises(source.forward):
         return "its forward only raises"

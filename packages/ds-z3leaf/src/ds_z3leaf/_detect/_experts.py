@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ds_z3leaf._detect._tree import Node, has_weights, is_container, linear_widths, of_torch, own_shapes, peel
+from ds_z3leaf._detect._tree import Node, class_of, has_weights, is_container, linear_widths, of_torch, own_shapes, peel
 
 _EXPERT = re.compile(r"expert", re.I)
 _MIXTURE = re.compile(r"expert|moe|mixture", re.I)
@@ -59,7 +59,7 @@ class Experts:
 
 def says_mixture(node: Node) -> bool:
     """Whether the name or the class of a module says that it is a mixture of experts."""
-    return bool(_MIXTURE.search(node.called()) or _MIXTURE.search(type(node.module).__name__))
+    return bool(_MIXTURE.search(node.called()) or _MIXTURE.search(class_of(node.module).__name__))
 
 
 def experts_of(node: Node) -> Iterator[Experts]:
@@ -109,7 +109,7 @@ def _of_modules(node: Node, words: tuple[str, ...], children: list[nn.Module], n
     named = named and len(children) > 1
     if len(members) < (1 if named else 2):
         return None
-    classes = sorted({type(peel(member)).__name__ for member in members})
+    classes = sorted({class_of(peel(member)).__name__ for member in members})
     kinds = f"class {classes[0]}" if len(classes) == 1 else f"classes {', '.join(classes[:3])}"
     text = f"{len(members)} experts of {kinds}"
     if len(children) > len(members):
@@ -156,7 +156,7 @@ def _says_experts(node: Node) -> bool:
     for level, holder in enumerate(node.above()):
         if level > _HOLDERS:
             return False
-        if _EXPERT.search(holder.called()) or _EXPERT.search(type(holder.module).__name__):
+        if _EXPERT.search(holder.called()) or _EXPERT.search(class_of(holder.module).__name__):
             return True
     return False
 

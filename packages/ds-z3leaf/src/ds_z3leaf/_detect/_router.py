@@ -10,7 +10,7 @@ from itertools import islice
 from torch import nn
 
 from ds_z3leaf._detect._experts import Experts
-from ds_z3leaf._detect._tree import Node, Shape, linear_widths, of_torch, own_shapes, peel, shape_of, wrapped
+from ds_z3leaf._detect._tree import Node, Shape, class_of, linear_widths, of_torch, own_shapes, peel, shape_of, wrapped
 
 # `gate_proj` and `gate_up_proj` are parts of a gated MLP, no routers.
 _ROUTER = re.compile(
@@ -82,7 +82,7 @@ def _is_other(block: Node, word: str, child: nn.Module, experts: Experts) -> boo
 
 
 def _as_router(word: str, module: nn.Module, experts: Experts) -> Iterator[Router]:
-    named = says_router(word.rpartition(".")[2]) or says_router(type(module).__name__)
+    named = says_router(word.rpartition(".")[2]) or says_router(class_of(module).__name__)
     if not named:
         width = _last_width(module)
         if width is not None and experts.fits(width):

@@ -121,9 +121,16 @@ def is_container(module: nn.Module) -> bool:
     return isinstance(module, _CONTAINERS)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class as it was before FSDP2, which makes a class FSDPName of a class Name."""
+    kind = type(module)
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
+
+
 def of_torch(module: nn.Module) -> bool:
     """Whether the class is one of torch's own layers."""
-    return type(module).__module__.startswith("torch.nn.modules.")
+    return class_of(module).__module__.startswith("torch.nn.modules.")
 
 
 def shape_of(param: nn.Parameter) -> Shape:
