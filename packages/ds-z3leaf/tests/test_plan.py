@@ -125,9 +125,7 @@ def test_what_a_file_says_wrongly_is_an_error(tmp_path: Path) -> None:
         path.write_text(data if isinstance(data, str) else json.dumps(data))
         return LeafPlan.load(path, make(2))
 
-    with pytest.raises(
-        LeafNotFoundError, match=r"1 of 3 leaves are not in Model: 'layers.2.mlp' \(near: 'layers.1.mlp'"
-    ):
+    with pytest.raises(LeafNotFoundError, match=r"1 of 3 leaves .* 'layers.2.mlp' \(near: 'layers.1.mlp'"):
         load(good)
     with pytest.raises(LeafValueError, match="is no leaf plan: it is not JSON"):
         load("{")
@@ -185,8 +183,10 @@ def test_the_report_counts_gathers_and_bytes() -> None:
 def test_fine_grained_modules_are_the_outermost_with_few_elements_each() -> None:
     model = make(2)
     # Moe: 75 elements in 5 modules with parameters (itself, gate, 3 experts); Layer: 95 in 7; Model: 220 in 17
-    found = find_fine_grained(model, max_elements_per_module=13)
-    assert [leaf.name for leaf in found] == ["layers.0", "layers.1"] or [leaf.name for leaf in found] == [""]
+    found = find_fine_grained(model, max_elements_per_module=13, max_elements=100)
+    assert [leaf.name for leaf in found] == ["layers.0", "layers.1"]
+    assert [leaf.name for leaf in find_fine_grained(model, max_elements_per_module=12)] == [""]
+    assert find_fine_grained(model, max_elements_per_module=11) == []
     assert mark_leaves(model, fine_grained=1000, names="head") == [model, model.head]
     mark_leaves(model, names="head", modules=model, flag=False)
     with pytest.raises(LeafNotFoundError, match=r"fine_grained 3 \(the smallest is \d+, of '.*'\)"):
@@ -202,7 +202,7 @@ def test_fine_grained_modules_are_the_outermost_with_few_elements_each() -> None
 
 
 class PeakMeter:
-    """The bytes of gathered parameters of all units, and how often they are gathered, as torch gathers and frees them."""
+    """The bytes of gathered parameters of all units, and how often they are gathered, as torch does it."""
 
     def __init__(self, units: list[Any]) -> None:
         self.now = self.peak = self.gathers = self.largest = 0
@@ -212,7 +212,7 @@ class PeakMeter:
 
     def _watch(self, group: Any) -> None:
         size = sum(param._orig_size.numel() * param.orig_dtype.itemsize for param in group.fsdp_params)
-        unshard, reshard, wait = group.unshard, group._to_sharded, group.wait_for_unshard
+        unshard, reshard = group.unshard, group._to_sharded
         held = [False]
 
         def count_gather(*args: Any, **kwargs: Any) -> Any:
@@ -230,7 +230,7 @@ class PeakMeter:
                 self.now -= size
             return reshard(*args, **kwargs)
 
-        group.unshard, group._to_sharded, group.wait_for_unshard = count_gather, count_free, wait
+        group.unshard, group._to_sharded = count_gather, count_free
 
 
 def batch(rank: int) -> torch.Tensor:
@@ -251,8 +251,6 @@ def apply_fsdp2(rank: int, world: int) -> dict[str, Any]:
     model(batch(rank)).backward()  # the first step learns the order of the units
     for param in model.parameters():
         param.grad = None
-    for unit in units:
-        unit._get_fsdp_state()._lazy_init
     meter = PeakMeter(units)
     model(batch(rank)).backward()
     sum(dense(batch(r)) / world for r in range(world)).backward()
@@ -284,11 +282,10 @@ def test_the_costs_of_every_cut() -> None:
         "leaves": (6, 12, moe, moe + linear),
         # the root (inp and head), a layer (attention), its block, and the layer before
         "layers": (5, 9, moe, 80 + 40 + linear + moe + linear),
-        "whole model": (1, 1, 880 - 0, 880),
+        "whole model": (1, 1, 880, 880),
     }
     assert plan_leaves(model, "auto").costs(torch.bfloat16)[1].largest_bytes == moe // 2
     assert str(table).splitlines()[0].split("  ")[0] == "cut"
-    assert "2 MiB" not in str(table)
 
 
 def refuse(rank: int) -> list[str]:
@@ -307,7 +304,7 @@ def refuse(rank: int) -> list[str]:
     tied.head.weight, tied.layers[0].attention.weight = (tied.inp.weight,) * 2
     note(LeafShardError, tied)
     mixed = make()
-    mixed.layers[0].attention.float()
+    mixed.layers[0].norm = nn.LayerNorm(WIDTH)
     note(LeafShardError, mixed)
     mixed = make()
     mixed.head.float()
@@ -316,7 +313,6 @@ def refuse(rank: int) -> list[str]:
     note(LeafTypeError, make(), layers=3)
     note(LeafNotFoundError, make(), layers=nn.Linear(1, 1))
     note(LeafTypeError, make(), meshes=1)
-    note(LeafShardError, make(), layers=make().layers[:0] if False else None, root=True) if False else None
     model = make()
     units = plan_leaves(model, "auto").apply_fsdp2(layers=[model.layers[1]], root=False)
     assert units == [*(layer.mlp for layer in model.layers), model.layers[1]]
@@ -326,7 +322,7 @@ def refuse(rank: int) -> list[str]:
 def test_layers_and_root_are_checked_before_anything_is_sharded() -> None:
     starts = [
         "layer 'layers.0' (Layer) and root '' (Model) share a parameter",
-        "root",
+        "layer 'layers.0' (Layer) holds trainable parameters of several dtypes",
         "root '' (Model) holds trainable parameters of several dtypes",
         "layers is 'all': pass \"auto\"",
         "layers is a int",
@@ -334,7 +330,6 @@ def test_layers_and_root_are_checked_before_anything_is_sharded() -> None:
         "torch's fully_shard does not take these keywords",
     ]
     for said in run_ranks(refuse, 2):
-        starts = [start for start in starts if start != "root"]
         assert len(said) == len(starts), said
         for text, start in zip(said, starts, strict=True):
             assert text.startswith(start)

@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Callable[[], Net], str]] = {
     "double router": (
         lambda: with_router(torch.float64),
         "leaf 'blocks.0' (Moe) holds trainable parameters of several dtypes, and an FSDP2 unit takes one: 4 are "
-        "torch.float32, but 'blocks.0.router.weight' (torch.float64), 'blocks.0.router.bias' (torch.float64): cast them",
+        "torch.float32, but 'blocks.0.router.weight' (torch.float64), 'blocks.0.router.bias' (torch.float64): ",
     ),
     "trained float8": (
         lambda: with_extra(2, 2, dtype=F8, frozen=False),

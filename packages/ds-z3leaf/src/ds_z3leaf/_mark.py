@@ -132,5 +132,5 @@ def _claim(tree: Tree, at: int, end: int, special: set[type], names: Mapping[int
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether only a module's own attribute can say that it is a leaf: neither its class, nor a module that it wraps."""
+    """Whether only a module's own attribute can say that it is a leaf: not its class, nor a module that it wraps."""
     return kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, FLAG)
