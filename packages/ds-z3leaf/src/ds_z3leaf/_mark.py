@@ -13,6 +13,7 @@ from ds_z3leaf._walk import Tree
 from ds_z3leaf.errors import LeafValueError
 
 logger = logging.getLogger("ds.z3leaf")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _SHOWN = 4  # containers in an error
 
 
@@ -103,9 +104,7 @@ def check_containers(model: nn.Module, chosen: Mapping[str, nn.Module], containe
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)) and never_called(
-        module
-    )
+    return isinstance(module, _CONTAINERS) and never_called(module)
 
 
 def _called_parent(model: nn.Module, name: str) -> str:

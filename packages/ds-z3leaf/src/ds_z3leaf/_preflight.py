@@ -7,7 +7,7 @@ that two units share becomes two parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,12 @@ def check_units(
         raise LeafValueError(f'mixed_dtypes is {mixed_dtypes!r}: pass "raise" or "separate"')
     ignored = {id(param) for param in options.get("ignored_params") or ()}
     _check_wrappers(model)
-    owners: dict[int, tuple[PlannedUnit, str]] = {}
-    claimed: set[int] = set()  # modules
+    planned = list(units)
+    roots = {id(unit.module) for unit in planned}
+    owners: dict[int, tuple[PlannedUnit, str]] = {}  # by id of the parameter
     children: dict[int, list[nn.Module]] = {}
-    for unit in units:
-        params = [named for named in _own(unit, claimed) if id(named[1]) not in ignored]
+    for unit in planned:
+        params = [named for named in _held(unit.name, unit.module, roots) if id(named[1]) not in ignored]
         for name, param in params:
             _check_param(unit, name, param, options)
             first, other = owners.setdefault(id(param), (unit, name))
@@ -74,32 +75,27 @@ def check_units(
                 raise _shared(unit, name, first, other)
         groups = _dtypes(params)
         children[id(unit.module)] = _separate(unit, groups, mixed_dtypes) if len(groups) > 1 else []
-    for name, module in model.named_modules():
-        if id(module) in claimed:
-            continue
-        for part, param in module._parameters.items():
-            if param is not None and id(param) in owners:
-                raise _shared(None, f"{name}.{part}" if name else part, *owners[id(param)])
+    for name, param in [] if id(model) in roots else _held("", model, roots):
+        if id(param) in owners:
+            raise _shared(None, name, *owners[id(param)])
     return children
 
 
-def _own(unit: PlannedUnit, claimed: set[int]) -> Iterator[Named]:
-    """The parameters below a unit's module, each once, that are in no earlier unit."""
-    seen: set[int] = set()
-    stack = [(unit.name, unit.module)]
+def _held(name: str, module: nn.Module, roots: set[int]) -> list[Named]:
+    """The parameters of a module and of what is below it, each once, without those below other units."""
+    found: dict[int, Named] = {}
+    stack, seen = [(name, module)], {id(module)}
     while stack:
         name, module = stack.pop()
-        if id(module) in claimed:
-            continue
-        claimed.add(id(module))
-        seen.add(id(module))
+        prefix = f"{name}." if name else ""
         for part, param in module._parameters.items():
-            if param is not None and id(param) not in seen:
-                seen.add(id(param))
-                yield (f"{name}.{part}" if name else part), param
+            if param is not None:
+                found.setdefault(id(param), (prefix + part, param))
         for part, child in reversed(module._modules.items()):
-            if child is not None:
-                stack.append((f"{name}.{part}" if name else part, child))
+            if child is not None and id(child) not in seen and id(child) not in roots:
+                seen.add(id(child))
+                stack.append((prefix + part, child))
+    return list(found.values())
 
 
 def _shared(unit: PlannedUnit | None, name: str, first: PlannedUnit, other: str) -> LeafShardError:

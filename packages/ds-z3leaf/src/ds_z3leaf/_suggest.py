@@ -154,8 +154,7 @@ def _near_regexes(names: NameIndex, text: str, pattern: re.Pattern[str]) -> list
     """A longer expression, if this one is found inside names; else names that look like its text."""
     partly = [name for name in names.first.values() if pattern.search(name)]
     if partly:
-        longer = [longer for longer in (f".*{text}", f"{text}.*", f".*{text}.*") if _matches_any(longer, partly)]
-        return longer[:1] or partly[:_SHOWN]
+        return [f".*{text}"] if _matches_any(f".*{text}", partly) else partly[:_SHOWN]
     plain = _WILD_REGEX.sub("#", text.lstrip("^").rstrip("$"))
     _, star, tail = plain.rpartition(".*")
     tail = (tail if star else plain).replace("\\.", ".").lstrip(".")
