@@ -213,9 +213,8 @@ def test_every_rank_names_the_modules_the_ranks_and_the_leaf(world_size: int) ->
         assert found["type"] == "LeafHangError"
         assert found["cause"] == "RuntimeError"
         assert "Make 'block' (Moe) a leaf" in found["text"]
-        others = "rank 1" if world_size == 2 else "ranks 1, 2"
-        verb = f"rank 0 calls 'block.experts.1' (Expert) where {others} calls 'block.experts.2' (Expert)"
-        assert verb in found["text"]
+        others = "rank 1 calls" if world_size == 2 else "ranks 1, 2 call"
+        assert f"rank 0 calls 'block.experts.1' (Expert) where {others} 'block.experts.2' (Expert)" in found["text"]
         assert found["lines"] == [(logging.ERROR, found["text"])]
         assert found["clean"]
 
@@ -264,6 +263,8 @@ def pass_through(rank: int) -> dict[str, Any]:
             raise KeyError("of the user")
     except KeyError as error:
         seen["unchanged"] = error.__cause__ is None and clean(net)
+    with watch(net, group=dist.new_group([0])):  # rank 0 is alone in it, rank 1 is not in it
+        seen["apart"] = clean(net)
     dist.barrier()
     with watch(net, timeout=0.5):  # a pause is no hang
         net(torch.ones(1, WIDTH), 0)
@@ -280,6 +281,7 @@ def test_nothing_else_is_touched() -> None:
     for rank, seen in enumerate(run_ranks(pass_through, 2)):
         assert seen["trained"]
         assert seen["unchanged"]
+        assert seen["apart"]
         assert seen["errors"] == []
         assert seen["clean"]
         if rank == 0:

@@ -62,6 +62,7 @@ def diagnose(
         counted: by number, whether the engine gathers for that module.
         leaves: the numbers of the modules that are leaves already.
     """
+    reports = {rank: reports[rank] for rank in sorted(reports)}
     lines = [_line(rank, reports.get(rank), index) for rank in ranks[:_LISTED]]
     if len(ranks) > _LISTED:
         lines.append(f"  and {len(ranks) - _LISTED} ranks more")
@@ -132,7 +133,7 @@ def _explain(split: _Split, reports: Mapping[int, Report], index: ModuleIndex, l
     stack = _common(stacks)
     needed = {number for rank, place in split.places.items() for number in _entered(reports[rank], place, len(stack))}
     where = f"in {index.describe(stack[-1])}, " if stack else ""
-    does = [f"{_ranks(ranks)} {_does(event, index)}" for event, ranks in list(by_event.items())[:3]]
+    does = [f"{_ranks(ranks)} {_does(event, index, len(ranks) > 1)}" for event, ranks in list(by_event.items())[:3]]
     said = f"Ranks called different modules and wait for each other: {where}{' where '.join(does)}. "
     if split.inside:
         leaf = next((number for number in reversed(stack) if number in set(leaves)), None)
@@ -197,8 +198,9 @@ def _common(stacks: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(same)
 
 
-def _does(event: int, index: ModuleIndex) -> str:
-    return f"calls {index.describe(event)}" if event >= 0 else f"ends {index.describe(~event)}"
+def _does(event: int, index: ModuleIndex, several: bool) -> str:
+    verb = ("call" if event >= 0 else "end") + ("" if several else "s")
+    return f"{verb} {index.describe(_module(event))}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

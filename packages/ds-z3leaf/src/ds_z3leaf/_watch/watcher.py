@@ -42,7 +42,9 @@ class watch:
     when a collective fails inside the block. It costs two Python hooks a module call, a thread, and no collective.
 
     Only ranks that stop are noticed: where collectives of different modules happen to fit each other, ranks go on with
-    wrong values. Rehearse the model to find that out.
+    wrong values. Rehearse the model to find that out. Ranks are expected to call the same modules: where one rank alone
+    evaluates the model and the others wait longer than `timeout`, they are said to have parted. Calls inside a module
+    that was compiled before, and has run, are not seen.
 
     Args:
         model: a model, or a DeepSpeed engine or DDP module around one; with its leaves and its engine in place.
@@ -53,7 +55,8 @@ class watch:
             at once, while one of gloo ends at its own time-out; then leave the block by `LeafHangError`. "exit": the
             same, and end the process with status 1 if the block is not left within 10 seconds. "log": only log.
 
-    Every rank of `group` must enter and leave it, equally often. Without a process group, or alone, it does nothing.
+    Every rank of `group` must enter and leave it, equally often. It does nothing without a process group, on a rank
+    that is alone in it, and on a rank that is not in it.
 
     Raises:
         LeafTypeError: `model` is no module.
@@ -80,8 +83,10 @@ class watch:
 
     def __enter__(self) -> None:
         """Start to watch. Every rank of the group must call it."""
+        if self._group is not None and self._group is dist.GroupMember.NON_GROUP_MEMBER:
+            return
         ranks = Ranks(self._group)
-        if ranks.size == 1 or ranks.rank < 0:
+        if ranks.size == 1:
             return
         self._thread = _Thread(_inner(self._model), self._timeout, ranks.numbers, self._on_hang)
         self._thread.start()
