@@ -65,12 +65,12 @@ def train_alone(case: Case) -> Result:
 def train_zero3(case: Case, rank: int, adapt: bool = True) -> Result:
     import deepspeed
     import ds_z3leaf
-    from ds_z3leaf._calls import adapt_calls
+    from ds_z3leaf._calls import restore_calls
 
     model = case.make()
     for leaf in ds_z3leaf.mark_leaves(model, modules=leaves_of(case, model)):
-        if adapt:
-            adapt_calls(leaf)
+        if not adapt:
+            restore_calls(leaf)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=sgd(model),

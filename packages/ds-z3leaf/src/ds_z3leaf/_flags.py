@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ds_z3leaf._calls import adapt_calls, restore_calls
 from ds_z3leaf._walk import wrapped_module
 
 FLAG, OWNER, REASON = "_z3_leaf", "ds_z3_leaf_module", "_ds_leaf_reason"
@@ -43,6 +44,7 @@ def set_flag(module: nn.Module, flag: bool, reason: str | None = None) -> None:
     """Flag one module, or take its flag away as if it had never had one; keep the parameters' owners in step."""
     if flag:
         setattr(module, FLAG, True)
+        adapt_calls(module)
         if reason is not None:
             setattr(module, REASON, reason)
         _own(module)
@@ -60,6 +62,7 @@ def drop_flag(module: nn.Module) -> None:
     home = flag_home(module)
     home.__dict__.pop(FLAG, None)
     home.__dict__.pop(REASON, None)
+    restore_calls(module)
     if is_leaf(module):  # the class itself says so
         setattr(module, FLAG, False)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_z3leaf._calls import adapt_calls
 from ds_z3leaf._flags import FLAG, REASON, drop_flag, flag_home, is_leaf, never_called
 from ds_z3leaf._walk import Tree
 from ds_z3leaf.errors import LeafValueError
@@ -42,6 +43,7 @@ def mark(tree: Tree, chosen: Mapping[str, nn.Module], reasons: Mapping[str, str]
         module = tree.modules[at]
         if id(module) in names:
             setattr(module, FLAG, True)
+            adapt_calls(module)
             if names[id(module)] in reasons:
                 setattr(module, REASON, reasons[names[id(module)]])
             marked.add(id(module))

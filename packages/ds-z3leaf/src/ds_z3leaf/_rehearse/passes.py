@@ -52,12 +52,14 @@ class Recording:
         passes: one for each batch and repeat.
         deciders: numbers of the modules that read values of tensors and call other modules after it.
         without_floats: numbers of the modules that a pass called without a tensor of floating point.
+        odd_outputs: numbers of the modules that returned neither a tensor with a gradient nor a tuple with one.
         on_meta: whether the model ran on meta.
     """
 
     passes: tuple[Pass, ...]
     deciders: frozenset[int]
     without_floats: frozenset[int]
+    odd_outputs: frozenset[int]
     on_meta: bool
 
 
@@ -91,7 +93,8 @@ def record(
                 if repeats is None and _differ(before, random_state()):
                     runs = 4
                 repeat += 1
-    return Recording(tuple(passes), frozenset(session.deciders), frozenset(session.without_floats), meta)
+    odd = frozenset(session.odd_outputs)
+    return Recording(tuple(passes), frozenset(session.deciders), frozenset(session.without_floats), odd, meta)
 
 
 class _Session:
@@ -101,6 +104,7 @@ class _Session:
         self.index = index
         self.deciders: set[int] = set()
         self.without_floats: set[int] = set()
+        self.odd_outputs: set[int] = set()
         self._forward = forward or _call
         self._backward = backward
         self._meta = meta
@@ -192,6 +196,8 @@ class _Session:
         return watch
 
     def _watch_output(self, number: int, output: Any) -> None:
+        if not _has_gradient(output):
+            self.odd_outputs.add(number)
         reached = self._reached
         done = False
 
@@ -251,6 +257,12 @@ def _moved(value: Any, device: Any) -> Any:
         moved = [_moved(entry, device) for entry in value]
         return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
+
+
+def _has_gradient(output: Any) -> bool:
+    """Whether torch calls a module's full backward hooks for such an output."""
+    values = output if isinstance(output, tuple) else (output,)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -117,9 +117,11 @@ class Stage:
         if sum(self.ranks.gather(len(taken))) == 0:
             raise LeafValueError("batches is empty on every rank: pass at least one batch")
         self.recording = self._record(taken, must_be_meta)
-        told = self.ranks.gather((self.recording.deciders, self.recording.without_floats))
-        self.deciders = frozenset().union(*(deciders for deciders, _ in told))
-        self.without_floats = frozenset().union(*(numbers for _, numbers in told))
+        recording = self.recording
+        told = self.ranks.gather((recording.deciders, recording.without_floats, recording.odd_outputs))
+        self.deciders, self.without_floats, self.odd_outputs = (
+            frozenset().union(*sets) for sets in zip(*told, strict=True)
+        )
 
     def _record(self, batches: list[Any], must_be_meta: bool) -> Recording:
         device = self.options.device
@@ -294,12 +296,16 @@ class Stage:
 
     def notes(self, leaves: Iterable[int], rehearsal: Rehearsal) -> list[str]:
         """What these leaves cannot do, and what the rehearsal did not see, in words."""
-        notes = [
-            f"leaf {self.index.describe(number)} is called without a tensor of floating point, so ZeRO-3 cannot reduce "
-            "its gradients as a leaf. FSDP2 can; or give every rank the same kind of batch (a blank image, say)"
-            for number in leaves
-            if number in self.without_floats
-        ]
+        notes = []
+        for number in leaves:
+            reasons = ["is called without a tensor of floating point"] if number in self.without_floats else []
+            if number in self.odd_outputs:
+                reasons.append("returns neither a tensor that has a gradient nor a tuple with one")
+            if reasons:
+                notes.append(
+                    f"leaf {self.index.describe(number)} {' and '.join(reasons)}: ZeRO-3 cannot train it as a leaf, "
+                    "FSDP2 can. Or let no rank go another way there: give every rank a blank image, or drop no layers"
+                )
         return notes + _describe_unseen(rehearsal)
 
     def _never_called(self, seen: set[int]) -> Iterator[str]:
