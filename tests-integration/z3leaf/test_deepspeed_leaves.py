@@ -93,13 +93,51 @@ def compare_flags(rank: int) -> dict[str, Any]:
     found = ds_z3leaf.apply_zero_leaf_module_config(net, config)
     wanted = [*(block.experts[1] for block in net.blocks), net.blocks[1], net.head]
     seen["its configuration"] = {id(module) for module in found} == {id(module) for module in wanted}
-    seen["read there"] = {id(module) for module in utils.get_z3_leaf_modules(net)} == {id(module) for module in found}
+    # The second block is a leaf, so its expert is none.
+    outermost = [net.blocks[0].experts[1], net.blocks[1], net.head]
+    seen["read there"] = utils.get_z3_leaf_modules(net) == outermost
     return seen
 
 
 def test_each_sees_what_the_other_marked() -> None:
     (seen,) = run_ranks(compare_flags, 1, timeout=TIMEOUT, env=ENV, init=False)
     assert [what for what, right in seen.items() if not right] == []
+
+
+def compare_granularity(rank: int) -> list[tuple[str, int, list[str], list[str]]]:
+    """Names of the leaves that DeepSpeed's threshold makes, and of those found here."""
+    import deepspeed
+    import ds_z3leaf
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    deepspeed.init_distributed("gloo")
+    models = {
+        "mixtures": make,
+        "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
+        "nested": lambda: nn.Sequential(nn.Sequential(make(), nn.Linear(50, 50)), nn.ModuleList([make()])),
+        "decoder": lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2),
+    }
+    seen = []
+    for kind, build in models.items():
+        for threshold in (20, 60, 72, 80, 100, 1000, 10**9):
+            model = build()
+            for param in model.parameters():
+                param.ds_numel = param.numel()
+            there = object.__new__(DeepSpeedZeRoOffload)
+            there.min_granularity_value, there.min_granularity_layer = 2**63, None
+            there.granularity_info, there.z3_leaf_layers = set(), []
+            there._set_z3_leaf_modules_by_threshold(model, threshold)
+            names = {id(module): name for name, module in model.named_modules()}
+            here = ds_z3leaf.find_fine_grained(model, max_elements_per_module=threshold)
+            leaves = [names[id(module)] for module in there.z3_leaf_layers]
+            seen.append((kind, threshold, leaves, [leaf.name for leaf in here]))
+    return seen
+
+
+def test_fine_grained_modules_are_those_of_deepspeeds_threshold() -> None:
+    (seen,) = run_ranks(compare_granularity, 1, timeout=TIMEOUT, env=ENV, init=True)
+    assert [row for row in seen if row[2] != row[3]] == []
+    assert {bool(row[2]) for row in seen} == {True, False}
 
 
 def train(rank: int) -> tuple[dict[str, Any], dict[str, bool]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import ds_z3leaf
 import pytest
-from ds_z3leaf import leaf
+import torch
+from ds_z3leaf import leaf, plan_leaves
 from ds_z3leaf.errors import LeafNotFoundError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
     apply_zero_leaf_module_config,
@@ -22,6 +23,7 @@ from ds_z3leaf.leaf import (
     unset_z3_leaf_modules,
     z3_leaf_module,
     z3_leaf_parameter,
+    z3_leaves,
 )
 from torch import nn
 
@@ -188,13 +190,149 @@ def test_marking_by_every_kind_of_selector(net: nn.Module, kinds: Kinds) -> None
     assert state(net) == CLEAN
 
 
-def test_a_container_that_is_never_called_is_warned_about(net: nn.Module, caplog: Any) -> None:
-    set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: set_z3_leaf_modules_by_name(net, ["head", "layers.0.mlp.experts"]),
+        lambda net: set_z3_leaf_modules_by_suffix(net, ["0.mlp.experts"]),
+        lambda net: mark_leaves(net, globs="layers.0.mlp.experts", names="head"),
+        lambda net: mark_leaves(net, globs="layers.0.mlp.experts", names="head", raise_if_not_found=False),
+        lambda net: mark_leaves(net, modules=[net.head, net.layers[0].mlp.experts]),
+        lambda net: plan_leaves(net, names=["head", "layers.0.mlp.experts"]),
+        lambda net: z3_leaves(net, names=["head", "layers.0.mlp.experts"]).__enter__(),
+    ],
+)
+def test_a_container_that_is_never_called_is_refused_with_the_fix(net: nn.Module, call: Any) -> None:
+    before = state(net)
+    with pytest.raises(LeafValueError) as caught:
+        call(net)
+    assert str(caught.value) == (
+        "leaf 'layers.0.mlp.experts' is a ModuleList, which is never called itself, so that no engine can gather it: "
+        "flag what holds it, names='layers.0.mlp'"
+    )
+    assert state(net) == before
+
+
+def test_the_fix_for_several_containers_and_for_those_without_a_parent(net: nn.Module) -> None:
+    with pytest.raises(LeafValueError, match=r"experts' \(and 11 more\).*=\['layers.0.mlp', .*'layers.3.mlp', ...\]"):
+        mark_leaves(net, suffixes="mlp.experts")
+    with pytest.raises(LeafValueError, match=r"leaf 'layers' \(and 12 more\).* flag the Net itself, modules=model"):
+        mark_leaves(net, classes="ModuleList")
+    with pytest.raises(LeafValueError, match=r"leaf '' is a ModuleList.* flag the module that holds it"):
+        set_z3_leaf_module(net.layers, True)
+    assert state(net) == CLEAN
+    set_z3_leaf_module(net.layers, False)
+    mark_leaves(net, classes="ModuleList", flag=False)
+    assert state(net) == CLEAN
+
+
+def test_deepspeeds_names_only_warn_of_a_container_where_they_raise_nothing(net: nn.Module, caplog: Any) -> None:
+    found, _ = set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"], raise_if_not_found=False)
+    assert found == get_z3_leaf_modules(net) == [net.layers[0].mlp.experts]
     assert "leaf 'layers.0.mlp.experts' is a ModuleList, which is never called itself" in caplog.text
     caplog.clear()
     set_z3_leaf_modules_by_name(net, ["layers.0.mlp.experts"], False)
-    set_z3_leaf_modules_by_suffix(net, ["mlp"])
+    assert state(net) == CLEAN
+    apply_zero_leaf_module_config(net, {"names": ["layers.0.mlp.experts"]})
+    assert "never called itself" in caplog.text
+
+
+# Leaves inside leaves
+
+
+def test_leaves_inside_leaves_are_not_flagged_and_one_warning_says_so(net: nn.Module, caplog: Any) -> None:
+    found = mark_leaves(net, suffixes=["mlp", "up"])
+    assert len(found) == 12 * 4
+    assert get_z3_leaf_modules(net) == [layer.mlp for layer in net.layers]
+    assert [record.message for record in caplog.records] == [
+        "36 modules are parts of other leaves and not flagged by themselves: 'layers.0.mlp.experts.0.up' (Linear) is "
+        "in 'layers.0.mlp', which is gathered whole"
+    ]
+    caplog.clear()
+    assert mark_leaves(net, names="layers.3") == [net.layers[3]]
+    assert get_z3_leaf_modules(net)[3] is net.layers[3]
+    assert len(get_z3_leaf_modules(net)) == 12
+    assert net.layers[3].mlp.gate.weight.ds_z3_leaf_module is net.layers[3]
+    assert "1 module is a part of other leaves and not flagged by itself: 'layers.3.mlp' (MoeBlock)" in caplog.text
+    caplog.clear()
+    before = state(net)
+    assert set_z3_leaf_modules_by_name(net, ["layers.3.mlp.gate"]) == ([net.layers[3].mlp.gate], [])
+    assert state(net) == before
+    assert "'layers.3.mlp.gate' (Linear) is in 'layers.3'" in caplog.text
+
+
+def test_a_module_with_a_place_outside_of_the_leaf_stays_a_leaf() -> None:
+    shared = nn.Linear(1, 1)
+    model = nn.ModuleDict({"block": nn.Sequential(shared), "again": nn.Sequential(shared)})
+    mark_leaves(model, modules=[model["block"], shared])
+    assert get_z3_leaf_modules(model) == [model["block"], shared]
+
+
+def test_a_compiled_module_is_one_leaf(caplog: Any) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.Linear(1, 1))
+    plain = model[0]
+    model[0] = torch.compile(plain, backend="eager")
+    for _ in range(2):
+        mark_leaves(model, names="0")
+        assert z3_leaf_module(model[0])
+        assert z3_leaf_module(plain)
+        assert plain[0].weight.ds_z3_leaf_module is model[0]
+    mark_leaves(model, names="0", flag=False)
+    assert state(model) == CLEAN
     assert caplog.text == ""
+
+
+# "auto"
+
+
+def test_auto_flags_the_mixtures_and_leaves_dense_models_alone(net: nn.Module, caplog: Any) -> None:
+    blocks = [layer.mlp for layer in net.layers]
+    assert mark_leaves(net, "auto") == blocks == get_z3_leaf_modules(net)
+    assert mark_leaves(net, select="auto", names="head") == [*blocks, net.head]
+    assert mark_leaves(net, "auto", names="head", flag=False) == [*blocks, net.head]
+    assert state(net) == CLEAN
+    dense = nn.Sequential(nn.Linear(1, 1))
+    with caplog.at_level(logging.INFO):
+        assert mark_leaves(dense, "auto") == []
+        assert mark_leaves(dense, "auto", names="0") == [dense[0]]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    for wrong, error in (("mlp", LeafValueError), (3, LeafTypeError), (nn.Linear, LeafTypeError)):
+        with pytest.raises(error, match='pass "auto"'):
+            mark_leaves(net, wrong)  # type: ignore[arg-type]
+
+
+# For the length of a block
+
+
+def assert_differs(one: Any, other: Any) -> None:
+    assert one != other
+
+
+def test_a_block_gives_back_what_was_flagged(net: nn.Module) -> None:
+    mark_leaves(net, names=["layers.0.mlp", "head"])
+    before, reason = state(net), net.head._ds_leaf_reason
+    with z3_leaves(net, "auto") as leaves:
+        assert leaves == [layer.mlp for layer in net.layers]
+        inside = state(net)
+        with z3_leaves(net, names="layers.0"):  # the flag of layers.0.mlp goes, and comes back
+            assert get_z3_leaf_modules(net)[0] is net.layers[0]
+        assert state(net) == inside
+        net.layers[1].mlp = type(net.layers[1].mlp)()
+        mark_leaves(net, names="layers.1.mlp")
+    assert state(net) == before
+    assert net.head._ds_leaf_reason == reason
+    with pytest.raises(ZeroDivisionError), z3_leaves(net, suffixes="mlp"):
+        raise ZeroDivisionError(assert_differs(state(net), before))
+    assert state(net) == before
+    with pytest.raises(LeafNotFoundError), z3_leaves(net, names="tail"):
+        pass
+    assert state(net) == before
+
+
+def test_a_block_warns_of_an_engine_that_reads_the_flags(net: nn.Module, caplog: Any) -> None:
+    with z3_leaves(net, names="head"):
+        net.head.ds_id = 7  # as ZeRO-3's hooks leave it
+    assert "1 leaves lose their flags at the end of z3_leaves(), but a ZeRO-3 engine" in caplog.text
 
 
 def test_a_marked_model_can_be_copied_and_pickled() -> None:

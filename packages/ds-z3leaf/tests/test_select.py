@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -60,6 +62,34 @@ def test_globs(net: nn.Module, pattern: str, expected: list[str]) -> None:
     assert names(net, globs=pattern) == expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"layers\.\d\.mlp", MLPS[:10]),
+        (re.compile(r"LAYERS\.1\d\.MLP", re.I), MLPS[10:]),
+        ([r".*\.1\.mlp", "head|tail"], ["layers.1.mlp", "head"]),
+        (r"layers\.(?!1).*mlp", [name for name in MLPS if not name.startswith("layers.1")]),
+    ],
+)
+def test_regular_expressions_match_from_end_to_end(net: nn.Module, pattern: Any, expected: list[str]) -> None:
+    assert names(net, regexes=pattern) == expected
+
+
+def test_globs_with_sets_match_one_part() -> None:
+    model = nn.ModuleDict({"a-1": nn.ModuleDict({"b]": nn.Identity(), "[": nn.Identity()}), "^": nn.Identity()})
+    assert names(model, globs="a[!x]1.*") == ["a-1.b]", "a-1.["]
+    assert names(model, globs="a[+-/]1") == ["a-1"]
+    assert names(model, globs="*.[[]") == ["a-1.["]
+    assert names(model, globs=["[^a]", "*.b[]]"]) == ["a-1.b]", "^"]
+
+
+def test_a_model_that_holds_itself_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.append(model)
+    with pytest.raises(LeafValueError, match="Sequential holds a module that holds itself"):
+        names(model, names="0")
+
+
 def test_a_predicate_sees_names_and_modules(net: nn.Module) -> None:
     assert names(net, where=lambda name, module: name.startswith("layers.2") and hasattr(module, "gate")) == [
         "layers.2.mlp"
@@ -103,17 +133,19 @@ def test_every_selector_that_misses_is_reported_though_others_match(net: nn.Modu
             names="layers.2.mpl",
             suffixes=["mlp", "attentions"],
             globs="blocks.*",
+            regexes="mlp",
             where=lambda name, module: False,
             modules=nn.Linear(1, 1),
         )
     text = str(caught.value)
-    assert text.startswith("7 of 9 selectors match nothing in Net: ")
+    assert text.startswith("8 of 10 selectors match nothing in Net: ")
     for part in (
         "class 'MoeBlok' (near: 'MoeBlock'",
         "class 'Conv2d'",
         "name 'layers.2.mpl' (near: 'layers.2.mlp'",
         "suffix 'attentions' (near: 'attention')",
         "glob 'blocks.*'",
+        "regex 'mlp' (near: '.*mlp')",
         "where ",
         "module of class 'Linear'",
     ):
@@ -130,6 +162,44 @@ def test_what_misses_can_be_asked_for_instead(net: nn.Module) -> None:
 def test_near_names_ignore_case(net: nn.Module) -> None:
     with pytest.raises(LeafNotFoundError, match="near: 'MoeBlock'"):
         select_modules(net, classes="MOEBLOCK")
+
+
+@pytest.mark.parametrize(
+    ("selector", "near"),
+    [
+        ({"names": "layers.40.mpl"}, "'layers.11.mlp'"),
+        ({"names": "model.layers.7.mlp.gat"}, "'layers.7.mlp.gate'"),
+        ({"names": "layers.7.mlp.exprts.2.up"}, "'layers.7.mlp.experts.2.up'"),
+        ({"suffixes": "exprts.2.up"}, "'experts.2.up'"),
+        ({"suffixes": "mlp.expert.9"}, "'mlp.experts.2'"),
+        ({"globs": "layers.*.mpl"}, "'layers.*.mlp'"),
+        ({"globs": "layers.[0-3].mpl"}, "'layers.[0-3].mlp'"),
+        ({"globs": "**.exprts.*"}, "'**.experts.*'"),
+        ({"regexes": r"layers\.\d+\.mpl"}, "'layers.0.mlp'"),
+        ({"regexes": r".*\.gat"}, "'layers.0.mlp.gate'"),
+        ({"regexes": "layers.1.ml"}, "'layers.0.mlp'"),
+    ],
+)
+def test_near_names_keep_the_numbers(net: nn.Module, selector: dict[str, Any], near: str) -> None:
+    with pytest.raises(LeafNotFoundError) as caught:
+        select_modules(net, **selector)
+    assert f"(near: {near}" in str(caught.value), str(caught.value)
+
+
+def test_near_names_take_no_time_in_a_large_model() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Sequential(*(nn.Linear(1, 1) for _ in range(20))) for _ in range(300)))
+    wrong = {
+        "names": [f"1.{i}x" for i in range(4)],
+        "suffixes": [f"{i}.y" for i in range(4)],
+        "globs": [f"*.{i}z" for i in range(4)],
+        "regexes": [rf"\d+\.{i}z" for i in range(4)],
+    }
+    began = time.process_time()
+    for argument, values in wrong.items():
+        with pytest.raises(LeafNotFoundError):
+            select_modules(model, **{argument: values})
+    assert time.process_time() - began < 1.0  # 0.1 s; comparing with every name takes ten
 
 
 def test_an_error_stays_short_however_large_the_model() -> None:
@@ -154,6 +224,11 @@ def test_an_error_stays_short_however_large_the_model() -> None:
         ({"globs": "**"}, r"globs holds '\*\*', which every name matches"),
         ({"classes": ""}, "classes holds '', which names nothing"),
         ({"classes": nn.Module}, "classes holds torch.nn.Module, which every module is"),
+        ({"regexes": ""}, "regexes holds '', which names nothing"),
+        ({"regexes": "(mlp"}, r"regexes holds '\(mlp', which is no regular expression: missing \), unterminated"),
+        ({"regexes": ".*"}, r"regexes holds '\.\*', which matches the empty name"),
+        ({"regexes": [".+"]}, r"regexes holds '\.\+', which every name matches"),
+        ({"regexes": r"layers.*|head"}, "which every name matches"),
         ({"classes": "Module"}, "classes holds 'Module', which every module is"),
         ({}, "no selector is given"),
         ({"names": [], "classes": ()}, "no selector is given"),
@@ -172,6 +247,9 @@ def test_what_would_choose_everything_or_nothing(net: nn.Module, selectors: dict
         ({"classes": [nn.Linear(1, 1)]}, "classes holds a Linear"),
         ({"names": [nn.Linear]}, "names holds a type: pass strings"),
         ({"suffixes": 1}, "suffixes is a int"),
+        ({"regexes": 3}, "regexes is a int: pass strings or compiled patterns"),
+        ({"regexes": b"mlp"}, "regexes is a bytes"),
+        ({"regexes": re.compile(b"mlp")}, "regexes holds a pattern of bytes"),
         ({"globs": None}, "globs is a NoneType"),
         ({"where": "mlp"}, "where is a str: pass a function"),
         ({"modules": ["mlp"]}, "modules holds a str"),

@@ -1,20 +1,27 @@
-"""The two flags that DeepSpeed reads, and nothing else.
+"""The two flags that DeepSpeed reads, and why a module is flagged.
 
 [Note: flags] ``module._z3_leaf`` makes ZeRO-3 gather a module's parameters as one unit and put no hooks below it.
 ``param.ds_z3_leaf_module`` is the leaf that a parameter belongs to, the outermost one where leaves are nested; ZeRO-3
-reduces the gradients of such a parameter when the leaf's backward is done, used or not.
+reduces the gradients of such a parameter when the leaf's backward is done, used or not. ``module._ds_leaf_reason`` is
+ours: a line that says why.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-FLAG, OWNER = "_z3_leaf", "ds_z3_leaf_module"
+from ds_z3leaf._walk import wrapped_module
+
+FLAG, OWNER, REASON = "_z3_leaf", "ds_z3_leaf_module", "_ds_leaf_reason"
 
 
 def is_leaf(module: object) -> bool:
     """Whether a module is flagged."""
-    return bool(getattr(module, FLAG, False))
+    if isinstance(module, nn.Module) and type(module).__getattr__ is nn.Module.__getattr__:
+        # nn.Module.__getattr__ takes a microsecond to find nothing.
+        own = module.__dict__.get(FLAG)
+        return bool(getattr(type(module), FLAG, False) if own is None else own)
+    return bool(getattr(module, FLAG, False))  # wrappers answer for the module inside
 
 
 def never_called(module: nn.Module) -> bool:
@@ -22,15 +29,25 @@ def never_called(module: nn.Module) -> bool:
     return getattr(module.forward, "__func__", None) is nn.Module.forward
 
 
-def set_flag(module: nn.Module, flag: bool) -> None:
+def flag_home(module: nn.Module) -> nn.Module:
+    """The module that holds the flag: `torch.compile`'s wrapper reads and writes that of the module inside."""
+    while FLAG not in module.__dict__ and type(module).__getattr__ is not nn.Module.__getattr__:
+        inner = wrapped_module(module)
+        if inner is None or not is_leaf(inner):
+            break
+        module = inner
+    return module
+
+
+def set_flag(module: nn.Module, flag: bool, reason: str | None = None) -> None:
     """Flag one module, or take its flag away as if it had never had one; keep the parameters' owners in step."""
     if flag:
         setattr(module, FLAG, True)
+        if reason is not None:
+            setattr(module, REASON, reason)
         _own(module)
         return
-    module.__dict__.pop(FLAG, None)
-    if is_leaf(module):  # the class itself says so
-        setattr(module, FLAG, False)
+    drop_flag(module)
     for param in module.parameters():
         if getattr(param, OWNER, None) is module:
             delattr(param, OWNER)
@@ -38,8 +55,25 @@ def set_flag(module: nn.Module, flag: bool) -> None:
         _own(leaf)
 
 
-def outermost_leaves(model: nn.Module) -> list[nn.Module]:
-    """The flagged modules that are inside no other flagged one, in the order of ``modules()``."""
+def drop_flag(module: nn.Module) -> None:
+    """Take the flag and the reason away from a module, and leave the parameters as they are."""
+    home = flag_home(module)
+    home.__dict__.pop(FLAG, None)
+    home.__dict__.pop(REASON, None)
+    if is_leaf(module):  # the class itself says so
+        setattr(module, FLAG, False)
+
+
+def reason_of(leaf: nn.Module) -> str:
+    """Why a module is flagged."""
+    return str(getattr(leaf, REASON, "flagged, reason unknown"))
+
+
+def outermost_leaves(model: nn.Module, also: frozenset[int] = frozenset()) -> list[nn.Module]:
+    """The modules that are flagged, or have one of these ids, and that can be reached without passing another one.
+
+    They come in the order of ``modules()``.
+    """
     leaves: dict[int, nn.Module] = {}
     stack = [model]
     seen: set[int] = set()
@@ -48,10 +82,10 @@ def outermost_leaves(model: nn.Module) -> list[nn.Module]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if is_leaf(module):
+        if id(module) in also or is_leaf(module):
             leaves[id(module)] = module
-        else:
-            stack.extend(reversed(list(module.children())))
+        elif module._modules:
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
     return list(leaves.values())
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -18,10 +18,11 @@ class Matcher:
     """One selector.
 
     Attributes:
-        kind: ``class``, ``name``, ``suffix``, ``glob``, ``where`` or ``module``.
+        kind: ``class``, ``name``, ``suffix``, ``glob``, ``regex``, ``where`` or ``module``.
         value: what the caller gave.
         text: the selector in words.
-        matches: whether a name and a module are chosen.
+        matches: whether a name and a module are chosen. A ``class`` matcher reads the module's type only, a ``name``,
+            ``suffix``, ``glob`` or ``regex`` matcher the name only.
     """
 
     kind: str
@@ -31,13 +32,19 @@ class Matcher:
 
 
 def matchers_of(
-    classes: object, names: object, suffixes: object, globs: object, where: object, modules: object
+    classes: object = (),
+    names: object = (),
+    suffixes: object = (),
+    globs: object = (),
+    regexes: object = (),
+    where: object = None,
+    modules: object = (),
 ) -> list[Matcher]:
     """The matchers of `select_modules`' arguments, duplicates dropped.
 
     Raises:
         LeafTypeError: an argument has the wrong type.
-        LeafValueError: a selector is empty or would match everything.
+        LeafValueError: a selector is empty, would match everything or is no pattern.
     """
     matchers = [_by_class(entry) for entry in _listed(classes, (type, str), "classes", "classes or their names")]
     for argument, given, make in (
@@ -46,14 +53,14 @@ def matchers_of(
         ("globs", globs, _by_glob),
     ):
         matchers += [make(text) for text in _listed(given, (str,), argument, "strings")]
+    wanted = "strings or compiled patterns"
+    matchers += [_by_regex(entry) for entry in _listed(regexes, (str, re.Pattern), "regexes", wanted)]
     if where is not None:
         if not callable(where):
             raise LeafTypeError(f"where is a {type(where).__name__}: pass a function of a name and a module")
         text = f"where {getattr(where, '__qualname__', type(where).__name__)}"
         matchers.append(Matcher("where", where, text, where))
     matchers += [_by_identity(module) for module in _listed(modules, (nn.Module,), "modules", "modules of the model")]
-    if not matchers:
-        raise LeafValueError("no selector is given: pass classes, names, suffixes, globs, where or modules")
     return list({(matcher.kind, _identity(matcher.value)): matcher for matcher in matchers}.values())
 
 
@@ -68,11 +75,12 @@ def split_classes(entries: object) -> tuple[list[object], list[nn.Module]]:
 def class_names(module: nn.Module) -> set[str]:
     """The names of a module's class and of those it derives from, short and full, without `nn.Module` itself."""
     kind: Any = type(module)
-    return _names_of_class(kind)
+    return names_of_class(kind)
 
 
 @lru_cache(maxsize=1024)
-def _names_of_class(kind: Any) -> set[str]:
+def names_of_class(kind: Any) -> set[str]:
+    """`class_names` of the instances of a class."""
     own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     return {
         name for base in own for name in (base.__name__, base.__qualname__, f"{base.__module__}.{base.__qualname__}")
@@ -83,7 +91,7 @@ def _listed(given: object, kinds: tuple[type, ...], argument: str, wanted: str) 
     """A single entry or several as a list, checked."""
     # A ModuleList is a module, and a string an iterable: either is one entry.
     entries = [given] if isinstance(given, kinds) else given
-    if isinstance(entries, str) or not isinstance(entries, Iterable):
+    if isinstance(entries, (str, bytes)) or not isinstance(entries, Iterable):
         raise LeafTypeError(f"{argument} is a {type(given).__name__}: pass {wanted}")
     listed = list(entries)
     for entry in listed:
@@ -93,7 +101,7 @@ def _listed(given: object, kinds: tuple[type, ...], argument: str, wanted: str) 
 
 
 def _identity(value: object) -> object:
-    return value if isinstance(value, str) else id(value)
+    return value if isinstance(value, (str, re.Pattern)) else id(value)
 
 
 def _by_class(entry: type | str) -> Matcher:
@@ -121,20 +129,45 @@ def _by_suffix(entry: str) -> Matcher:
 
 
 def _by_glob(entry: str) -> Matcher:
-    parts = tuple(_not_empty(entry, "globs").split("."))
-    if set(parts) == {"**"}:
+    pattern = glob_pattern(_not_empty(entry, "globs"))
+    if set(entry.split(".")) == {"**"}:
         raise LeafValueError(f"globs holds {entry!r}, which every name matches: add a part such as **.mlp")
-    return Matcher(
-        "glob", entry, f"glob {entry!r}", lambda name, module: name != "" and _match(tuple(name.split(".")), parts)
-    )
+    return Matcher("glob", entry, f"glob {entry!r}", lambda name, module: name != "" and pattern.fullmatch(f"{name}."))
 
 
-def _match(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not name
-    if pattern[0] == "**":
-        return any(_match(name[skip:], pattern[1:]) for skip in range(len(name) + 1))
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _match(name[1:], pattern[1:])
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """The regular expression of a glob. It matches a name with a dot at its end, so that every part ends in one."""
+    return re.compile("".join(r"(?:[^.]+\.)*" if part == "**" else _part_pattern(part) for part in glob.split(".")))
+
+
+def _part_pattern(part: str) -> str:
+    """One dotted part: ``*`` and ``?`` stand for any characters but dots, ``[ab]`` and ``[!ab]`` for one of a set."""
+    pattern, at = "", 0
+    while at < len(part):
+        char = part[at]
+        closing = part.find("]", at + 2) if char == "[" else -1
+        if closing > 0:
+            body = part[at + 1 : closing].replace("\\", r"\\").replace("[", r"\[")
+            body = f"^{body[1:]}" if body.startswith("!") else body.replace("^", r"\^")
+            pattern += rf"(?!\.)[{body}]"
+            at = closing
+        else:
+            pattern += {"*": "[^.]*", "?": "[^.]"}.get(char) or re.escape(char)
+        at += 1
+    return pattern + r"\."
+
+
+def _by_regex(entry: str | re.Pattern[Any]) -> Matcher:
+    try:
+        pattern = re.compile(entry)
+    except re.error as error:
+        raise LeafValueError(f"regexes holds {entry!r}, which is no regular expression: {error}") from None
+    if not isinstance(pattern.pattern, str):
+        raise LeafTypeError(f"regexes holds a pattern of bytes, {pattern.pattern!r}: names are strings")
+    _not_empty(pattern.pattern, "regexes")
+    if pattern.fullmatch(""):
+        raise LeafValueError(f"regexes holds {pattern.pattern!r}, which matches the empty name: name a part, as .*mlp")
+    return Matcher("regex", entry, f"regex {pattern.pattern!r}", lambda name, module: pattern.fullmatch(name))
 
 
 def _by_identity(entry: nn.Module) -> Matcher:

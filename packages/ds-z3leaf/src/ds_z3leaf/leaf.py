@@ -1,20 +1,27 @@
 """`deepspeed.utils.z3_leaf_module` under its own names, and `mark_leaves`, which takes every kind of selector.
 
 Nothing is flagged before all selectors are known to be good: a call that raises has changed nothing. Flags are local;
-every rank must flag the same modules, and does so when it runs the same code.
+every rank must flag the same modules, and does so when it runs the same code. Of leaves inside leaves only the
+outermost one is flagged, and a warning says so; the functions return what was found all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
+from ds_z3leaf._choose import Select, choose
 from ds_z3leaf._config import read_config
-from ds_z3leaf._flags import OWNER, is_leaf, never_called, set_flag
+from ds_z3leaf._flags import FLAG, OWNER, REASON, is_leaf, set_flag
+from ds_z3leaf._mark import check_containers, mark
 from ds_z3leaf._matchers import split_classes
-from ds_z3leaf._select import Predicate, Selection, check_model, select_modules
+from ds_z3leaf._select import Predicate, select_in
+from ds_z3leaf._walk import check_model, walk
 from ds_z3leaf.errors import LeafTypeError
 
 logger = logging.getLogger("ds.z3leaf")
@@ -43,8 +50,12 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
     """Flag one module as a leaf, or take its flag away.
 
+    A flag inside or around it stays: DeepSpeed reads the outermost one and never comes to those inside. The other
+    functions take the model and leave no leaf inside another.
+
     Raises:
         LeafTypeError: `model` is no module.
+        LeafValueError: it is a container that is never called, so that no engine can gather it.
 
     >>> block = nn.Sequential(nn.Linear(1, 1))
     >>> set_z3_leaf_module(block, True)
@@ -52,7 +63,9 @@ def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
     (True, True)
     """
     check_model(model)
-    _mark([model], flag)
+    if flag:
+        check_containers(model, {"": model})
+    set_flag(model, bool(flag), "flagged by set_z3_leaf_module()")
 
 
 def set_z3_leaf_modules_by_name(
@@ -75,10 +88,7 @@ def set_z3_leaf_modules_by_name(
     Raises:
         LeafNotFoundError, LeafTypeError, LeafValueError: see `select_modules`.
     """
-    if not _given(module_names):
-        return [], []
-    selection = select_modules(model, names=module_names, raise_if_not_found=raise_if_not_found)
-    return _finish(model, selection, flag), [str(value) for value in selection.missing_values]
+    return _set_by_text(model, "names", module_names, flag, raise_if_not_found)
 
 
 def set_z3_leaf_modules_by_suffix(
@@ -91,10 +101,7 @@ def set_z3_leaf_modules_by_suffix(
 
     Args, returns and raises as `set_z3_leaf_modules_by_name`.
     """
-    if not _given(module_name_suffixes):
-        return [], []
-    selection = select_modules(model, suffixes=module_name_suffixes, raise_if_not_found=raise_if_not_found)
-    return _finish(model, selection, flag), [str(value) for value in selection.missing_values]
+    return _set_by_text(model, "suffixes", module_name_suffixes, flag, raise_if_not_found)
 
 
 def set_z3_leaf_modules(
@@ -131,44 +138,111 @@ def unset_z3_leaf_modules(
 
 def mark_leaves(
     model: nn.Module,
+    select: Select = None,
     *,
     classes: type[nn.Module] | str | Iterable[type[nn.Module] | str] = (),
     names: str | Iterable[str] = (),
     suffixes: str | Iterable[str] = (),
     globs: str | Iterable[str] = (),
+    regexes: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = (),
     where: Predicate | None = None,
     modules: nn.Module | Iterable[nn.Module] = (),
+    fine_grained: int | None = None,
     flag: bool = True,
     raise_if_not_found: bool = True,
 ) -> list[nn.Module]:
     """Flag modules by any mixture of selectors; `select_modules` says what each means.
 
     Args:
+        select: ``"auto"`` takes the mixture-of-experts blocks that `find_leaf_candidates` finds. A dense model has
+            none: one line is logged, at INFO, and nothing is flagged.
+        fine_grained: also take the modules that `find_fine_grained` finds with this ``max_elements_per_module``.
         flag: False takes the flags away.
         raise_if_not_found: raise, and change nothing, if any selector matches nothing, even if others match; otherwise
             a warning is logged.
 
     Returns:
-        The modules found.
+        The modules found, in the order of ``named_modules()``; those inside others among them, which are not flagged
+        themselves.
 
     Raises:
-        LeafNotFoundError, LeafTypeError, LeafValueError: see `select_modules`.
+        LeafNotFoundError, LeafTypeError, LeafValueError: see `select_modules`. A container that is never called is a
+            LeafValueError as well.
 
     >>> model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.GELU())
     >>> [type(leaf).__name__ for leaf in mark_leaves(model, globs="0.*", classes="GELU")]
     ['Linear', 'GELU']
     """
-    selection = select_modules(
-        model,
-        classes=classes,
-        names=names,
-        suffixes=suffixes,
-        globs=globs,
-        where=where,
-        modules=modules,
-        raise_if_not_found=raise_if_not_found,
-    )
-    return _finish(model, selection, flag)
+    selectors = {
+        "classes": classes,
+        "names": names,
+        "suffixes": suffixes,
+        "globs": globs,
+        "regexes": regexes,
+        "where": where,
+        "modules": modules,
+    }
+    choice = choose(model, select, fine_grained, raise_if_not_found, selectors)
+    if flag:
+        mark(choice.tree, choice.modules, choice.reasons)
+    else:
+        _unmark(choice.modules.values())
+    _say_missing(model, choice.missing)
+    return list(choice.modules.values())
+
+
+@contextlib.contextmanager
+def z3_leaves(
+    model: nn.Module,
+    select: Select = None,
+    *,
+    classes: type[nn.Module] | str | Iterable[type[nn.Module] | str] = (),
+    names: str | Iterable[str] = (),
+    suffixes: str | Iterable[str] = (),
+    globs: str | Iterable[str] = (),
+    regexes: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = (),
+    where: Predicate | None = None,
+    modules: nn.Module | Iterable[nn.Module] = (),
+    fine_grained: int | None = None,
+    raise_if_not_found: bool = True,
+) -> Iterator[list[nn.Module]]:
+    """Flag modules for the length of a ``with`` block, and then make the flags what they were, also on exceptions.
+
+    ZeRO-3 reads the flags in every step: with DeepSpeed, training belongs into the block. FSDP2 does not read them once
+    `fully_shard_leaves` has returned. Blocks can be nested.
+
+    Args:
+        as in `mark_leaves`.
+
+    Raises:
+        as `mark_leaves`, with nothing changed.
+
+    >>> model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.GELU())
+    >>> with z3_leaves(model, names="0") as leaves:
+    ...     print(get_z3_leaf_modules(model) == leaves)
+    True
+    >>> get_z3_leaf_modules(model)
+    []
+    """
+    check_model(model)
+    flags = {id(module): (module, _own_flags(module)) for module in model.modules()}
+    owners = {id(param): (param, getattr(param, OWNER, None)) for param in model.parameters()}
+    try:
+        yield mark_leaves(
+            model,
+            select,
+            classes=classes,
+            names=names,
+            suffixes=suffixes,
+            globs=globs,
+            regexes=regexes,
+            where=where,
+            modules=modules,
+            fine_grained=fine_grained,
+            raise_if_not_found=raise_if_not_found,
+        )
+    finally:
+        _restore(model, flags, owners)
 
 
 def apply_zero_leaf_module_config(model: nn.Module, leaf_cfg: object) -> list[nn.Module]:
@@ -183,7 +257,7 @@ def apply_zero_leaf_module_config(model: nn.Module, leaf_cfg: object) -> list[nn
         The modules found. What matches nothing is logged as a warning, save for the default classes.
 
     Raises:
-        LeafTypeError, LeafValueError: the configuration cannot be used; nothing is changed.
+        LeafTypeError: the configuration cannot be used; nothing is changed.
     """
     check_model(model)
     if leaf_cfg is None:
@@ -191,14 +265,9 @@ def apply_zero_leaf_module_config(model: nn.Module, leaf_cfg: object) -> list[nn
     config = read_config(leaf_cfg)
     if not (config.classes or config.names or config.name_suffixes):
         return []
-    selection = select_modules(
-        model,
-        classes=config.classes,
-        names=config.names,
-        suffixes=config.name_suffixes,
-        raise_if_not_found=False,
-    )
-    return _finish(model, selection, True, quiet=config.default_classes)
+    selectors = {"classes": config.classes, "names": config.names, "suffixes": config.name_suffixes}
+    found, _ = _set(model, selectors, True, raise_if_not_found=False, quiet=config.default_classes)
+    return found
 
 
 def _set_by_class(model: nn.Module, entries: object, flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
@@ -206,39 +275,84 @@ def _set_by_class(model: nn.Module, entries: object, flag: bool, raise_if_not_fo
     classes, modules = split_classes(entries)
     if not classes and not modules and not raise_if_not_found:
         return []
-    selection = select_modules(
-        model,
-        classes=classes,  # type: ignore[arg-type]  # checked there
-        modules=modules,
-        raise_if_not_found=raise_if_not_found,
-    )
-    return _finish(model, selection, flag)
-
-
-def _given(entries: object) -> bool:
-    """Whether there is anything in a list; what is no list is for `select_modules` to refuse."""
-    if entries is None:
-        raise LeafTypeError("module names are None: pass a list of strings")
-    return not (isinstance(entries, (list, tuple, set, frozenset)) and not entries)
-
-
-def _finish(model: nn.Module, selection: Selection, flag: bool, quiet: frozenset[str] = frozenset()) -> list[nn.Module]:
-    """Flag what was found; say what was not, except for the values that may be missing."""
-    found = list(selection.modules.values())
-    _mark(found, flag, list(selection.modules))
-    told = [text for text, value in zip(selection.missing, selection.missing_values, strict=True) if value not in quiet]
-    if told:
-        logger.warning("nothing in %s matches %s", type(model).__name__, ", ".join(told))
+    found, _ = _set(model, {"classes": classes, "modules": modules}, flag, raise_if_not_found)
     return found
 
 
-def _mark(modules: list[nn.Module], flag: bool, names: list[str] | None = None) -> None:
-    for index, module in enumerate(modules):
-        set_flag(module, bool(flag))
-        if flag and never_called(module):
-            where = repr(names[index]) if names else "module"
-            logger.warning(
-                "leaf %s is a %s, which is never called itself, so ZeRO-3 would not gather it: flag its parent",
-                where,
-                type(module).__name__,
-            )
+def _set_by_text(
+    model: nn.Module, argument: str, entries: object, flag: bool, raise_if_not_found: bool
+) -> tuple[list[nn.Module], list[str]]:
+    if entries is None:
+        raise LeafTypeError("module names are None: pass a list of strings")
+    check_model(model)
+    if isinstance(entries, (list, tuple, set, frozenset)) and not entries:
+        return [], []
+    found, missing = _set(model, {argument: entries}, flag, raise_if_not_found)
+    return found, [str(value) for value in missing]
+
+
+def _set(
+    model: nn.Module,
+    selectors: dict[str, Any],
+    flag: bool,
+    raise_if_not_found: bool,
+    quiet: frozenset[str] = frozenset(),
+) -> tuple[list[nn.Module], tuple[object, ...]]:
+    """Flag what selectors find; say what they do not, except for the values that may be missing.
+
+    Returns:
+        The modules found, and the values that found nothing.
+    """
+    tree = walk(model)
+    selection = select_in(tree, raise_if_not_found, **selectors)
+    if flag:
+        reasons = {name: f"selected by {text}" for name, text in selection.reasons.items()}
+        # DeepSpeed's callers who want no exception get none for a container either.
+        mark(tree, selection.modules, reasons, containers="raise" if raise_if_not_found else "warn")
+    else:
+        _unmark(selection.modules.values())
+    values = zip(selection.missing, selection.missing_values, strict=True)
+    _say_missing(model, [text for text, value in values if value not in quiet])
+    return list(selection.modules.values()), selection.missing_values
+
+
+def _unmark(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        set_flag(module, False)
+
+
+def _say_missing(model: nn.Module, missing: Iterable[str]) -> None:
+    told = ", ".join(missing)
+    if told:
+        logger.warning("nothing in %s matches %s", type(model).__name__, told)
+
+
+def _own_flags(module: nn.Module) -> dict[str, Any]:
+    """What a module itself, not its class, says about being a leaf."""
+    return {name: module.__dict__[name] for name in (FLAG, REASON) if name in module.__dict__}
+
+
+def _restore(
+    model: nn.Module, flags: dict[int, tuple[nn.Module, dict[str, Any]]], owners: dict[int, tuple[nn.Parameter, Any]]
+) -> None:
+    """Give back the flags that modules and parameters had; those that came since have none."""
+    current: dict[int, tuple[nn.Module, dict[str, Any]]] = {id(module): (module, {}) for module in model.modules()}
+    in_use = 0
+    for module, known in (current | flags).values():
+        if is_leaf(module) and not known and hasattr(module, "ds_id"):
+            in_use += 1
+        for name in (FLAG, REASON):
+            module.__dict__.pop(name, None)
+        module.__dict__.update(known)
+    params: dict[int, tuple[nn.Parameter, Any]] = {id(param): (param, None) for param in model.parameters()}
+    for param, owner in (params | owners).values():
+        if owner is not None:
+            setattr(param, OWNER, owner)
+        elif hasattr(param, OWNER):
+            delattr(param, OWNER)
+    if in_use:
+        logger.warning(
+            "%d leaves lose their flags at the end of z3_leaves(), but a ZeRO-3 engine has hooks on them and reads the "
+            "flags in every step: train inside the block, or flag them by mark_leaves()",
+            in_use,
+        )
