@@ -75,6 +75,18 @@ class ByMethods(Unnamed):
         return torch.cat([self.one(x, index, choice) for index in range(4)])
 
 
+class LeftOrRight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick = nn.Linear(8, 2)
+        self.left, self.right = nn.Bilinear(8, 8, 8), nn.Bilinear(8, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pick(x).mean(0).argmax() == 0:
+            return self.left(x, x)
+        return self.right(x, x)
+
+
 class Fused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +102,7 @@ class ShortSelf(Unnamed):
         return s.branches[int(s.pick(x).sum(0).argmax())](x)
 
 
-@pytest.mark.parametrize("kind", [ByIndex, ShortSelf, ByRows, ByLoop, ByCondition, ByMethods, Fused])
+@pytest.mark.parametrize("kind", [ByIndex, ShortSelf, ByRows, ByLoop, ByCondition, ByMethods, LeftOrRight, Fused])
 def test_a_source_that_routes_needs_no_names(kind: type[nn.Module]) -> None:
     assert names(nn.Sequential(nn.Linear(8, 8), kind())) == ["1"]
 

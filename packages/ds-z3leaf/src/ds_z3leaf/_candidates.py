@@ -136,6 +136,8 @@ def _belong(block: Node, experts: Experts, router: Router, level: int, sources: 
         return False
     if sources.ask(chooses, block.module, router.word.split(".")[0], words):
         return True
+    if experts.unsure:
+        return False
     told = router.named or (says_mixture(block) and router.word not in _HEADS)
     stack = any(says_stack(word) or sources.ask(is_stack, block.module, word) for word in words)
     return told and bool(experts.members) and not stack

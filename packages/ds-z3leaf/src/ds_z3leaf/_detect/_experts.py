@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Experts:
         most: `count` and the helpers beside them, which a router may choose as experts that compute nothing.
         named: whether a name says experts.
         exact: whether only a router with as many outputs counts, however it is called.
+        unsure: whether only a source that routes makes experts of them.
         text: what they are, such as "8 experts of class MLP".
         members: the experts' modules; empty for parameters.
         rows: the rows of the matrix where `count` is None.
@@ -42,6 +43,7 @@ class Experts:
     members: list[nn.Module] = field(default_factory=list)
     rows: int = 0
     exact: bool = False
+    unsure: bool = False
 
     def fits(self, width: int) -> bool:
         """Whether a router with this many outputs chooses among these experts."""
@@ -69,6 +71,7 @@ def experts_of(node: Node) -> Iterator[Experts]:
         yield from _listed(node)
     elif not of_torch(module):
         yield from _numbered_children(node)
+        yield from _alike_children(node)
     if not of_torch(module) or isinstance(module, nn.ParameterList):
         yield from _in_parameters(node)
 
@@ -102,6 +105,18 @@ def _numbered_children(node: Node) -> Iterator[Experts]:
         named = bool(_EXPERT.search(prefix)) or (not prefix and _says_experts(node))
         if made := _of_modules(node, tuple(words), children, named):
             yield made
+
+
+def _alike_children(node: Node) -> Iterator[Experts]:
+    """Children of one class under any names, such as left and right."""
+    groups: dict[type[nn.Module], list[str]] = {}
+    for word, child in node.module._modules.items():
+        if child is not None:
+            groups.setdefault(class_of(peel(child)), []).append(word)
+    for words in groups.values():
+        children = [child for word in words if (child := node.module._modules[word]) is not None]
+        if len(words) > 1 and (made := _of_modules(node, tuple(words), children, named=False)):
+            yield replace(made, named=False, unsure=True)
 
 
 def _of_modules(node: Node, words: tuple[str, ...], children: list[nn.Module], named: bool) -> Experts | None:
