@@ -23,6 +23,9 @@ from ds_z3leaf.errors import LeafNotFoundError, LeafValueError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+if TYPE_CHECKING:
+    from ds_z3leaf._rehearse.stage import Rehearsal
+
 _FORMAT = 1
 _LISTED = 8  # missing names in an error
 MixedDtypes = Literal["raise", "separate"]
@@ -63,10 +66,19 @@ class LeafPlan:
         model: the model.
         leaves: the leaves, none inside another, in the order of ``named_modules()``.
         notes: what the plan could not find out or had to change, in words.
+        rehearsal: what was tried, where the plan comes from a rehearsal.
     """
 
-    def __init__(self, model: nn.Module, leaves: Iterable[LeafCandidate] = (), notes: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: Iterable[LeafCandidate] = (),
+        notes: Iterable[str] = (),
+        *,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
         check_model(model)
+        self.rehearsal = rehearsal
         self.model = model
         self.leaves = tuple(leaves)
         self.notes = tuple(notes)

@@ -21,3 +21,15 @@ class LeafTypeError(LeafError, TypeError):
 
 class LeafShardError(LeafError, RuntimeError):
     """Leaves cannot be sharded as one unit each, in the state that the model is in."""
+
+
+class LeafRehearsalError(LeafError, RuntimeError):
+    """A rehearsal cannot run: the model's forward fails on a rank, or the model cannot be rehearsed as it is."""
+
+
+class LeafOrderError(LeafError, RuntimeError):
+    """Ranks call modules in different order, and the leaves given (or any leaves) do not hide it."""
+
+
+class LeafHangError(LeafError, RuntimeError):
+    """Ranks stopped because they called modules in different order."""

@@ -1,0 +1,392 @@
+"""A rehearsal on the stage: what this rank's batches called, and the other ranks to compare it with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from ds_z3leaf._rehearse.calls import (
+    PASS,
+    Call,
+    Parting,
+    choose_leaf,
+    find_partings,
+    find_stacks,
+    find_strays,
+    hidden_by,
+    reduce_call,
+)
+from ds_z3leaf._rehearse.index import ModuleIndex
+from ds_z3leaf._rehearse.passes import Forward, Pass, Recording, device_of, record
+from ds_z3leaf._rehearse.ranks import Ranks
+from ds_z3leaf._rehearse.stand_in import kept_random_state
+from ds_z3leaf.errors import LeafRehearsalError, LeafTypeError, LeafValueError
+
+_SHOWN = 5  # modules that a note names
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rehearse; `rehearse` says what each means."""
+
+    forward: Forward | None
+    max_batches: int
+    backward: bool
+    repeats: int | None
+    across_batches: bool
+    group: Any
+    device: str | None
+
+    def check(self, batches: object) -> None:
+        """Raise `LeafTypeError` or `LeafValueError` for what cannot be used."""
+        if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, nn.Module)):
+            raise LeafTypeError(f"batches is a {type(batches).__name__}: pass a list of batches, or a loader")
+        if self.forward is not None and not callable(self.forward):
+            raise LeafTypeError(f"forward is a {type(self.forward).__name__}: pass a function of a model and a batch")
+        for name, value in (("max_batches", self.max_batches), ("repeats", self.repeats)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise LeafValueError(f"{name}={value!r}: pass a whole number from 1")
+        if self.device not in (None, "meta", "model"):
+            raise LeafValueError(f"device={self.device!r}: pass 'meta', 'model' or None")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason for which ranks part.
+
+    Attributes:
+        text: what happens, in words.
+        leaf: number of the module that helps as a leaf; None if no leaf can help.
+    """
+
+    text: str
+    leaf: int | None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was tried.
+
+    Attributes:
+        ranks: how many ranks took part.
+        passes: forwards of this rank.
+        device: "meta", or the device that the model ran on.
+        backward: whether every pass of this rank went back, too.
+        calls: how often a pass of this rank called each module with parameters, at most, by name.
+        never_called: modules with parameters that no pass of any rank called, the outermost ones outside the leaves;
+            nothing is known of their order.
+    """
+
+    ranks: int
+    passes: int
+    device: str
+    backward: bool
+    calls: Mapping[str, int]
+    never_called: tuple[str, ...]
+
+
+class Stage:
+    """Runs the batches when it is made; all ranks must make it, and call its methods, together.
+
+    Raises:
+        LeafTypeError, LeafValueError: an argument cannot be used; there are no batches.
+        LeafRehearsalError: the forward fails on a rank, or ranks have different models.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], options: Options) -> None:
+        self.options = options
+        self.ranks = Ranks(options.group)
+        error: Exception | None = None
+        taken: list[Any] = []
+        try:
+            options.check(batches)
+            must_be_meta = _find_state(model)
+            with kept_random_state():  # a loader draws an order
+                taken = list(islice(batches, options.max_batches))
+        except Exception as caught:
+            error = caught
+        self.ranks.agree(error, "the rehearsal cannot start")
+        self.index = ModuleIndex(model)
+        self._compare_models()
+        if sum(self.ranks.gather(len(taken))) == 0:
+            raise LeafValueError("batches is empty on every rank: pass at least one batch")
+        self.recording = self._record(taken, must_be_meta)
+        told = self.ranks.gather((self.recording.deciders, self.recording.without_floats))
+        self.deciders = frozenset().union(*(deciders for deciders, _ in told))
+        self.without_floats = frozenset().union(*(numbers for _, numbers in told))
+
+    def _record(self, batches: list[Any], must_be_meta: bool) -> Recording:
+        device = self.options.device
+        only_meta = must_be_meta or device == "meta"
+        for meta in (True,) if only_meta else (False,) if device == "model" else (True, False):
+            error: Exception | None = None
+            try:
+                recording = record(
+                    self.index,
+                    batches,
+                    self.options.forward,
+                    backward=self.options.backward,
+                    repeats=self.options.repeats,
+                    meta=meta,
+                )
+            except Exception as caught:
+                error = caught
+            if meta and not only_meta:
+                if any(self.ranks.gather(error is not None)):
+                    continue  # a rank cannot run on meta: all run where the model is, which shows what is wrong
+            else:
+                where = " on meta, where tensors have no values" if meta else ""
+                self.ranks.agree(error, f"the forward cannot run{where}")
+            break
+        return recording
+
+    def _compare_models(self) -> None:
+        digests = self.ranks.gather(self.index.digest())
+        other = next((rank for rank, text in enumerate(digests) if text != digests[0]), None)
+        if other is None:
+            return
+        lines = self.ranks.gather(self.index.lines() if self.ranks.rank in (0, other) else [])
+        pairs = zip([*lines[0], "nothing more"], [*lines[other], "nothing more"], strict=False)
+        one, two = next((one, two) for one, two in pairs if one != two)
+        raise LeafRehearsalError(
+            f"ranks have different models: rank {self.ranks.numbers[0]} has {one} where rank "
+            f"{self.ranks.numbers[other]} has {two}: build the same model on every rank"
+        )
+
+    def find_problems(self, leaves: Iterable[int]) -> list[Problem]:
+        """Where forwards and backwards part under these leaves; the same list on every rank, in the order of calls.
+
+        The ranks' own batches are compared first; ranks are compared with each other once these agree.
+        """
+        leaves = frozenset(leaves)
+        passes = self.recording.passes
+        seen = [self._view(each, leaves) for each in passes]
+        found: dict[int | None, Problem] = {}
+        for own in self.ranks.gather(list(self._own_problems(seen, leaves))):
+            for problem in own:
+                found.setdefault(problem.leaf, problem)
+        if found:
+            return list(found.values())
+        digests = self.ranks.gather({view.key: view.digest for view in seen})
+        pair = _first_difference(digests)
+        if pair is None:
+            return []
+        key, first, second = pair
+        mine = next((view for view in seen if view.key == key), None) if self.ranks.rank in (first, second) else None
+        views = self.ranks.gather(mine)
+        one, two = views[first], views[second]
+        assert one is not None
+        assert two is not None
+        return list(self._compare(one, two, leaves))
+
+    def _view(self, each: Pass, leaves: frozenset[int]) -> _View:
+        calls = reduce_call(each.forward, leaves, self.index)
+        hidden = hidden_by(leaves, self.index)
+        reached = each.backward and {
+            number: count
+            for number, count in each.backward.items()
+            if number in leaves or (self.index.owns[number] and number not in hidden)
+        }
+        label = f"batch {each.batch}" + (f" (run {each.repeat + 1})" if each.repeat else "")
+        if self.ranks.size > 1:
+            label += f" of rank {self.ranks.numbers[self.ranks.rank]}"
+        return _View((each.batch, each.repeat), label, calls, each.backward, reached)
+
+    def _own_problems(self, seen: list[_View], leaves: frozenset[int]) -> Iterator[Problem]:
+        for view in seen:
+            for leaf, called, stack in find_strays(view.calls, leaves, self.index):
+                around = next((n for n in reversed(stack) if leaf in self.index.inside(n) and n != leaf), None)
+                yield Problem(
+                    f"{view.label} calls {self._name(called)}, a part of {self._name(leaf)}, while that is not being "
+                    "called itself: as a leaf it would not be gathered then",
+                    around,
+                )
+        if self.options.across_batches:
+            for view in seen[1:]:
+                yield from self._compare(seen[0], view, leaves)
+
+    def _compare(self, first: _View, second: _View, leaves: frozenset[int]) -> Iterator[Problem]:
+        parted = False
+        for parting in find_partings(first.calls, second.calls):
+            parted = True
+            yield Problem(self._describe(parting, first, second), choose_leaf(parting, leaves, self.index))
+        if not parted:
+            yield from self._compare_backward(first, second, leaves)
+
+    def _describe(self, parting: Parting, first: _View, second: _View) -> str:
+        after = "" if parting.before is None else f"after {self._name(parting.before)} "
+        where = f" in {self._name(parting.stack[-1])}" if parting.stack else ""
+        return (
+            f"{after}{first.label} goes on with {self._name(parting.first)}, {second.label} with "
+            f"{self._name(parting.second)}{where}"
+        )
+
+    def _compare_backward(self, first: _View, second: _View, leaves: frozenset[int]) -> Iterator[Problem]:
+        if first.reached is None or second.reached is None:
+            return
+        for number in sorted({*first.reached, *second.reached}):
+            one, two = first.reached.get(number, 0), second.reached.get(number, 0)
+            if one == two:
+                continue
+            around = {module for stack in find_stacks(first.calls, number) for module in stack} - {number}
+            helping = [
+                module
+                for module in sorted(around, key=lambda each: len(self.index.inside(each)))
+                if module not in leaves
+                and number in self.index.inside(module)
+                and 0 < first.everywhere(module) == second.everywhere(module)
+            ]
+            yield Problem(
+                f"the backward of {first.label} reaches {self._name(number)} {_times(one)}, that of {second.label} "
+                f"{_times(two)}",
+                helping[0] if helping else None,
+            )
+
+    def _own_parameters(self, number: int) -> list[nn.Parameter]:
+        return list(self.index.modules[number].parameters(recurse=False))
+
+    def called_inside(self, number: int) -> set[int]:
+        """The modules with parameters that this rank's passes called inside a module."""
+        inside = self.index.inside(number)
+        pending = [each.forward for each in self.recording.passes]
+        called: set[int] = set()
+        while pending:
+            call = pending.pop()
+            pending.extend(call.calls)
+            if not call.access:
+                called.add(call.module)
+        return called & inside
+
+    def _name(self, number: int | None) -> str:
+        return "nothing more" if number is None else repr(self.index.names[number]) if number else "the model itself"
+
+    def describe(self, leaves: Iterable[int]) -> Rehearsal:
+        """What was tried. What is inside a leaf need not be called."""
+        calls: dict[str, int] = {}
+        seen: set[int] = set()
+        for each in self.recording.passes:
+            counts: Counter[int] = Counter()
+            pending = [each.forward]
+            while pending:
+                call = pending.pop()
+                pending.extend(call.calls)
+                seen.add(call.module)
+                if not call.access and call.module != PASS:
+                    counts[call.module] += 1
+            for number, count in counts.items():
+                name = self.index.names[number]
+                calls[name] = max(calls.get(name, 0), count)
+        everywhere = set().union(*self.ranks.gather(seen))
+        return Rehearsal(
+            self.ranks.size,
+            len(self.recording.passes),
+            "meta" if self.recording.on_meta else str(device_of(self.index.modules[0])),
+            all(each.backward is not None for each in self.recording.passes),
+            calls,
+            tuple(self._never_called(everywhere | hidden_by(leaves, self.index))),
+        )
+
+    def notes(self, leaves: Iterable[int], rehearsal: Rehearsal) -> list[str]:
+        """What these leaves cannot do, and what the rehearsal did not see, in words."""
+        notes = [
+            f"leaf {self.index.describe(number)} is called without a tensor of floating point, so ZeRO-3 cannot reduce "
+            "its gradients as a leaf. FSDP2 can; or give every rank the same kind of batch (a blank image, say)"
+            for number in leaves
+            if number in self.without_floats
+        ]
+        return notes + _describe_unseen(rehearsal)
+
+    def _never_called(self, seen: set[int]) -> Iterator[str]:
+        used = {id(param) for number in seen if number != PASS for param in self._own_parameters(number)}
+        tied = {
+            number
+            for number, owns in enumerate(self.index.owns)
+            if owns and used.issuperset(map(id, self._own_parameters(number)))
+        }
+        seen = seen | tied
+        covered: set[int] = set()
+        for number, name in enumerate(self.index.names):
+            if number in covered or not self.index.holds[number] or number in seen:
+                continue
+            inside = self.index.inside(number)
+            if seen.isdisjoint(part for part in inside if self.index.owns[part]):
+                covered |= inside
+                yield name
+
+
+@dataclass(frozen=True)
+class _View:
+    """A pass as an engine with some leaves sees it; ranks send it to each other."""
+
+    key: tuple[int, int]
+    label: str
+    calls: Call
+    backward: Mapping[int, int] | None
+    reached: Mapping[int, int] | None
+
+    @property
+    def digest(self) -> str:
+        backward = None if self.reached is None else sorted(self.reached.items())
+        return hashlib.blake2b(repr((self.calls.gathers, backward)).encode(), digest_size=16).hexdigest()
+
+    def everywhere(self, number: int) -> int:
+        """How often the backward reached a module, leaf or not."""
+        return (self.backward or {}).get(number, 0)
+
+
+def _describe_unseen(rehearsal: Rehearsal) -> list[str]:
+    """What a rehearsal did not see, in words."""
+    notes = []
+    if rehearsal.never_called:
+        shown = ", ".join(repr(name) for name in rehearsal.never_called[:_SHOWN])
+        more = len(rehearsal.never_called) - _SHOWN
+        notes.append(
+            f"no batch called {shown}{f' and {more} more' if more > 0 else ''}: nothing is known of their order. "
+            "Rehearse batches that use them"
+        )
+    if not rehearsal.backward:
+        notes.append(
+            "backward passes were not compared on this rank: they were turned off, or had nothing to start from"
+        )
+    return notes
+
+
+def _times(count: int) -> str:
+    return "not at all" if count == 0 else "once" if count == 1 else f"{count} times"
+
+
+def _first_difference(digests: list[dict[tuple[int, int], str]]) -> tuple[tuple[int, int], int, int] | None:
+    """The first pass in which two ranks differ, and these ranks."""
+    for key in sorted({key for own in digests for key in own}):
+        having = [rank for rank, own in enumerate(digests) if key in own]
+        for rank in having[1:]:
+            if digests[rank][key] != digests[having[0]][key]:
+                return key, having[0], rank
+    return None
+
+
+def _find_state(model: nn.Module) -> bool:
+    """Whether the model can run on meta only.
+
+    Raises:
+        LeafRehearsalError: an engine has the model, so that a forward communicates.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, (FSDPModule, FullyShardedDataParallel, DistributedDataParallel)):
+            raise LeafRehearsalError(
+                f"{name or 'the model'} ({type(module).__name__}) communicates in its forward: rehearse before "
+                "the model is wrapped or sharded"
+            )
+    partitioned = [name for name, param in model.named_parameters() if hasattr(param, "ds_id")]
+    if partitioned and any(hasattr(module, "ds_id") for module in model.modules()):
+        raise LeafRehearsalError("the model is in a DeepSpeed engine: rehearse before deepspeed.initialize()")
+    return bool(partitioned) or any(param.is_meta for param in model.parameters())
