@@ -105,10 +105,11 @@ def units_of(model: nn.Module, modules: Iterable[nn.Module], dtype: torch.dtype 
             return
         seen.add(id(module))
         path = (*around, module) if id(module) in chosen else around
-        for child in module.children():
-            visit(child, path)
-        for param in module.parameters(recurse=False):
-            if path and id(param) not in claimed:
+        for child in module._modules.values():
+            if child is not None:
+                visit(child, path)
+        for param in module._parameters.values():
+            if param is not None and path and id(param) not in claimed:
                 claimed.add(id(param))
                 sizes[id(path[-1])] += math.prod(full_shape(param)) * (dtype or param.dtype).itemsize
         if id(module) in chosen:

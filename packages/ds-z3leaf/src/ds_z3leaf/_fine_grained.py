@@ -74,13 +74,14 @@ def search_fine_grained(model: nn.Module, per_module: object, max_elements: obje
         if id(module) in totals:
             continue
         children = {id(child): child for child in module._modules.values() if child is not None}
-        elements = sum(math.prod(full_shape(param)) for param in module.parameters(recurse=False))
+        own = {id(param): param for param in module._parameters.values() if param is not None}
+        elements = sum(math.prod(full_shape(param)) for param in own.values())
         below = [totals[key] for key in children]
         count = sum(found for found, _ in below)
         elements += sum(found for _, found in below)
         holds = elements > 0 or count > 0
         if not children:
-            count = int(bool(module._parameters) and any(p is not None for p in module._parameters.values()))
+            count = int(bool(own))
         elif type(module).__name__ not in _CONTAINERS and holds:
             count += 1
             if elements <= most and not never_called(module):

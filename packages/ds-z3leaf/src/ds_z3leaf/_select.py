@@ -141,7 +141,15 @@ def _match(tree: Tree, matchers: list[Matcher]) -> tuple[dict[int, tuple[str, nn
                 hits.setdefault(at, []).append(by_id[id(module)])
     exact = {str(matchers[index].value): index for index in by_kind.get("name", [])}
     by_tail: dict[str, list[int]] = {name.rpartition(".")[2]: [] for name in exact}
-    called = [*by_kind.get("regex", []), *by_kind.get("where", [])]
+    called = [*by_kind.get("where", [])]
+    for index in by_kind.get("regex", []):
+        if tree.wrapped:
+            called.append(index)
+            continue
+        fullmatch = re.compile(matchers[index].value).fullmatch  # type: ignore[call-overload]
+        for at, name in enumerate(tree.names):
+            if fullmatch(name):
+                hits.setdefault(at, []).append(index)
     for index in (*by_kind.get("suffix", []), *by_kind.get("glob", [])):
         tail = str(matchers[index].value).rpartition(".")[2]
         if matchers[index].kind == "glob" and not _WILD.isdisjoint(tail):
