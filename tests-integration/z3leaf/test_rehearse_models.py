@@ -202,10 +202,35 @@ def test_gradient_checkpointing_changes_nothing_about_the_leaves() -> None:
     assert [leaf.name for leaf in plan.leaves] == ["body.layers.1.mlp"]
 
 
+class Drops(nn.Module):
+    """Layer drop, as in speech models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if torch.rand([]) < 0.4:
+                continue
+            x = layer(x)
+        return x
+
+
+class Speech(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.encoder, self.head = nn.Linear(8, 8), Drops(), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.encoder(x=self.inp(x))).square().mean()
+        return out
+
+
 def mine(rank: int) -> dict[str, tuple[Callable[[], nn.Module], Any]]:
     return {
         "ernie": (Ernie, ernie_batch(rank == 1, seed=rank)),
-        "whisper": (whisper, mel(rank)),
+        "speech": (Speech, {"x": torch.ones(2, 8) + rank}),
         "mixtral": (mixtral, text(5 + rank, seed=rank)),
     }
 
@@ -249,10 +274,10 @@ def test_zero_3_trains_by_the_plan() -> None:
     for answer in (first, second):
         assert {name: leaves for name, (leaves, _) in answer.items()} == {
             "ernie": ["body.layers.1.mlp"],
-            "whisper": ["model.encoder"],
+            "speech": ["encoder"],
             "mixtral": [],
         }
-        for name in ("ernie", "mixtral"):  # whisper drops other layers every time
+        for name in ("ernie", "mixtral"):  # the other one drops other layers every time
             losses = answer[name][1]
             assert losses[0] > losses[1] > losses[2], (name, losses)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 logger = logging.getLogger("ds.z3leaf")
 _METHOD = "set_reduce_scatter_unused_params"
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # once a module
 
 
 def reduce_unused(unit: nn.Module) -> Callable[[], None]:
@@ -23,10 +25,31 @@ def reduce_unused(unit: nn.Module) -> Callable[[], None]:
     from torch.distributed.fsdp import FSDPModule
 
     if hasattr(FSDPModule, _METHOD):
+        unit.register_forward_hook(_warn_without_gradient)
         return lambda: getattr(unit, _METHOD)(True, recurse=False)
     # Hooks run in the order in which they are registered: this one comes before FSDP2's, which frees the parameters.
     unit.register_forward_hook(_touch_parameters)
     return lambda: None
+
+
+def _warn_without_gradient(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.is_grad_enabled() or module in _warned or any(leaf.requires_grad for leaf in _tensors(output)):
+        return
+    if any(param.requires_grad for param in module.parameters()):
+        _warned.add(module)
+        logger.warning(
+            "leaf %s returned no tensor that requires a gradient: ranks whose output has one wait for this rank in "
+            "backward",
+            type(module).__name__,
+        )
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (list, tuple, dict)):
+        for entry in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(entry)
 
 
 def _touch_parameters(module: nn.Module, args: Any, output: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_z3leaf._calls import adapt_calls, restore_calls
 from ds_z3leaf._choose import Select, choose
 from ds_z3leaf._config import read_config
 from ds_z3leaf._flags import FLAG, OWNER, REASON, is_leaf, set_flag
@@ -208,8 +209,7 @@ def z3_leaves(
 ) -> Iterator[list[nn.Module]]:
     """Flag modules for the length of a ``with`` block, and then make the flags what they were, also on exceptions.
 
-    ZeRO-3 reads the flags in every step: with DeepSpeed, training belongs into the block. FSDP2 does not read them once
-    `fully_shard_leaves` has returned. Blocks can be nested.
+    A ZeRO-3 engine that is built inside keeps its leaves: it reads the flags in every step. Blocks can be nested.
 
     Args:
         as in `mark_leaves`.
@@ -335,24 +335,37 @@ def _own_flags(module: nn.Module) -> dict[str, Any]:
 def _restore(
     model: nn.Module, flags: dict[int, tuple[nn.Module, dict[str, Any]]], owners: dict[int, tuple[nn.Parameter, Any]]
 ) -> None:
-    """Give back the flags that modules and parameters had; those that came since have none."""
+    """Give back the flags that modules and parameters had; those that came since have none, unless an engine has them.
+
+    A ZeRO-3 engine reads the flags in every step.
+    """
     current: dict[int, tuple[nn.Module, dict[str, Any]]] = {id(module): (module, {}) for module in model.modules()}
-    in_use = 0
+    in_use = [
+        module for module, known in (current | flags).values() if is_leaf(module) and not known and _in_use(module)
+    ]
+    kept = {id(param) for leaf in in_use for param in leaf.parameters()}
     for module, known in (current | flags).values():
-        if is_leaf(module) and not known and hasattr(module, "ds_id"):
-            in_use += 1
+        if any(module is leaf for leaf in in_use):
+            continue
         for name in (FLAG, REASON):
             module.__dict__.pop(name, None)
         module.__dict__.update(known)
+        if is_leaf(module):
+            adapt_calls(module)
+        else:
+            restore_calls(module)
     params: dict[int, tuple[nn.Parameter, Any]] = {id(param): (param, None) for param in model.parameters()}
     for param, owner in (params | owners).values():
+        if id(param) in kept:
+            continue
         if owner is not None:
             setattr(param, OWNER, owner)
         elif hasattr(param, OWNER):
             delattr(param, OWNER)
     if in_use:
-        logger.warning(
-            "%d leaves lose their flags at the end of z3_leaves(), but a ZeRO-3 engine has hooks on them and reads the "
-            "flags in every step: train inside the block, or flag them by mark_leaves()",
-            in_use,
-        )
+        logger.info("z3_leaves() leaves %d flags in place: a ZeRO-3 engine reads them in every step", len(in_use))
+
+
+def _in_use(module: nn.Module) -> bool:
+    """Whether DeepSpeed has registered its hooks on a module."""
+    return hasattr(module, "ds_id")

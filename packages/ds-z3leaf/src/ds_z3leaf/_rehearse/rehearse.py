@@ -161,13 +161,22 @@ def _undecided(stage: Stage, leaves: dict[int, str]) -> list[int]:
 
 
 def _calls_alike(stage: Stage, number: int) -> bool:
-    """Whether two modules of the same class and shapes are called somewhere inside a module."""
-    called = stage.called_inside(number)
+    """Whether two modules of the same class and shapes are called inside a module, as experts are.
+
+    A module with parameters of three dimensions, other than torch's own layers, is many experts called as one.
+    """
+    called = [stage.index.modules[inner] for inner in stage.called_inside(number)]
     kinds = Counter(
         (type(module), tuple(full_shape(param) for param in module.parameters()))
-        for module in (stage.index.modules[inner] for inner in called)
+        for module in called
+        if not any(_is_fused(part) for part in module.modules())
     )
     return any(count > 1 for count in kinds.values())
+
+
+def _is_fused(module: nn.Module) -> bool:
+    own = (full_shape(param) for param in module.parameters(recurse=False))
+    return not type(module).__module__.startswith("torch.nn.") and any(len(shape) > 2 for shape in own)
 
 
 def _plan(stage: Stage, leaves: dict[int, str]) -> LeafPlan:
