@@ -7,6 +7,7 @@ import hashlib
 from torch import nn
 
 from ds_z3leaf._sizes import full_shape
+from ds_z3leaf._walk import class_name
 
 
 class ModuleIndex:
@@ -38,7 +39,7 @@ class ModuleIndex:
     def describe(self, number: int) -> str:
         """Name and class, as messages have them."""
         name = repr(self.names[number]) if self.names[number] else "the model itself"
-        return f"{name} ({type(self.modules[number]).__name__})"
+        return f"{name} ({class_name(self.modules[number])})"
 
     def lines(self) -> list[str]:
         """One line for each module: name, class and the shapes of its own parameters."""
