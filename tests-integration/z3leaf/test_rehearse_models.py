@@ -52,6 +52,11 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TOKENS, num_local_experts=4))
 
 
+def qwen2_moe() -> nn.Module:
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**TOKENS, **sizes))
+
+
 def jetmoe() -> nn.Module:
     sizes = {**TOKENS, "hidden_size": 16, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
     del sizes["num_attention_heads"]
@@ -152,13 +157,23 @@ def llava_batch(with_image: bool) -> dict[str, torch.Tensor]:
     [
         (llama, [text(5), text(9)], [], "meta"),
         (mixtral, [text(5), text(9)], [], "cpu"),  # its experts are one module, called as a whole
+        (qwen2_moe, [text(5), text(9)], [], "cpu"),  # the same, and an expert that every rank calls
         (jetmoe, [text(5), text(9)], [], "cpu"),
         (Ernie, [ernie_batch(False), ernie_batch(True)], ["body.layers.1.mlp"], "cpu"),
         (whisper, [mel()], ["model.encoder"], "meta"),
         (llava, [llava_batch(True), llava_batch(False)], ["model"], "cpu"),
         (llava, [llava_batch(True), llava_batch(True)], [], "cpu"),
     ],
-    ids=["llama", "mixtral", "jetmoe", "ernie", "whisper with layer drop", "llava, mixed", "llava, images only"],
+    ids=[
+        "llama",
+        "mixtral",
+        "qwen2 moe",
+        "jetmoe",
+        "ernie",
+        "whisper with layer drop",
+        "llava, mixed",
+        "llava, images only",
+    ],
 )
 def test_leaves_of_transformers_models(
     make: Callable[[], nn.Module], batches: list[Any], leaves: list[str], device: str

@@ -205,6 +205,11 @@ def test_a_mixture_whose_batches_use_all_experts_is_a_leaf_all_the_same() -> Non
     assert "reads values of tensors before it calls its experts" in plan.leaves[0].reason
 
 
+def test_a_mixture_whose_batches_all_use_one_expert_is_a_leaf_all_the_same() -> None:
+    model = around(NamedMixture())
+    assert names(rehearse(model, [torch.ones(1, WIDTH)])) == ["1"]
+
+
 def test_what_no_batch_called_is_noted() -> None:
     model = Modalities()
     plan = rehearse(model, [{"text": torch.ones(1, WIDTH)}])

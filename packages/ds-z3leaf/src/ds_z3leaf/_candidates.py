@@ -49,32 +49,41 @@ def find_leaf_candidates(model: nn.Module) -> list[LeafCandidate]:
     >>> print(*find_leaf_candidates(nn.Sequential(nn.Linear(4, 4), Block())))
     1 (Block): 2 experts of class Linear in 'experts', router 'router' with 2 outputs
     """
+    return [candidate for candidate, _ in find_mixtures(model)]
+
+
+def find_mixtures(model: nn.Module) -> list[tuple[LeafCandidate, list[nn.Module]]]:
+    """The candidates, each with those of its experts that are modules of their own; none where they are fused.
+
+    Raises:
+        LeafTypeError: `model` is no module.
+    """
     check_model(model)
     sources = Sources()
-    found: dict[int, tuple[Node, str]] = {}
+    found: dict[int, tuple[Node, str, list[nn.Module]]] = {}
     order: dict[int, int] = {}
     for index, node in enumerate(walk(model)):
         order[id(node.module)] = index
         node.inside = node.inside or (node.parent is not None and node.parent.inside)
         if node.inside:
             continue
-        for block, reason in _blocks(node, sources):
-            found[id(block.module)] = block, reason
+        for block, reason, members in _blocks(node, sources):
+            found[id(block.module)] = block, reason, members
             # What is yet to come of the block lies below these.
             for holder in node.up_to(block):
                 holder.inside = True
             break
     outermost = [
-        (block, reason)
-        for block, reason in found.values()
+        (block, reason, members)
+        for block, reason, members in found.values()
         if not any(id(holder.module) in found for holder in block.up_to(None) if holder is not block)
     ]
     outermost.sort(key=lambda entry: order[id(entry[0].module)])
-    return [LeafCandidate.of(block.name, block.module, reason) for block, reason in outermost]
+    return [(LeafCandidate.of(block.name, block.module, reason), members) for block, reason, members in outermost]
 
 
-def _blocks(node: Node, sources: Sources) -> Iterator[tuple[Node, str]]:
-    """The blocks whose experts a module holds, with the reasons."""
+def _blocks(node: Node, sources: Sources) -> Iterator[tuple[Node, str, list[nn.Module]]]:
+    """The blocks whose experts a module holds, with the reasons and the experts."""
     for experts in experts_of(node):
         found = _block_of(experts, sources)
         if found is None:
@@ -82,7 +91,8 @@ def _blocks(node: Node, sources: Sources) -> Iterator[tuple[Node, str]]:
         first, holder, router = found
         block, moves = _raise_to_called(first, sources)
         if block is not None:
-            yield block.at_plain_name(), "; ".join([_because(block, experts, holder, router), *moves])
+            reason = "; ".join([_because(block, experts, holder, router), *moves])
+            yield block.at_plain_name(), reason, experts.members
 
 
 def _block_of(experts: Experts, sources: Sources) -> tuple[Node, Node, Router | None] | None:

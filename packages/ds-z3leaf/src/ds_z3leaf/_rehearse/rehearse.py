@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from ds_z3leaf._candidates import find_leaf_candidates
+from ds_z3leaf._candidates import find_mixtures
 from ds_z3leaf._flags import outermost_leaves
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.calls import outermost
 from ds_z3leaf._rehearse.passes import Forward
 from ds_z3leaf._rehearse.stage import Options, Stage
 from ds_z3leaf._select import check_model, select_modules
-from ds_z3leaf._sizes import full_shape
 from ds_z3leaf.errors import LeafOrderError, LeafTypeError
 
 
@@ -151,32 +149,15 @@ def _hide_partings(stage: Stage, leaves: dict[int, str]) -> dict[int, str]:
 def _undecided(stage: Stage, leaves: dict[int, str]) -> list[int]:
     """Mixtures outside the leaves that decide by values which experts to call, though these batches called the same."""
     hidden = {inner for leaf in leaves for inner in stage.index.inside(leaf)}
-    return [
-        number
-        for candidate in find_leaf_candidates(stage.index.modules[0])
-        if (number := stage.index.number[id(candidate.module)]) not in hidden
-        and number in stage.deciders
-        and _calls_alike(stage, number)
-    ]
-
-
-def _calls_alike(stage: Stage, number: int) -> bool:
-    """Whether two modules of the same class and shapes are called inside a module, as experts are.
-
-    A module with parameters of three dimensions, other than torch's own layers, is many experts called as one.
-    """
-    called = [stage.index.modules[inner] for inner in stage.called_inside(number)]
-    kinds = Counter(
-        (type(module), tuple(full_shape(param) for param in module.parameters()))
-        for module in called
-        if not any(_is_fused(part) for part in module.modules())
-    )
-    return any(count > 1 for count in kinds.values())
-
-
-def _is_fused(module: nn.Module) -> bool:
-    own = (full_shape(param) for param in module.parameters(recurse=False))
-    return not type(module).__module__.startswith("torch.nn.") and any(len(shape) > 2 for shape in own)
+    found = []
+    for candidate, experts in find_mixtures(stage.index.modules[0]):
+        number = stage.index.number[id(candidate.module)]
+        if number in hidden or number not in stage.deciders:
+            continue
+        parts = {stage.index.number[id(part)] for expert in experts for part in expert.modules()}
+        if parts & stage.called_inside(number):
+            found.append(number)
+    return found
 
 
 def _plan(stage: Stage, leaves: dict[int, str]) -> LeafPlan:
