@@ -207,7 +207,9 @@ class PeakMeter:
     def __init__(self, units: list[Any]) -> None:
         self.now = self.peak = self.gathers = self.largest = 0
         for unit in units:
-            for group in unit._get_fsdp_state()._fsdp_param_groups:
+            state = unit._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # torch before 2.13 has one
+            for group in groups if groups is not None else filter(None, [state._fsdp_param_group]):
                 self._watch(group)
 
     def _watch(self, group: Any) -> None:

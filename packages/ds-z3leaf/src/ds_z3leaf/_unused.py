@@ -10,6 +10,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,14 +56,26 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 def _touch_parameters(module: nn.Module, args: Any, output: Any) -> Any:
     if not torch.is_grad_enabled():
         return output
-    params = [param for param in module.parameters() if param.requires_grad]
-    replaced, done = _through(output, params)
+    replaced, done = _through(output, [param for param in _own_parameters(module) if param.requires_grad])
     if not done:
         logger.warning(
             "%s returns no tensor with a gradient (alone, in a list, tuple or dict): unused parameters get none",
             type(module).__name__,
         )
     return replaced
+
+
+def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a unit without those of the units inside, which are sharded again when their forward is over."""
+    from torch.distributed.fsdp import FSDPModule
+
+    found: dict[int, nn.Parameter] = {}
+    stack = [unit]
+    while stack:
+        module = stack.pop()
+        found.update((id(param), param) for param in module.parameters(recurse=False))
+        stack.extend(child for child in module.children() if not isinstance(child, FSDPModule))
+    return list(found.values())
 
 
 def _through(output: Any, params: list[nn.Parameter]) -> tuple[Any, bool]:
@@ -94,10 +107,34 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
         # The parameters are freed after forward: remember what their gradients look like, not them.
-        ctx.likes = [(param.shape, param.dtype, param.device) for param in params]
+        ctx.likes = [_Like.of(param) for param in params]
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes]
-        return (*grads, *zeros)
+        return (*grads, *(like.zeros() for like in ctx.likes))
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What a gradient of zeros looks like; tensor parallelism makes DTensors of parameters."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    mesh: Any = None
+    placements: Any = None
+
+    @classmethod
+    def of(cls, param: torch.Tensor) -> _Like:
+        from torch.distributed.tensor import DTensor
+
+        parallel = (param.device_mesh, param.placements) if isinstance(param, DTensor) else ()
+        return cls(param.shape, param.dtype, param.device, *parallel)
+
+    def zeros(self) -> torch.Tensor:
+        if self.mesh is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        from torch.distributed import tensor
+
+        return tensor.zeros(self.shape, dtype=self.dtype, device_mesh=self.mesh, placements=self.placements)
