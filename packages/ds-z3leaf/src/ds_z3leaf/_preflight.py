@@ -154,8 +154,9 @@ def _quantised_problem(param: nn.Parameter, options: Mapping[str, Any]) -> str |
             f"is {dtype} in a {type(param).__name__}, of which FSDP2 keeps the numbers only and loses the scales: "
             "pass it in ignored_params, or quantise after sharding"
         )
-    # Torch before 2.13 may cast integers as well; it is the first whose source says that it does not.
-    if cast is not None and (float8 or _torch_version() < (2, 13)):
+    if not float8 and _torch_version() < (2, 13):  # 2.11 fails, 2.13 shards them; 2.12 was not tried
+        return f"is {dtype}, which FSDP2 of torch {torch.__version__} cannot shard: pass it in ignored_params"
+    if cast is not None and float8:
         return f"is {dtype}, and mp_policy would cast it to {cast} when it is gathered: pass it in ignored_params"
     return None
 

@@ -66,7 +66,7 @@ def _touch_parameters(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a unit without those of the units inside, which are sharded again when their forward is over."""
+    """The parameters of a unit without those of units inside, which are sharded again when their forward is over."""
     from torch.distributed.fsdp import FSDPModule
 
     found: dict[int, nn.Parameter] = {}
