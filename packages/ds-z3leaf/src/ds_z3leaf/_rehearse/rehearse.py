@@ -14,7 +14,7 @@ from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.calls import outermost
 from ds_z3leaf._rehearse.passes import Forward
 from ds_z3leaf._rehearse.stage import Options, Stage
-from ds_z3leaf._select import check_model, select_modules
+from ds_z3leaf._select import select_modules
 from ds_z3leaf._sizes import full_shape
 from ds_z3leaf.errors import LeafOrderError, LeafTypeError
 
@@ -35,8 +35,8 @@ def rehearse(
 
     Call it on every rank, with batches that the rank would train on, before an engine has the model. In one process
     alone it compares the batches with each other. Afterwards the model, its gradients, its modes and the random streams
-    are as before; only what a module changes inside objects of its own, other than lists, sets and dictionaries, stays
-    changed.
+    are as before; only what a module changes inside objects of its own, other than tensors, lists, sets and
+    dictionaries, stays changed.
 
     A leaf is the innermost module, called by all, during which forwards go on with different modules: a block that
     calls the experts it routes to, a model that calls its vision tower only for images, a stack that skips layers. A
@@ -65,8 +65,8 @@ def rehearse(
 
     Raises:
         LeafTypeError, LeafValueError: an argument cannot be used, or `batches` is empty on every rank.
-        LeafRehearsalError: the forward fails on a rank, another rank has a wrong argument, ranks have different models,
-            or an engine has the model already. If one rank raises, all do.
+        LeafRehearsalError: the forward fails on a rank, another rank has a wrong argument, ranks have different models
+            or devices, or an engine has the model already. If one rank raises, all do.
         LeafOrderError: no leaf can help, for example because ranks call the model itself differently often.
 
     >>> import torch
@@ -80,7 +80,6 @@ def rehearse(
     >>> print(rehearse(model, [torch.ones(1, 2), -torch.ones(1, 2)]).leaves[0].name)  # they go different ways in there
     1
     """
-    check_model(model)
     options = Options(forward, max_batches, backward, repeats, across_batches, group, device)
     stage = Stage(model, batches, options)
     leaves = _hide_partings(stage, {})
@@ -122,11 +121,9 @@ def check(
         LeafNotFoundError: a leaf is no module of the model.
         LeafTypeError, LeafValueError, LeafRehearsalError: see `rehearse`.
     """
-    check_model(model)
-    chosen = _modules(model, leaves)
     options = Options(forward, max_batches, backward, repeats, across_batches, group, device)
-    stage = Stage(model, batches, options)
-    given = outermost({stage.index.number[id(module)]: "given" for module in chosen}, stage.index)
+    stage = Stage(model, batches, options, lambda: _modules(model, leaves))
+    given = outermost(dict.fromkeys(stage.given, "given"), stage.index)
     problems = stage.find_problems(given)
     if problems:
         first = problems[0]
@@ -161,13 +158,15 @@ def _undecided(stage: Stage, leaves: dict[int, str]) -> list[int]:
 
 
 def _calls_alike(stage: Stage, number: int) -> bool:
-    """Whether two modules of the same class and shapes are called somewhere inside a module."""
-    called = stage.called_inside(number)
-    kinds = Counter(
-        (type(module), tuple(full_shape(param) for param in module.parameters()))
-        for module in (stage.index.modules[inner] for inner in called)
-    )
-    return any(count > 1 for count in kinds.values())
+    """Whether inside a module one of several modules of the same class and shapes is called."""
+    inside = stage.index.inside(number)
+    kinds = {
+        inner: (type(module), tuple(full_shape(param) for param in module.parameters()))
+        for inner, module in ((inner, stage.index.modules[inner]) for inner in inside)
+        if stage.index.holds[inner]
+    }
+    counts = Counter(kinds.values())
+    return any(counts[kinds[inner]] > 1 for inner in stage.called & kinds.keys())
 
 
 def _plan(stage: Stage, leaves: dict[int, str]) -> LeafPlan:
