@@ -158,13 +158,17 @@ def _undecided(stage: Stage, leaves: dict[int, str]) -> list[int]:
 
 
 def _calls_alike(stage: Stage, number: int) -> bool:
-    """Whether inside a module one of several modules of the same class and shapes is called."""
+    """Whether inside a module one of several modules of the same class and shapes is called.
+
+    A module whose parameters all have three dimensions holds a stack of experts, and is no expert itself.
+    """
     inside = stage.index.inside(number)
     kinds = {
         inner: (type(module), tuple(full_shape(param) for param in module.parameters()))
         for inner, module in ((inner, stage.index.modules[inner]) for inner in inside)
         if stage.index.holds[inner]
     }
+    kinds = {inner: kind for inner, kind in kinds.items() if any(len(shape) != 3 for shape in kind[1])}
     counts = Counter(kinds.values())
     return any(counts[kinds[inner]] > 1 for inner in stage.called & kinds.keys())
 
