@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ds_z3leaf import (
+    LeafCandidate,
     LeafNotFoundError,
     LeafPlan,
+    LeafRehearsalError,
     LeafShardError,
     LeafTypeError,
     LeafValueError,
     find_fine_grained,
+    find_leaf_candidates,
     get_z3_leaf_modules,
     leaf_report,
     mark_leaves,
     plan_leaves,
+    rehearse,
     set_z3_leaf_module,
 )
 from ranks import run_ranks
@@ -131,7 +136,15 @@ def test_what_a_file_says_wrongly_is_an_error(tmp_path: Path) -> None:
         load("{")
     with pytest.raises(LeafValueError, match="has the format 2, and this ds-z3leaf reads up to 1"):
         load(good | {"format": 2})
-    for bad in ([], {}, good | {"format": "1"}, good | {"leaves": 3}, good | {"notes": 3, "leaves": []}):
+    for bad in (
+        [],
+        {},
+        good | {"format": "1"},
+        good | {"format": True},
+        "[" * 100_000,
+        good | {"leaves": 3},
+        good | {"notes": 3, "leaves": []},
+    ):
         with pytest.raises(LeafValueError, match="is no leaf plan"):
             load(bad)
     with pytest.raises(LeafValueError, match="a leaf has no reason and parameters of the right type"):
@@ -358,3 +371,22 @@ def test_experts_of_a_mixture_that_is_no_leaf_are_never_layers() -> None:
         assert names == ["0", ""]
         assert len(records) == 1
         assert records[0].startswith("1 (Moe) looks like a mixture of experts and is no leaf of the plan")
+
+
+def test_a_plan_has_only_modules_of_its_model_each_once() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(LeafNotFoundError, match="no module of the Sequential"):
+        LeafPlan(model, [LeafCandidate.of("0", nn.Linear(2, 2), "why")])
+    inner, outer = LeafCandidate.of("0.0", model[0][0], "why"), LeafCandidate.of("0", model[0], "why")
+    for leaves in ([outer, inner], [inner, inner]):
+        with pytest.raises(LeafValueError, match=r"leaf '0\.0' is given twice or is inside another leaf"):
+            LeafPlan(model, leaves)
+
+
+def test_scripted_modules_are_no_candidates() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is going to drop torch.jit
+        model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), nn.Linear(2, 2))
+    assert find_leaf_candidates(model) == []
+    with pytest.raises(LeafRehearsalError, match="0 is a ScriptModule"):
+        rehearse(model, [torch.ones(1, 2)])

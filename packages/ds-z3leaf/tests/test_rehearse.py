@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import UserDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ds_z3leaf import (
+    LeafError,
     LeafNotFoundError,
     LeafOrderError,
     LeafPlan,
@@ -205,9 +208,71 @@ def test_a_mixture_whose_batches_use_all_experts_is_a_leaf_all_the_same() -> Non
     assert "reads values of tensors before it calls its experts" in plan.leaves[0].reason
 
 
-def test_a_mixture_whose_batches_all_use_one_expert_is_a_leaf_all_the_same() -> None:
-    model = around(NamedMixture())
-    assert names(rehearse(model, [torch.ones(1, WIDTH)])) == ["1"]
+def test_a_mixture_whose_batches_use_one_expert_is_a_leaf_all_the_same() -> None:
+    torch.manual_seed(0)
+    plan = rehearse(around(NamedMixture()), [torch.ones(1, WIDTH)])
+    assert names(plan) == ["1"]
+    assert "these batches called the same" in plan.leaves[0].reason
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_only_a_leaf_that_is_trained_needs_outputs_with_gradients(trained: bool) -> None:
+    class Listed(Modalities):
+        def forward(self, text: torch.Tensor, picture: torch.Tensor | None = None) -> Any:
+            return [super().forward(text, picture)]
+
+    model = nn.ModuleDict({"both": Listed(), "head": nn.Linear(WIDTH, 1)})
+    model["both"].requires_grad_(trained)
+    text = torch.ones(1, WIDTH)
+    plan = rehearse(
+        model, [(text,), (text, text)], forward=lambda model, batch: model["head"](model["both"](*batch)[0])
+    )
+    assert names(plan) == ["both"]
+    assert any("ZeRO-3 cannot train it" in note for note in plan.notes) is trained
+
+
+def test_a_batch_keeps_its_class() -> None:
+    class Batch(UserDict[str, torch.Tensor]):
+        """Has its entries as attributes, as batches of transformers have."""
+
+        def __getattr__(self, name: str) -> torch.Tensor:
+            if name == "data":
+                raise AttributeError(name)
+            return self.data[name]
+
+    batch = Batch(x=torch.ones(2, WIDTH))
+    rehearse(nn.Linear(WIDTH, WIDTH), [batch], forward=lambda model, batch: model(batch.x))
+    assert not batch.x.is_meta
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_modes_of_autograd_around_a_rehearsal_do_not_matter(mode: Any) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+    with mode():
+        plan = rehearse(model, [torch.ones(2, WIDTH)], device="model")
+    assert plan.rehearsal is not None
+    assert plan.rehearsal.backward
+
+
+class MergesInEval(nn.Linear):
+    """Adds to its weight for evaluation, as some adapters do."""
+
+    def train(self, mode: bool = True) -> MergesInEval:
+        if mode != self.training:
+            with torch.no_grad():
+                self.weight.add_(-1.0 if mode else 1.0)
+        super().train(mode)
+        return self
+
+
+def test_what_eval_merges_is_merged_afterwards() -> None:
+    model = MergesInEval(WIDTH, WIDTH)
+    with torch.no_grad():
+        model.weight.zero_()
+    model.eval()
+    rehearse(model, [torch.ones(2, WIDTH)], device="model")
+    assert not model.training
+    assert bool((model.weight == 1.0).all())
 
 
 def test_what_no_batch_called_is_noted() -> None:
@@ -309,6 +374,8 @@ class LeavesTraces(nn.Module):
         self.lstm = nn.LSTM(WIDTH, WIDTH)
         self.register_buffer("seen", torch.zeros(()))
         self.losses: list[torch.Tensor] = []
+        self.steps = torch.zeros(2)
+        self.last: deque[torch.Tensor] = deque(maxlen=2)
         self.cache: dict[str, torch.Tensor] = {}
         self.hooked = False
 
@@ -316,9 +383,14 @@ class LeavesTraces(nn.Module):
         if not self.hooked:
             self.layer.register_forward_hook(lambda *_: None)
             self.hooked = True
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.01, 0.01)
+            self.layer.bias.data[0] = 7.0
         x = self.lstm(self.layer(self.norm(x)))[0]
         self.seen += 1
         self.losses.append(x.sum())
+        self.steps += 1
+        self.last.append(x)
         self.cache["x"] = x
         self.latest = x
         torch.rand(1)
@@ -344,6 +416,7 @@ def test_a_rehearsal_leaves_no_trace(device: str | None) -> None:
     assert random.getstate() == python
     assert (model.training, model.norm.training, model.layer.training) == (False, True, False)
     assert (model.losses, model.cache, model.hooked, hasattr(model, "latest")) == ([], {}, False, False)
+    assert (model.steps.tolist(), len(model.last)) == ([0, 0], 0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert type(model._parameters) is dict
 
@@ -377,6 +450,8 @@ def test_flags_are_what_is_checked_unless_leaves_are_given() -> None:
     [
         (lambda model: rehearse(model, []), LeafValueError, "batches is empty"),
         (lambda model: rehearse(model, {"x": 1}), LeafTypeError, "batches is a dict"),
+        (lambda model: rehearse(model, torch.ones(2, WIDTH)), LeafTypeError, "batches is a Tensor"),
+        (lambda model: rehearse(nn.LazyLinear(2), [1]), LeafRehearsalError, "has parameters without a shape"),
         (lambda model: rehearse(model, [1], max_batches=0), LeafValueError, "max_batches=0"),
         (lambda model: rehearse(model, [1], repeats=-1), LeafValueError, "repeats=-1"),
         (lambda model: rehearse(model, [1], device="cuda"), LeafValueError, "device='cuda'"),
@@ -420,8 +495,9 @@ def _rank_batches(rank: int) -> dict[str, Any]:
         seen["check"] = str(error)
     dense = rehearse(nn.Linear(WIDTH, WIDTH), [torch.ones(rank + 1, WIDTH)] * (rank + 1))
     seen["dense"] = names(dense)
-    if rank == 2:
-        seen["alone"] = None
+    torch.manual_seed(0)
+    idle = rehearse(around(NamedMixture()), [torch.randn(64, WIDTH)] if rank == 0 else [])
+    seen["idle"] = names(idle)
     return seen
 
 
@@ -436,6 +512,7 @@ def test_ranks_with_different_batches_get_the_same_plan() -> None:
         "itself; no leaves are given: add the model itself (Modalities)"
     }
     assert [answer["dense"] for answer in answers] == [[]] * 3
+    assert [answer["idle"] for answer in answers] == [["1"]] * 3  # two ranks have no batches
 
 
 def _rank_fails(rank: int) -> list[str]:
@@ -460,3 +537,37 @@ def test_every_rank_raises_when_one_fails() -> None:
     assert "ranks have different models: rank 0 has" in first[1]
     assert "rank 1 fails with LeafTypeError: batches is a int" in first[2]
     assert second[2].startswith("LeafTypeError: batches is a int")
+
+
+def _rank_arguments(rank: int) -> list[str]:
+    batches, model = [torch.ones(1, WIDTH)], around(nn.Linear(WIDTH, WIDTH))
+    some = dist.new_group([0, 1])
+    calls: list[Callable[[], Any]] = [
+        lambda: rehearse(model, batches, device="model" if rank else None),
+        lambda: check(model, ["0", "1"] if rank else ["0"], batches),
+        lambda: check(model, ["nowhere"] if rank else ["0"], batches),
+        lambda: rehearse(model, batches, group=some),
+    ]
+    texts = []
+    for call in calls:
+        try:
+            call()
+            texts.append("")
+        except LeafError as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+def test_arguments_that_differ_between_ranks_are_named() -> None:
+    answers = run_ranks(_rank_arguments, 3)
+    device = "LeafRehearsalError: ranks have different arguments: device is None on rank 0 and 'model' on rank 1"
+    leaves = "LeafRehearsalError: ranks have different arguments: leaves is ['0'] on rank 0 and ['0', '1'] on rank 1"
+    assert all(answer[0].startswith(device) for answer in answers)
+    assert all(answer[1].startswith(leaves) for answer in answers)
+    assert "rank 1 fails with LeafNotFoundError" in answers[0][2]
+    assert answers[1][2].startswith("LeafNotFoundError")
+    assert [answer[3] for answer in answers] == [
+        "",
+        "",
+        "LeafValueError: rank 2 is not in the group: call it on the ranks of the group only",
+    ]

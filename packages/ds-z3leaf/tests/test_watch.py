@@ -335,3 +335,15 @@ def test_arguments() -> None:
         watch(Net(), timeout=0)
     with pytest.raises(LeafValueError, match="on_hang is 'kill': pass 'raise', 'exit' or 'log'"):
         watch(Net(), on_hang="kill")  # type: ignore[arg-type]
+
+
+def _enter_twice(rank: int) -> tuple[str, int]:
+    model = nn.Linear(1, 1)
+    outer = watch(model)
+    with outer, pytest.raises(LeafValueError, match="entered already") as caught, outer:
+        pass
+    return str(caught.value), len(model._forward_pre_hooks)
+
+
+def test_a_watch_is_entered_once_at_a_time() -> None:
+    assert [hooks for _, hooks in run_ranks(_enter_twice, 2)] == [0, 0]

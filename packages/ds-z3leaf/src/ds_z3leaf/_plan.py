@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ class LeafPlan:
         leaves: the leaves, none inside another, in the order of ``named_modules()``.
         notes: what the plan could not find out or had to change, in words.
         rehearsal: what was tried, where the plan comes from a rehearsal.
+
+    Raises:
+        LeafNotFoundError: a leaf is no module of the model.
+        LeafValueError: a leaf is given twice or is inside another one.
     """
 
     def __init__(
@@ -82,6 +87,14 @@ class LeafPlan:
         self.model = model
         self.leaves = tuple(leaves)
         self.notes = tuple(notes)
+        known = {id(module) for _, module in walk(model)} if self.leaves else set()
+        for leaf in self.leaves:
+            if id(leaf.module) not in known:
+                raise LeafNotFoundError(f"leaf {leaf} is no module of the {class_name(model)}: plan for this model")
+        inside = Counter(id(part) for leaf in self.leaves for part in leaf.module.modules())
+        for leaf in self.leaves:
+            if inside[id(leaf.module)] > 1:
+                raise LeafValueError(f"leaf {leaf.name!r} is given twice or is inside another leaf: leave it out")
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -178,14 +191,15 @@ class LeafPlan:
 
         Raises:
             LeafNotFoundError: the model has no module of a name; the message has near ones.
-            LeafValueError: the file is no plan, is of a newer format, or a module has another class than the plan says.
+            LeafValueError: the file is no plan, is of a newer format, has a leaf twice or inside another one, or a
+                module has another class than the plan says.
             OSError: the file cannot be read.
         """
         check_model(model)
         where = f"{os.fspath(path)!s}"
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LeafValueError(f"{where} is no leaf plan: it is not JSON ({error})") from None
         rows = _rows_of(data, where)
         # Where a module is wrapped, the wrapper has the short name.
@@ -238,11 +252,7 @@ class LeafPlan:
 
 def _rows_of(data: Any, where: str) -> list[dict[str, Any]]:
     """The leaves of a plan's file, checked."""
-    if (
-        not isinstance(data, dict)
-        or not isinstance(data.get("format"), int)
-        or not isinstance(data.get("leaves"), list)
-    ):
+    if not isinstance(data, dict) or type(data.get("format")) is not int or not isinstance(data.get("leaves"), list):
         raise LeafValueError(f"{where} is no leaf plan: it has no format and leaves; LeafPlan.save() writes them")
     if data["format"] > _FORMAT:
         raise LeafValueError(

@@ -99,7 +99,7 @@ def walk(model: nn.Module) -> Iterator[Node]:
 def wrapped(module: nn.Module) -> nn.Module | None:
     """What a wrapper or an adapter layer is around; None for other modules."""
     children = module._modules
-    if _WORDS.isdisjoint(children):
+    if _WORDS.isdisjoint(children.keys()):  # iterating over the children of a ScriptModule fails
         return None
     for word in _WRAPPED:
         if (inner := children.get(word)) is not None:

@@ -44,7 +44,7 @@ class ModuleIndex:
     def lines(self) -> list[str]:
         """One line for each module: name, class and the shapes of its own parameters."""
         return [
-            f"{name} {type(module).__name__} "
+            f"{name or 'the model itself'} {type(module).__name__} "
             f"{[(key, full_shape(param)) for key, param in module._parameters.items() if param is not None]}"
             for name, module in zip(self.names, self.modules, strict=True)
         ]

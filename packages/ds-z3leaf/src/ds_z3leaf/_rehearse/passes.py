@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -118,6 +119,7 @@ class _Session:
 
     def __enter__(self) -> _Session:
         self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        self._open.enter_context(torch.inference_mode(False))
         self._open.enter_context(in_training(self._model))
         self._open.enter_context(stand_in(self.index, self._access, meta=self._meta))
         # Two hooks on all modules: hooks on each would take longer to install than a forward takes.
@@ -140,14 +142,15 @@ class _Session:
         self._reached = Counter()
         device = "meta" if self._meta else device_of(self._model)
         reads = contextlib.nullcontext() if self._meta else _Reads(self._count_read)  # on meta, a read raises
-        with torch.set_grad_enabled(self._backward), reads:
-            output = self._forward(self._model, _moved(batch, device))
-        calls = read_calls(self._events, len(self.index.modules))
         reached = None
-        loss = _loss_of(output) if self._backward else None
-        if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
-            reached = dict(self._reached)
+        with torch.set_grad_enabled(self._backward):
+            with reads:
+                output = self._forward(self._model, _moved(batch, device))
+            calls = read_calls(self._events, len(self.index.modules))
+            loss = _loss_of(output) if self._backward else None
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                reached = dict(self._reached)
         for module in self.index.modules:
             for param in module._parameters.values():
                 if param is not None:
@@ -250,12 +253,19 @@ def device_of(model: nn.Module) -> torch.device:
 def _moved(value: Any, device: Any) -> Any:
     """A batch with its tensors on a device, detached from the caller's."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
+        moved = value.detach().to(device)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(value, Mapping):
-        return {key: _moved(entry, device) for key, entry in value.items()}
+        entries = {key: _moved(entry, device) for key, entry in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return entries
+        same = copy.copy(value)  # a batch of transformers has its entries as attributes, too
+        for key, entry in entries.items():
+            same[key] = entry
+        return same
     if isinstance(value, (tuple, list)):
-        moved = [_moved(entry, device) for entry in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+        listed = [_moved(entry, device) for entry in value]
+        return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_z3leaf.errors import LeafError, LeafRehearsalError
+from ds_z3leaf.errors import LeafError, LeafRehearsalError, LeafValueError
 
 T = TypeVar("T")
 
@@ -16,6 +16,9 @@ class Ranks:
 
     Args:
         group: a process group; None stands for the default group, or for this process alone if there is none.
+
+    Raises:
+        LeafValueError: this rank is not in the group.
 
     Attributes:
         size: how many ranks.
@@ -28,6 +31,8 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             self.size, self.rank, self.numbers = 1, 0, [0]
             return
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise LeafValueError(f"rank {dist.get_rank()} is not in the group: call it on the ranks of the group only")
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.numbers = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
 

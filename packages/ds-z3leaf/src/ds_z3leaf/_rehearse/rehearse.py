@@ -13,7 +13,7 @@ from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.calls import outermost
 from ds_z3leaf._rehearse.passes import Forward
 from ds_z3leaf._rehearse.stage import Options, Stage
-from ds_z3leaf._select import check_model, select_modules
+from ds_z3leaf._select import select_modules
 from ds_z3leaf.errors import LeafOrderError, LeafTypeError
 
 
@@ -33,8 +33,8 @@ def rehearse(
 
     Call it on every rank, with batches that the rank would train on, before an engine has the model. In one process
     alone it compares the batches with each other. Afterwards the model, its gradients, its modes and the random streams
-    are as before; only what a module changes inside objects of its own, other than lists, sets and dictionaries, stays
-    changed.
+    are as before; only what a module changes inside objects of its own, other than tensors, lists, sets and
+    dictionaries, stays changed.
 
     A leaf is the innermost module, called by all, during which forwards go on with different modules: a block that
     calls the experts it routes to, a model that calls its vision tower only for images, a stack that skips layers. A
@@ -63,8 +63,8 @@ def rehearse(
 
     Raises:
         LeafTypeError, LeafValueError: an argument cannot be used, or `batches` is empty on every rank.
-        LeafRehearsalError: the forward fails on a rank, another rank has a wrong argument, ranks have different models,
-            or an engine has the model already. If one rank raises, all do.
+        LeafRehearsalError: the forward fails on a rank, another rank has a wrong argument, ranks have different models
+            or devices, or an engine has the model already. If one rank raises, all do.
         LeafOrderError: no leaf can help, for example because ranks call the model itself differently often.
 
     >>> import torch
@@ -78,7 +78,6 @@ def rehearse(
     >>> print(rehearse(model, [torch.ones(1, 2), -torch.ones(1, 2)]).leaves[0].name)  # they go different ways in there
     1
     """
-    check_model(model)
     options = Options(forward, max_batches, backward, repeats, across_batches, group, device)
     stage = Stage(model, batches, options)
     leaves = _hide_partings(stage, {})
@@ -120,11 +119,9 @@ def check(
         LeafNotFoundError: a leaf is no module of the model.
         LeafTypeError, LeafValueError, LeafRehearsalError: see `rehearse`.
     """
-    check_model(model)
-    chosen = _modules(model, leaves)
     options = Options(forward, max_batches, backward, repeats, across_batches, group, device)
-    stage = Stage(model, batches, options)
-    given = outermost({stage.index.number[id(module)]: "given" for module in chosen}, stage.index)
+    stage = Stage(model, batches, options, lambda: _modules(model, leaves))
+    given = outermost(dict.fromkeys(stage.given, "given"), stage.index)
     problems = stage.find_problems(given)
     if problems:
         first = problems[0]
@@ -155,7 +152,7 @@ def _undecided(stage: Stage, leaves: dict[int, str]) -> list[int]:
         if number in hidden or number not in stage.deciders:
             continue
         parts = {stage.index.number[id(part)] for expert in experts for part in expert.modules()}
-        if parts & stage.called_inside(number):
+        if parts & stage.called:
             found.append(number)
     return found
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ds_z3leaf._rehearse.calls import (
     PASS,
@@ -26,6 +28,7 @@ from ds_z3leaf._rehearse.index import ModuleIndex
 from ds_z3leaf._rehearse.passes import Forward, Pass, Recording, device_of, record
 from ds_z3leaf._rehearse.ranks import Ranks
 from ds_z3leaf._rehearse.stand_in import kept_random_state
+from ds_z3leaf._walk import check_model
 from ds_z3leaf.errors import LeafRehearsalError, LeafTypeError, LeafValueError
 
 _SHOWN = 5  # modules that a note names
@@ -45,7 +48,7 @@ class Options:
 
     def check(self, batches: object) -> None:
         """Raise `LeafTypeError` or `LeafValueError` for what cannot be used."""
-        if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, nn.Module)):
+        if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, nn.Module, torch.Tensor)):
             raise LeafTypeError(f"batches is a {type(batches).__name__}: pass a list of batches, or a loader")
         if self.forward is not None and not callable(self.forward):
             raise LeafTypeError(f"forward is a {type(self.forward).__name__}: pass a function of a model and a batch")
@@ -95,17 +98,26 @@ class Stage:
     """Runs the batches when it is made; all ranks must make it, and call its methods, together.
 
     Raises:
-        LeafTypeError, LeafValueError: an argument cannot be used; there are no batches.
-        LeafRehearsalError: the forward fails on a rank, or ranks have different models.
+        LeafTypeError, LeafValueError, LeafNotFoundError: an argument cannot be used; there are no batches.
+        LeafRehearsalError: the forward fails on a rank, or ranks have different models or arguments.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        options: Options,
+        given: Callable[[], Iterable[nn.Module]] = tuple,
+    ) -> None:
         self.options = options
         self.ranks = Ranks(options.group)
         error: Exception | None = None
         taken: list[Any] = []
+        leaves: list[nn.Module] = []
         try:
+            check_model(model)
             options.check(batches)
+            leaves = list(given())
             must_be_meta = _find_state(model)
             with kept_random_state():  # a loader draws an order
                 taken = list(islice(batches, options.max_batches))
@@ -114,13 +126,16 @@ class Stage:
         self.ranks.agree(error, "the rehearsal cannot start")
         self.index = ModuleIndex(model)
         self._compare_models()
+        self._compare("device", options.device)
+        self.given = {self.index.number[id(module)] for module in leaves}
+        self._compare("leaves", [self.index.names[number] for number in sorted(self.given)])
         if sum(self.ranks.gather(len(taken))) == 0:
             raise LeafValueError("batches is empty on every rank: pass at least one batch")
         self.recording = self._record(taken, must_be_meta)
         recording = self.recording
-        told = self.ranks.gather((recording.deciders, recording.without_floats, recording.odd_outputs))
-        self.deciders, self.without_floats, self.odd_outputs = (
-            frozenset().union(*sets) for sets in zip(*told, strict=True)
+        own = (recording.deciders, recording.without_floats, recording.odd_outputs, self._called())
+        self.deciders, self.without_floats, self.odd_outputs, self.called = (
+            frozenset().union(*sets) for sets in zip(*self.ranks.gather(own), strict=True)
         )
 
     def _record(self, batches: list[Any], must_be_meta: bool) -> Recording:
@@ -161,6 +176,15 @@ class Stage:
             f"{self.ranks.numbers[other]} has {two}: build the same model on every rank"
         )
 
+    def _compare(self, name: str, value: object) -> None:
+        values = self.ranks.gather(value)
+        for rank, other in zip(self.ranks.numbers, values, strict=True):
+            if other != values[0]:
+                raise LeafRehearsalError(
+                    f"ranks have different arguments: {name} is {values[0]!r} on rank {self.ranks.numbers[0]} and "
+                    f"{other!r} on rank {rank}: pass the same on every rank"
+                )
+
     def find_problems(self, leaves: Iterable[int]) -> list[Problem]:
         """Where forwards and backwards part under these leaves; the same list on every rank, in the order of calls.
 
@@ -185,7 +209,7 @@ class Stage:
         one, two = views[first], views[second]
         assert one is not None
         assert two is not None
-        return list(self._compare(one, two, leaves))
+        return list(self._compare_passes(one, two, leaves))
 
     def _view(self, each: Pass, leaves: frozenset[int]) -> _View:
         calls = reduce_call(each.forward, leaves, self.index)
@@ -211,9 +235,9 @@ class Stage:
                 )
         if self.options.across_batches:
             for view in seen[1:]:
-                yield from self._compare(seen[0], view, leaves)
+                yield from self._compare_passes(seen[0], view, leaves)
 
-    def _compare(self, first: _View, second: _View, leaves: frozenset[int]) -> Iterator[Problem]:
+    def _compare_passes(self, first: _View, second: _View, leaves: frozenset[int]) -> Iterator[Problem]:
         parted = False
         for parting in find_partings(first.calls, second.calls):
             parted = True
@@ -253,9 +277,8 @@ class Stage:
     def _own_parameters(self, number: int) -> list[nn.Parameter]:
         return list(self.index.modules[number].parameters(recurse=False))
 
-    def called_inside(self, number: int) -> set[int]:
-        """The modules with parameters that this rank's passes called inside a module."""
-        inside = self.index.inside(number)
+    def _called(self) -> frozenset[int]:
+        """The modules with parameters that this rank's passes called."""
         pending = [each.forward for each in self.recording.passes]
         called: set[int] = set()
         while pending:
@@ -263,7 +286,7 @@ class Stage:
             pending.extend(call.calls)
             if not call.access:
                 called.add(call.module)
-        return called & inside
+        return frozenset(called)
 
     def _name(self, number: int | None) -> str:
         return "nothing more" if number is None else repr(self.index.names[number]) if number else "the model itself"
@@ -301,7 +324,8 @@ class Stage:
             reasons = ["is called without a tensor of floating point"] if number in self.without_floats else []
             if number in self.odd_outputs:
                 reasons.append("returns neither a tensor that has a gradient nor a tuple with one")
-            if reasons:
+            trained = any(param.requires_grad for param in self.index.modules[number].parameters())
+            if reasons and trained:
                 notes.append(
                     f"leaf {self.index.describe(number)} {' and '.join(reasons)}: ZeRO-3 cannot train it as a leaf, "
                     "FSDP2 can. Or let no rank go another way there: give every rank a blank image, or drop no layers"
@@ -381,7 +405,8 @@ def _find_state(model: nn.Module) -> bool:
     """Whether the model can run on meta only.
 
     Raises:
-        LeafRehearsalError: an engine has the model, so that a forward communicates.
+        LeafRehearsalError: an engine has the model, so that a forward communicates; or its parameters cannot have
+            stand-ins.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
@@ -391,6 +416,16 @@ def _find_state(model: nn.Module) -> bool:
             raise LeafRehearsalError(
                 f"{name or 'the model'} ({type(module).__name__}) communicates in its forward: rehearse before "
                 "the model is wrapped or sharded"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise LeafRehearsalError(
+                f"{name or 'the model'} is a ScriptModule, whose calls cannot be recorded: rehearse the model before "
+                "torch.jit compiles it"
+            )
+        if any(isinstance(param, UninitializedParameter) for param in module._parameters.values()):
+            raise LeafRehearsalError(
+                f"{name or 'the model'} ({type(module).__name__}) has parameters without a shape: run one forward "
+                "first, which gives them one"
             )
     partitioned = [name for name, param in model.named_parameters() if hasattr(param, "ds_id")]
     if partitioned and any(hasattr(module, "ds_id") for module in model.modules()):

@@ -85,6 +85,8 @@ class watch:
         """Start to watch. Every rank of the group must call it."""
         if self._group is not None and self._group is dist.GroupMember.NON_GROUP_MEMBER:
             return
+        if self._thread is not None:
+            raise LeafValueError("this watch() is entered already: make another one for a block inside")
         ranks = Ranks(self._group)
         if ranks.size == 1:
             return
