@@ -98,6 +98,40 @@ def picks_by_data(source: Source, words: tuple[str, ...]) -> bool:
     return False
 
 
+def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
+    """Whether ``forward`` takes an item of a list by an argument, or gives items the rows where an argument has a value.
+
+    An item that a loop counts out, or that is called under a condition, may be one of a stack.
+    """
+    if source.forward is None:
+        return False
+    for function in source.reached():
+        data = data_names(function)
+        compared = _followed([function], partial(_compares, data=data), set())
+        arguments = {argument.arg for argument in function.args.args} & data if function is source.forward else set()
+
+        def is_chosen(part: ast.AST, known: set[str] = compared | arguments, data: set[str] = data) -> bool:
+            return depends(part, known) or _compares(part, data)
+
+        for word in words:
+            members = _members(function, word)
+            for part in ast.walk(function):
+                if isinstance(part, ast.Subscript) and _is_member(part, word, members) and depends(part.slice, arguments):
+                    return True
+                if _calls_member(part, word, members) and _selected(part, is_chosen):
+                    return True
+    return False
+
+
+def uses(source: Source, words: tuple[str, ...]) -> bool:
+    """Whether ``forward`` says anything of these attributes."""
+    return any(_mentions(function, word) for function in source.reached() for word in words)
+
+
+def _compares(part: ast.AST, data: set[str]) -> bool:
+    return any(isinstance(inner, ast.Compare) and _is_choice(inner) and depends(inner, data) for inner in ast.walk(part))
+
+
 def _is_choice(part: ast.AST) -> bool:
     if isinstance(part, ast.Compare):
         return not any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in part.ops)
