@@ -165,7 +165,9 @@ def _without_router(experts: Experts, sources: Sources) -> Node | None:
         words = ("self",) if block is experts.node and not experts.words else _words_in(block, experts)
         if not words:
             continue
-        if experts.named and (sources.ask(picks_by_data, block.module, words) or _only_names_tell(block, words, sources)):
+        if experts.named and (
+            sources.ask(picks_by_data, block.module, words) or _only_names_tell(block, words, sources)
+        ):
             return block
         if not experts.named and sources.ask(picks_by_argument, block.module, words):
             return block

@@ -99,26 +99,25 @@ def picks_by_data(source: Source, words: tuple[str, ...]) -> bool:
 
 
 def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
-    """Whether ``forward`` takes an item of a list by an argument, or gives items the rows where an argument has a value.
+    """Whether ``forward`` takes an item of a list by an argument, or gives items the rows that a choice selects.
 
     An item that a loop counts out, or that is called under a condition, may be one of a stack.
     """
-    if source.forward is None:
-        return False
     for function in source.reached():
         data = data_names(function)
-        compared = _followed([function], partial(_compares, data=data), set())
+        chosen = _followed([function], partial(_holds_choice, data=data), set())
         arguments = {argument.arg for argument in function.args.args} & data if function is source.forward else set()
 
-        def is_chosen(part: ast.AST, known: set[str] = compared | arguments, data: set[str] = data) -> bool:
-            return depends(part, known) or _compares(part, data)
+        def is_chosen(part: ast.AST, chosen: set[str] = chosen, data: set[str] = data) -> bool:
+            return depends(part, chosen) or _holds_choice(part, data)
 
         for word in words:
             members = _members(function, word)
             for part in ast.walk(function):
-                if isinstance(part, ast.Subscript) and _is_member(part, word, members) and depends(part.slice, arguments):
-                    return True
-                if _calls_member(part, word, members) and _selected(part, is_chosen):
+                if isinstance(part, ast.Subscript) and _is_member(part, word, members):
+                    if depends(part.slice, arguments):
+                        return True
+                elif _calls_member(part, word, members) and _selected(part, is_chosen):
                     return True
     return False
 
@@ -128,8 +127,8 @@ def uses(source: Source, words: tuple[str, ...]) -> bool:
     return any(_mentions(function, word) for function in source.reached() for word in words)
 
 
-def _compares(part: ast.AST, data: set[str]) -> bool:
-    return any(isinstance(inner, ast.Compare) and _is_choice(inner) and depends(inner, data) for inner in ast.walk(part))
+def _holds_choice(part: ast.AST, data: set[str]) -> bool:
+    return any(_is_choice(inner) and depends(inner, data) for inner in ast.walk(part))
 
 
 def _is_choice(part: ast.AST) -> bool:
