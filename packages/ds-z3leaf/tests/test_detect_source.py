@@ -240,12 +240,22 @@ class ByLanguageOfRows(Adapters):
         return out
 
 
+class ByLanguageOfKeptRows(ByLanguageOfRows):
+    def each(self, languages: Tensor, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index, language in enumerate(self.adapters.keys()):
+            mask = languages == index
+            rows = x[mask]
+            out[mask] += self.adapters[language](rows)
+        return out
+
+
 class Counted(Adapters):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         return [self.adapters[name](features[index]) for index, name in enumerate(self.adapters)]
 
 
-@pytest.mark.parametrize("kind", [ByLanguage, ByLanguageOfRows])
+@pytest.mark.parametrize("kind", [ByLanguage, ByLanguageOfRows, ByLanguageOfKeptRows])
 def test_branches_may_be_chosen_by_an_argument(kind: type[nn.Module]) -> None:
     (found,) = find_leaf_candidates(nn.Sequential(kind()))
     assert found.reason == "2 experts of class Linear in 'adapters', chosen in its forward without a router"

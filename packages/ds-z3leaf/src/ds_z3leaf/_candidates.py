@@ -157,7 +157,7 @@ def _alike(experts: Experts) -> bool:
 
 def _without_router(experts: Experts, sources: Sources) -> Node | None:
     """The block of experts that are chosen without a router of their own, such as by a hash or by an argument."""
-    if experts.unsure or not (experts.members and _alike(experts)):
+    if experts.unsure or not experts.members:
         return None
     for level, block in enumerate(experts.node.above()):
         if level > (2 if experts.named else 1):
@@ -165,11 +165,11 @@ def _without_router(experts: Experts, sources: Sources) -> Node | None:
         words = ("self",) if block is experts.node and not experts.words else _words_in(block, experts)
         if not words:
             continue
-        if experts.named and (
-            sources.ask(picks_by_data, block.module, words) or _only_names_tell(block, words, sources)
-        ):
-            return block
-        if not experts.named and sources.ask(picks_by_argument, block.module, words):
+        if experts.named:
+            told = sources.ask(picks_by_data, block.module, words) or _only_names_tell(block, words, sources)
+        else:
+            told = sources.ask(picks_by_argument, block.module, words)
+        if told and _alike(experts):
             return block
     return None
 

@@ -141,9 +141,9 @@ def _of_modules(node: Node, words: tuple[str, ...], children: list[nn.Module], n
 def _in_parameters(node: Node) -> Iterator[Experts]:
     module = node.module
     held = _says_experts(node) or says_mixture(node)
-    around = node.parent is not None and says_mixture(node.parent)
     if linear_widths(module) is not None or not (module._parameters or (held and module._buffers)):
         return
+    around = node.parent is not None and says_mixture(node.parent)
     shapes = own_shapes(module, buffers=held)
     yielded: set[int] = set()
     for name, shape in shapes.items():

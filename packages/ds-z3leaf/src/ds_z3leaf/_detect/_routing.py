@@ -99,7 +99,7 @@ def picks_by_data(source: Source, words: tuple[str, ...]) -> bool:
 
 
 def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
-    """Whether ``forward`` takes an item of a list by an argument, or gives items the rows that a choice selects.
+    """Whether ``forward`` takes the item that an argument names, or gives items the rows that a choice selects.
 
     An item that a loop counts out, or that is called under a condition, may be one of a stack.
     """
@@ -115,11 +115,27 @@ def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
             members = _members(function, word)
             for part in ast.walk(function):
                 if isinstance(part, ast.Subscript) and _is_member(part, word, members):
-                    if depends(part.slice, arguments):
+                    if isinstance(part.slice, ast.Name) and part.slice.id in arguments:
                         return True
-                elif _calls_member(part, word, members) and _selected(part, is_chosen):
+                elif (_calls_member(part, word, members) and _selected(part, is_chosen)) or (
+                    isinstance(part, ast.For) and _selects_in_turn(part, word, members, is_chosen)
+                ):
                     return True
     return False
+
+
+def _selects_in_turn(loop: ast.For, word: str, members: set[str], chosen: Chosen) -> bool:
+    """Whether a loop selects rows, keeps them under a name, and calls an item with them."""
+    rows: set[str] = set()
+    for part in ast.walk(loop):
+        if isinstance(part, ast.Assign) and isinstance(part.value, ast.Subscript) and chosen(part.value.slice):
+            rows |= {target.id for target in part.targets if isinstance(target, ast.Name)}
+    return any(
+        isinstance(argument, ast.Name) and argument.id in rows
+        for part in ast.walk(loop)
+        if _calls_member(part, word, members)
+        for argument in _arguments(part)
+    )
 
 
 def uses(source: Source, words: tuple[str, ...]) -> bool:
