@@ -165,6 +165,23 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "4 experts of class MlpExpert in 'feed'",
     ),
     "the block's class": (lambda: block("TinyMoE", pick=gate(), branches=four()), "router 'pick' with 4 outputs"),
+    "convolutions": (
+        lambda: block(router=nn.Conv2d(8, 4, 1), experts=nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(4))),
+        "4 experts of class Conv2d in 'experts', router 'router' with 4 outputs",
+    ),
+    "only the block's class says mixture": (
+        lambda: block(
+            "MoE",
+            router=block(layer=gate()),
+            input_linear=block(weight=weight(4, 16, 8)),
+            output_linear=block(weight=weight(4, 8, 16)),
+        ),
+        "4 experts fused in 'input_linear.weight', router 'router' with 4 outputs",
+    ),
+    "a hash and no parameters": (
+        lambda: block("HashMoe", router=nn.Identity(), experts=four()),
+        "4 experts of class Linear in 'experts', chosen in its forward without a router",
+    ),
     "a mixture of adapters": (
         lambda: block(base_layer=nn.Linear(8, 8), lora_router=gate(), lora_experts=four()),
         "in 'lora_experts', router 'lora_router' with 4 outputs",
@@ -216,6 +233,15 @@ def test_partitioned_parameters_have_the_same_shapes(kind: str) -> None:
     assert [str(candidate) for candidate in find_leaf_candidates(model)] == before
 
 
+class EveryMoe(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = four()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([expert(x) for expert in self.experts]).sum(0)
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "gate of one output": lambda: block(gate=gate(1), experts=four()),
     "activation called gate": lambda: block(gate=nn.Sigmoid(), experts=four()),
@@ -228,6 +254,10 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "parameters with three dimensions": lambda: block(gate=gate(), pos=weight(4, 8, 8)),
     "shared expert": lambda: block(shared_expert=nn.Linear(8, 8), shared_expert_gate=gate(1)),
     "no weights": lambda: block(gate=gate(), experts=nn.ModuleList([nn.Identity() for _ in range(4)])),
+    "convolution beside weights in a class called Moe": lambda: block(
+        "MoeDecoder", conv=block(weight=weight(4, 8, 3)), head=gate()
+    ),
+    "a class called Moe that calls all of its experts": lambda: EveryMoe(),
     "lazy": lambda: block(gate=gate(), branches=nn.ModuleList(nn.Dropout() for _ in range(4))),
 }
 
@@ -235,6 +265,14 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_shapes_are_left_alone(kind: str) -> None:
     assert [str(candidate) for candidate in find_leaf_candidates(nn.Sequential(nn.Linear(8, 8), OTHERS[kind]()))] == []
+
+
+def test_the_parts_of_one_expert_are_no_experts() -> None:
+    """A router of two outputs, and a dense expert beside the mixture that has two linear layers."""
+    net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    mixture = block("MoE", gate=gate(2), experts=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]))
+    model = block(before=block("Expert", net=net), mixture=mixture)
+    assert [candidate.name for candidate in find_leaf_candidates(model)] == ["mixture"]
 
 
 def test_a_router_in_the_parent() -> None:

@@ -217,6 +217,64 @@ def test_experts_may_be_chosen_without_a_router() -> None:
     assert names(nn.Sequential(AllExperts())) == []
 
 
+class Adapters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict({"de": nn.Linear(8, 8), "fr": nn.Linear(8, 8)})
+
+
+class ByLanguage(Adapters):
+    def forward(self, x: Tensor, language: str) -> Tensor:
+        return self.adapters[language](x)
+
+
+class ByLanguageOfRows(Adapters):
+    def forward(self, languages: Tensor, x: Tensor) -> Tensor:
+        return self.each(languages, x)
+
+    def each(self, languages: Tensor, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index, language in enumerate(self.adapters.keys()):
+            mask = languages == index
+            out[mask] += self.adapters[language](x[mask])
+        return out
+
+
+class ByLanguageOfKeptRows(ByLanguageOfRows):
+    def each(self, languages: Tensor, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index, language in enumerate(self.adapters.keys()):
+            mask = languages == index
+            rows = x[mask]
+            out[mask] += self.adapters[language](rows)
+        return out
+
+
+class Counted(Adapters):
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [self.adapters[name](features[index]) for index, name in enumerate(self.adapters)]
+
+
+@pytest.mark.parametrize("kind", [ByLanguage, ByLanguageOfRows, ByLanguageOfKeptRows])
+def test_branches_may_be_chosen_by_an_argument(kind: type[nn.Module]) -> None:
+    (found,) = find_leaf_candidates(nn.Sequential(kind()))
+    assert found.reason == "2 experts of class Linear in 'adapters', chosen in its forward without a router"
+
+
+def test_branches_in_a_fixed_order_are_no_choice() -> None:
+    assert names(nn.Sequential(Counted())) == []
+
+
+def test_experts_are_known_by_name_where_there_is_no_source() -> None:
+    code: dict[str, type[nn.Module]] = {"Module": nn.Module}
+    exec("class Hashed(Module):\n    def forward(self, x):\n        return x", code)
+    model = code["Hashed"]()
+    model.experts = four()
+    assert [str(candidate) for candidate in find_leaf_candidates(model)] == [
+        "(the model itself) (Hashed): 4 experts of class Linear in 'experts', chosen in its forward without a router"
+    ]
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ds_z3leaf._detect._calls import cannot_be_called, condition_of_call, holder_of, other_use
-from ds_z3leaf._detect._experts import Experts, experts_of, says_mixture, says_stack
+from ds_z3leaf._detect._experts import Experts, experts_of, says_mixture, says_mixture_class, says_stack
 from ds_z3leaf._detect._router import Router, routers_of
-from ds_z3leaf._detect._routing import chooses, is_stack, picks_by_data
+from ds_z3leaf._detect._routing import chooses, is_stack, picks_by_argument, picks_by_data, uses
 from ds_z3leaf._detect._source import Sources
 from ds_z3leaf._detect._tree import Node, class_of, is_container, signature, walk
 from ds_z3leaf._plan import LeafCandidate
@@ -140,7 +140,7 @@ def _belong(block: Node, experts: Experts, router: Router, level: int, sources: 
             if router.fits:
                 return True
             return experts.count is not None and not experts.exact and router.width != 1 and _alike(experts)
-        return router.fits and level <= 2
+        return router.fits and not experts.exact and level <= 2
     words = _words_in(block, experts)
     if not (router.fits and words and _alike(experts)):
         return False
@@ -167,13 +167,29 @@ def _alike(experts: Experts) -> bool:
 
 def _without_router(experts: Experts, sources: Sources) -> Node | None:
     """The block of experts that are chosen without a router of their own, such as by a hash or by an argument."""
-    if not (experts.named and experts.members and _alike(experts)):
+    if experts.unsure or not experts.members:
         return None
     for level, block in enumerate(experts.node.above()):
+        if level > (2 if experts.named else 1):
+            break
         words = ("self",) if block is experts.node and not experts.words else _words_in(block, experts)
-        if level <= 2 and words and sources.ask(picks_by_data, block.module, words):
+        if not words:
+            continue
+        if experts.named:
+            told = sources.ask(picks_by_data, block.module, words) or _only_names_tell(block, words, sources)
+        else:
+            told = sources.ask(picks_by_argument, block.module, words)
+        if told and _alike(experts):
             return block
     return None
+
+
+def _only_names_tell(block: Node, words: tuple[str, ...], sources: Sources) -> bool:
+    """Whether a block that holds experts is a mixture by its class, and its forward does not show what it does."""
+    if type(block.module).forward is nn.Module.forward:
+        return False
+    source = sources.of(block.module)
+    return source.forward is None or (says_mixture_class(block) and not sources.ask(uses, block.module, words))
 
 
 def _raise_to_called(block: Node, sources: Sources) -> tuple[Node | None, list[str]]:

@@ -27,7 +27,7 @@ class Experts:
         count: how many there are; None where experts are rows of one matrix and only the router knows.
         most: `count` and the helpers beside them, which a router may choose as experts that compute nothing.
         named: whether a name says experts.
-        exact: whether only a router with as many outputs counts, however it is called.
+        exact: whether only a router by name with as many outputs counts.
         unsure: whether only a source that routes makes experts of them.
         text: what they are, such as "8 experts of class MLP".
         members: the experts' modules; empty for parameters.
@@ -64,6 +64,11 @@ def says_mixture(node: Node) -> bool:
     return bool(_MIXTURE.search(node.called()) or _MIXTURE.search(class_of(node.module).__name__))
 
 
+def says_mixture_class(node: Node) -> bool:
+    """Whether a module's class is called a mixture, not just experts."""
+    return bool(re.search(r"moe|mixture", class_of(node.module).__name__, re.I))
+
+
 def experts_of(node: Node) -> Iterator[Experts]:
     """The groups of experts, or of what could be experts, that a module holds itself."""
     module = node.module
@@ -81,8 +86,8 @@ def _listed(node: Node) -> Iterator[Experts]:
     if len(children) < 2:
         return
     named = _says_experts(node)
-    if isinstance(node.module, nn.Sequential) and not named:
-        return  # a stack
+    if isinstance(node.module, nn.Sequential) and not _MIXTURE.search(node.called()):
+        return  # a stack, or the parts of one expert
     if made := _of_modules(node, (), children, named):
         yield made
 
@@ -138,13 +143,15 @@ def _in_parameters(node: Node) -> Iterator[Experts]:
     held = _says_experts(node) or says_mixture(node)
     if linear_widths(module) is not None or not (module._parameters or (held and module._buffers)):
         return
+    around = node.parent is not None and says_mixture(node.parent)
     shapes = own_shapes(module, buffers=held)
     yielded: set[int] = set()
     for name, shape in shapes.items():
         if len(shape) in (3, 4) and shape[0] > 1 and shape[0] not in yielded:
             yielded.add(shape[0])
-            named = held or bool(_MIXTURE.search(name))
-            yield Experts(node, (name,), shape[0], shape[0], named, f"{shape[0]} experts fused")
+            named = held or around or bool(_MIXTURE.search(name))
+            text = f"{shape[0]} experts fused"
+            yield Experts(node, (name,), shape[0], shape[0], named, text, exact=not held and around)
     yield from _numbered_parameters(node, shapes)
     if _says_experts(node) and not yielded:
         for name, shape in shapes.items():

@@ -110,11 +110,14 @@ def _of_shape(word: str, shape: Shape, experts: Experts) -> Iterator[Router]:
 
 
 def _widths(module: nn.Module) -> Iterator[int]:
-    """Output widths of the linear layers and matrices in a router."""
+    """Output widths of the linear layers, convolutions and matrices in a router."""
     for part in islice(module.modules(), _PARTS):
         linear = linear_widths(part)
+        channels = part.__dict__.get("out_channels")
         if linear is not None:
             yield linear[1]
+        elif isinstance(channels, int):
+            yield channels
         elif wrapped(part) is None:
             yield from (width for shape in own_shapes(part).values() if len(shape) == 2 for width in shape[::-1])
 

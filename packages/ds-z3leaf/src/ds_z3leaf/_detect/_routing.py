@@ -98,6 +98,55 @@ def picks_by_data(source: Source, words: tuple[str, ...]) -> bool:
     return False
 
 
+def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
+    """Whether ``forward`` takes the item that an argument names, or gives items the rows that a choice selects.
+
+    An item that a loop counts out, or that is called under a condition, may be one of a stack.
+    """
+    for function in source.reached():
+        data = data_names(function)
+        chosen = _followed([function], partial(_holds_choice, data=data), set())
+        arguments = {argument.arg for argument in function.args.args} & data if function is source.forward else set()
+
+        def is_chosen(part: ast.AST, chosen: set[str] = chosen, data: set[str] = data) -> bool:
+            return depends(part, chosen) or _holds_choice(part, data)
+
+        for word in words:
+            members = _members(function, word)
+            for part in ast.walk(function):
+                if isinstance(part, ast.Subscript) and _is_member(part, word, members):
+                    if isinstance(part.slice, ast.Name) and part.slice.id in arguments:
+                        return True
+                elif (_calls_member(part, word, members) and _selected(part, is_chosen)) or (
+                    isinstance(part, ast.For) and _selects_in_turn(part, word, members, is_chosen)
+                ):
+                    return True
+    return False
+
+
+def _selects_in_turn(loop: ast.For, word: str, members: set[str], chosen: Chosen) -> bool:
+    """Whether a loop selects rows, keeps them under a name, and calls an item with them."""
+    rows: set[str] = set()
+    for part in ast.walk(loop):
+        if isinstance(part, ast.Assign) and isinstance(part.value, ast.Subscript) and chosen(part.value.slice):
+            rows |= {target.id for target in part.targets if isinstance(target, ast.Name)}
+    return any(
+        isinstance(argument, ast.Name) and argument.id in rows
+        for part in ast.walk(loop)
+        if _calls_member(part, word, members)
+        for argument in _arguments(part)
+    )
+
+
+def uses(source: Source, words: tuple[str, ...]) -> bool:
+    """Whether ``forward`` says anything of these attributes."""
+    return any(_mentions(function, word) for function in source.reached() for word in words)
+
+
+def _holds_choice(part: ast.AST, data: set[str]) -> bool:
+    return any(_is_choice(inner) and depends(inner, data) for inner in ast.walk(part))
+
+
 def _is_choice(part: ast.AST) -> bool:
     if isinstance(part, ast.Compare):
         return not any(isinstance(operator, (ast.Is, ast.IsNot)) for operator in part.ops)
