@@ -94,7 +94,7 @@ def measure_peak(device: torch.device, layers: Any, root: bool) -> dict[str, int
         torch.cuda.reset_peak_memory_stats()
         model(x)
         torch.cuda.synchronize()
-    return {"sharded": before, "peak": torch.cuda.max_memory_allocated() - before}
+    return {"peak": torch.cuda.max_memory_allocated() - before}
 
 
 def main() -> None:
