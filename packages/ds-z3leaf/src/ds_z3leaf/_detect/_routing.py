@@ -125,10 +125,14 @@ def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
 
 
 def _named_choices(function: Function) -> set[str]:
-    """Arguments that may name an item. An int counts steps or layers, which are the same on all ranks."""
+    """Arguments that may name an item: those that must be given, and are no int.
+
+    An int counts steps or layers, and what has a default is mostly a step as well; both are the same on all ranks.
+    """
+    required = function.args.args[: len(function.args.args) - len(function.args.defaults)]
     return {
         argument.arg
-        for argument in function.args.args
+        for argument in required
         if argument.annotation is None or "int" not in ast.unparse(argument.annotation)
     }
 
