@@ -255,6 +255,20 @@ class Counted(Adapters):
         return [self.adapters[name](features[index]) for index, name in enumerate(self.adapters)]
 
 
+class ByStep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = four()
+
+    def forward(self, x, step=None):  # type: ignore[no-untyped-def]
+        return self.heads[step](x)
+
+
+class ByCountedStep(ByStep):
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        return self.heads[step](x)
+
+
 @pytest.mark.parametrize("kind", [ByLanguage, ByLanguageOfRows, ByLanguageOfKeptRows])
 def test_branches_may_be_chosen_by_an_argument(kind: type[nn.Module]) -> None:
     (found,) = find_leaf_candidates(nn.Sequential(kind()))
@@ -262,7 +276,7 @@ def test_branches_may_be_chosen_by_an_argument(kind: type[nn.Module]) -> None:
 
 
 def test_branches_in_a_fixed_order_are_no_choice() -> None:
-    assert names(nn.Sequential(Counted())) == []
+    assert names(nn.Sequential(Counted(), ByStep(), ByCountedStep())) == []
 
 
 def test_experts_are_known_by_name_where_there_is_no_source() -> None:

@@ -106,7 +106,7 @@ def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
     for function in source.reached():
         data = data_names(function)
         chosen = _followed([function], partial(_holds_choice, data=data), set())
-        arguments = {argument.arg for argument in function.args.args} & data if function is source.forward else set()
+        arguments = _named_choices(function) & data if function is source.forward else set()
 
         def is_chosen(part: ast.AST, chosen: set[str] = chosen, data: set[str] = data) -> bool:
             return depends(part, chosen) or _holds_choice(part, data)
@@ -122,6 +122,19 @@ def picks_by_argument(source: Source, words: tuple[str, ...]) -> bool:
                 ):
                     return True
     return False
+
+
+def _named_choices(function: Function) -> set[str]:
+    """Arguments that may name an item: those that must be given, and are no int.
+
+    An int counts steps or layers, and what has a default is mostly a step as well; both are the same on all ranks.
+    """
+    required = function.args.args[: len(function.args.args) - len(function.args.defaults)]
+    return {
+        argument.arg
+        for argument in required
+        if argument.annotation is None or "int" not in ast.unparse(argument.annotation)
+    }
 
 
 def _selects_in_turn(loop: ast.For, word: str, members: set[str], chosen: Chosen) -> bool:
