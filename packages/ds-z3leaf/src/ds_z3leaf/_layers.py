@@ -10,7 +10,7 @@ from ds_z3leaf._flags import never_called
 
 
 def repeated_blocks(model: nn.Module, leaves: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """The members of the outermost ``ModuleList``s and ``ModuleDict``s outside the leaves that are called and hold
+    """The members of each outermost ``ModuleList`` or ``ModuleDict`` outside the leaves that are called and hold
     parameters of their own, that is, some that are in no leaf; by name, in the order of ``named_modules()``."""
     inside = {id(part) for leaf in leaves for part in leaf.modules()}
     blocks: dict[str, nn.Module] = {}

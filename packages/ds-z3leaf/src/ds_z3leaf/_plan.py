@@ -127,7 +127,7 @@ class LeafPlan:
 
         Args:
             mesh: the device mesh; ``fully_shard``'s default if None.
-            layers: ``"auto"`` takes the members of the outermost ``ModuleList``s and ``ModuleDict``s outside the leaves
+            layers: ``"auto"`` takes the members of each outermost ``ModuleList`` or ``ModuleDict`` outside the leaves
                 (not those of a mixture of experts that is no leaf; a warning names it); or the modules to shard; None
                 shards none.
             root: shard the model itself, which holds what is in none of the units.
