@@ -10,7 +10,7 @@ from typing import Any
 import ds_z3leaf
 import pytest
 import torch
-from ds_z3leaf import leaf, plan_leaves
+from ds_z3leaf import find_leaf_candidates, fully_shard_leaves, leaf, plan_leaves
 from ds_z3leaf.errors import LeafNotFoundError, LeafTypeError, LeafValueError
 from ds_z3leaf.leaf import (
     apply_zero_leaf_module_config,
@@ -400,3 +400,13 @@ def test_default_classes_are_found_by_their_full_name() -> None:
 def test_a_bad_section(net: nn.Module, section: Any, message: str) -> None:
     with pytest.raises((LeafTypeError, LeafValueError), match=message):
         apply_zero_leaf_module_config(net, section)
+
+
+@pytest.mark.parametrize("choose", [mark_leaves, plan_leaves])
+def test_an_empty_list_of_candidates_is_no_error(choose: Any) -> None:
+    dense = nn.Sequential(nn.Linear(2, 2))
+    assert list(choose(dense, modules=[found.module for found in find_leaf_candidates(dense)])) == []
+    assert get_z3_leaf_modules(dense) == []
+    assert fully_shard_leaves(dense, []) == []
+    with pytest.raises(LeafValueError, match="no selector is given"):
+        choose(dense)

@@ -57,7 +57,8 @@ def choose(
         raise wrong(f'select is {select!r}: pass "auto", or classes=, names=, suffixes=, globs=, ...')
     empty = (tuple, list, set, frozenset)
     given = any(value is not None and (value or not isinstance(value, empty)) for value in selectors.values())
-    if not given and select is None and fine_grained is None:
+    computed = any(isinstance(value, (list, set, frozenset)) for value in selectors.values())  # such as no candidates
+    if not given and select is None and fine_grained is None and not computed:
         raise LeafValueError(
             'no selector is given: pass "auto", classes, names, suffixes, globs, regexes, where, modules, fine_grained'
         )

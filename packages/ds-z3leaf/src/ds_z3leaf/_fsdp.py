@@ -52,7 +52,7 @@ def fully_shard_leaves(
 
     Raises:
         LeafTypeError: `model` or a leaf is no module, or a keyword is none of ``fully_shard``.
-        LeafNotFoundError: there are no leaves, or one is no part of the model.
+        LeafNotFoundError: `leaves` is None and no module is flagged, or a leaf is no part of the model.
         LeafValueError: `mixed_dtypes` is none of its values.
         LeafShardError: nothing is changed, and a leaf is a container that is never called; it, something in it or
             something around it is sharded already, by FSDP2, FSDP1, ZeRO-3 or a DTensor on another mesh; it holds
@@ -69,7 +69,8 @@ def fully_shard_leaves(
         names = {id(module): name for name, module in model.named_modules()}
         chosen = {names[id(unit)]: unit for unit in units}
     else:
-        chosen = _outermost(select_modules(model, modules=leaves).modules)
+        listed = [leaves] if isinstance(leaves, nn.Module) or not isinstance(leaves, Iterable) else list(leaves)
+        chosen = _outermost(select_modules(model, modules=listed).modules) if listed else {}
     shard_units(model, chosen, None, False, mixed_dtypes, reduce_scatter_unused_params, fully_shard_kwargs)
     return list(chosen.values())
 

@@ -157,6 +157,7 @@ def mark_leaves(
     Args:
         select: ``"auto"`` takes the mixture-of-experts blocks that `find_leaf_candidates` finds. A dense model has
             none: one line is logged, at INFO, and nothing is flagged.
+        classes, names, suffixes, globs, regexes, where, modules: an empty list flags nothing.
         fine_grained: also take the modules that `find_fine_grained` finds with this ``max_elements_per_module``.
         flag: False takes the flags away.
         raise_if_not_found: raise, and change nothing, if any selector matches nothing, even if others match; otherwise
