@@ -571,3 +571,36 @@ def test_arguments_that_differ_between_ranks_are_named() -> None:
         "",
         "LeafValueError: rank 2 is not in the group: call it on the ranks of the group only",
     ]
+
+
+class Either(nn.Module):
+    """Calls one of two layers, and may return no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, other: bool, detached: bool) -> torch.Tensor:
+        out: torch.Tensor = (self.other if other else self.one)(x)
+        return out.detach() if detached else out
+
+
+def _one_rank_goes_back(rank: int) -> list[str]:
+    x = torch.ones(1, WIDTH)
+    batches = [(x, False, rank == 0), (x, rank == 1, False)]  # the first has no backward on rank 0
+    plan = rehearse(
+        nn.Sequential(Either()), batches, forward=lambda model, batch: model[0](*batch), across_batches=False
+    )
+    return names(plan)
+
+
+def test_a_pass_without_a_backward_hides_no_other_pass() -> None:
+    assert run_ranks(_one_rank_goes_back, 2) == [["0"], ["0"]]
+
+
+def test_a_leaf_that_is_called_twice_is_noted() -> None:
+    block = Mixture()
+    torch.manual_seed(0)
+    plan = rehearse(nn.Sequential(block, block), [torch.randn(3, WIDTH) for _ in range(3)])
+    assert names(plan) == ["0"]
+    assert "leaf '0' (Mixture) is called 2 times in a forward: ZeRO-3 cannot train it as a leaf" in plan.notes[0]

@@ -11,8 +11,9 @@ from ds_z3leaf._candidates import find_mixtures
 from ds_z3leaf._flags import outermost_leaves
 from ds_z3leaf._plan import LeafCandidate, LeafPlan
 from ds_z3leaf._rehearse.calls import outermost
+from ds_z3leaf._rehearse.checks import Options
 from ds_z3leaf._rehearse.passes import Forward
-from ds_z3leaf._rehearse.stage import Options, Stage
+from ds_z3leaf._rehearse.stage import Stage
 from ds_z3leaf._select import select_modules
 from ds_z3leaf.errors import LeafOrderError, LeafTypeError
 

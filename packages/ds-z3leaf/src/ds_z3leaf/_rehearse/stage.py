@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from ds_z3leaf._rehearse.calls import (
     PASS,
@@ -24,39 +22,15 @@ from ds_z3leaf._rehearse.calls import (
     hidden_by,
     reduce_call,
 )
+from ds_z3leaf._rehearse.checks import Options, needs_meta
 from ds_z3leaf._rehearse.index import ModuleIndex
-from ds_z3leaf._rehearse.passes import Forward, Pass, Recording, device_of, record
+from ds_z3leaf._rehearse.passes import Pass, Recording, device_of, record
 from ds_z3leaf._rehearse.ranks import Ranks
 from ds_z3leaf._rehearse.stand_in import kept_random_state
 from ds_z3leaf._walk import check_model
-from ds_z3leaf.errors import LeafRehearsalError, LeafTypeError, LeafValueError
+from ds_z3leaf.errors import LeafRehearsalError, LeafValueError
 
 _SHOWN = 5  # modules that a note names
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to rehearse; `rehearse` says what each means."""
-
-    forward: Forward | None
-    max_batches: int
-    backward: bool
-    repeats: int | None
-    across_batches: bool
-    group: Any
-    device: str | None
-
-    def check(self, batches: object) -> None:
-        """Raise `LeafTypeError` or `LeafValueError` for what cannot be used."""
-        if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, nn.Module, torch.Tensor)):
-            raise LeafTypeError(f"batches is a {type(batches).__name__}: pass a list of batches, or a loader")
-        if self.forward is not None and not callable(self.forward):
-            raise LeafTypeError(f"forward is a {type(self.forward).__name__}: pass a function of a model and a batch")
-        for name, value in (("max_batches", self.max_batches), ("repeats", self.repeats)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise LeafValueError(f"{name}={value!r}: pass a whole number from 1")
-        if self.device not in (None, "meta", "model"):
-            raise LeafValueError(f"device={self.device!r}: pass 'meta', 'model' or None")
 
 
 @dataclass(frozen=True)
@@ -118,7 +92,7 @@ class Stage:
             check_model(model)
             options.check(batches)
             leaves = list(given())
-            must_be_meta = _find_state(model)
+            must_be_meta = needs_meta(model)
             with kept_random_state():  # a loader draws an order
                 taken = list(islice(batches, options.max_batches))
         except Exception as caught:
@@ -199,7 +173,7 @@ class Stage:
                 found.setdefault(problem.leaf, problem)
         if found:
             return list(found.values())
-        digests = self.ranks.gather({view.key: view.digest for view in seen})
+        digests = self.ranks.gather({view.key: view.digests() for view in seen})
         pair = _first_difference(digests)
         if pair is None:
             return []
@@ -324,6 +298,9 @@ class Stage:
             reasons = ["is called without a tensor of floating point"] if number in self.without_floats else []
             if number in self.odd_outputs:
                 reasons.append("returns neither a tensor that has a gradient nor a tuple with one")
+            times = rehearsal.calls.get(self.index.names[number], 0)
+            if times > 1:
+                reasons.append(f"is called {times} times in a forward")
             trained = any(param.requires_grad for param in self.index.modules[number].parameters())
             if reasons and trained:
                 notes.append(
@@ -360,14 +337,17 @@ class _View:
     backward: Mapping[int, int] | None
     reached: Mapping[int, int] | None
 
-    @property
-    def digest(self) -> str:
-        backward = None if self.reached is None else sorted(self.reached.items())
-        return hashlib.blake2b(repr((self.calls.gathers, backward)).encode(), digest_size=16).hexdigest()
+    def digests(self) -> tuple[str, str | None]:
+        """Of the forward, and of the backward if there was one."""
+        return _digest(self.calls.gathers), None if self.reached is None else _digest(sorted(self.reached.items()))
 
     def everywhere(self, number: int) -> int:
         """How often the backward reached a module, leaf or not."""
         return (self.backward or {}).get(number, 0)
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
 def _describe_unseen(rehearsal: Rehearsal) -> list[str]:
@@ -391,43 +371,15 @@ def _times(count: int) -> str:
     return "not at all" if count == 0 else "once" if count == 1 else f"{count} times"
 
 
-def _first_difference(digests: list[dict[tuple[int, int], str]]) -> tuple[tuple[int, int], int, int] | None:
-    """The first pass in which two ranks differ, and these ranks."""
+def _first_difference(
+    digests: list[dict[tuple[int, int], tuple[str, str | None]]],
+) -> tuple[tuple[int, int], int, int] | None:
+    """The first pass in which two ranks differ, forward or backward, and these ranks. A pass may have no backward."""
     for key in sorted({key for own in digests for key in own}):
-        having = [rank for rank, own in enumerate(digests) if key in own]
-        for rank in having[1:]:
-            if digests[rank][key] != digests[having[0]][key]:
-                return key, having[0], rank
+        for part in (0, 1):
+            having = [(rank, own[key][part]) for rank, own in enumerate(digests) if key in own]
+            known = [(rank, text) for rank, text in having if text is not None]
+            for rank, text in known[1:]:
+                if text != known[0][1]:
+                    return key, known[0][0], rank
     return None
-
-
-def _find_state(model: nn.Module) -> bool:
-    """Whether the model can run on meta only.
-
-    Raises:
-        LeafRehearsalError: an engine has the model, so that a forward communicates; or its parameters cannot have
-            stand-ins.
-    """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    for name, module in model.named_modules():
-        if isinstance(module, (FSDPModule, FullyShardedDataParallel, DistributedDataParallel)):
-            raise LeafRehearsalError(
-                f"{name or 'the model'} ({type(module).__name__}) communicates in its forward: rehearse before "
-                "the model is wrapped or sharded"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise LeafRehearsalError(
-                f"{name or 'the model'} is a ScriptModule, whose calls cannot be recorded: rehearse the model before "
-                "torch.jit compiles it"
-            )
-        if any(isinstance(param, UninitializedParameter) for param in module._parameters.values()):
-            raise LeafRehearsalError(
-                f"{name or 'the model'} ({type(module).__name__}) has parameters without a shape: run one forward "
-                "first, which gives them one"
-            )
-    partitioned = [name for name, param in model.named_parameters() if hasattr(param, "ds_id")]
-    if partitioned and any(hasattr(module, "ds_id") for module in model.modules()):
-        raise LeafRehearsalError("the model is in a DeepSpeed engine: rehearse before deepspeed.initialize()")
-    return bool(partitioned) or any(param.is_meta for param in model.parameters())
