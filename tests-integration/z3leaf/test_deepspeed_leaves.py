@@ -68,10 +68,8 @@ def batch(rank: int, step: int) -> torch.Tensor:
 def compare_flags(rank: int) -> dict[str, Any]:
     import ds_z3leaf
     from deepspeed import utils
-    from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES, DeepSpeedZeroLeafModuleConfig
-    from ds_z3leaf._config import DEFAULT_CLASSES
 
-    seen: dict[str, Any] = {"defaults": list(DEFAULT_CLASSES) == DEFAULT_LEAF_MODULE_CLASSES}
+    seen: dict[str, Any] = {}
     net = make()
     blocks = list(net.blocks)
 
@@ -79,16 +77,22 @@ def compare_flags(rank: int) -> dict[str, Any]:
     seen["marked here, read there"] = utils.get_z3_leaf_modules(net) == blocks
     inner = {id(param) for block in blocks for param in block.parameters()}
     seen["parameters"] = all(utils.z3_leaf_parameter(param) == (id(param) in inner) for param in net.parameters())
-    utils.unset_z3_leaf_modules(net, [Moe])
+    utils.unset_z3_leaf_modules(net, [Moe, SparseMoe])  # some versions match no subclasses
     seen["unmarked there, read here"] = ds_z3leaf.get_z3_leaf_modules(net) == []
 
-    utils.set_z3_leaf_modules(net, [Moe])
+    utils.set_z3_leaf_modules(net, [Moe, SparseMoe])
     seen["marked there, read here"] = ds_z3leaf.get_z3_leaf_modules(net) == blocks
     ds_z3leaf.unset_z3_leaf_modules(net, [Moe])
     seen["unmarked here, read there"] = utils.get_z3_leaf_modules(net) == [] and not any(
         utils.z3_leaf_parameter(param) for param in net.parameters()
     )
 
+    if importlib.util.find_spec("deepspeed.runtime.zero.leaf_module_config") is None:
+        return seen  # before 0.18, its configuration has no leaves
+    from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES, DeepSpeedZeroLeafModuleConfig
+    from ds_z3leaf._config import DEFAULT_CLASSES
+
+    seen["defaults"] = list(DEFAULT_CLASSES) == DEFAULT_LEAF_MODULE_CLASSES
     config = DeepSpeedZeroLeafModuleConfig(names=["head"], name_suffixes=["1"])
     found = ds_z3leaf.apply_zero_leaf_module_config(net, config)
     wanted = [*(block.experts[1] for block in net.blocks), net.blocks[1], net.head]

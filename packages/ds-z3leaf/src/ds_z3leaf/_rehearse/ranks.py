@@ -1,9 +1,12 @@
-"""The few object collectives of a rehearsal; one process alone needs no process group."""
+"""The collectives of a rehearsal. One process alone needs no process group, and none needs numpy."""
 
 from __future__ import annotations
 
+import ctypes
+import pickle
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ds_z3leaf.errors import LeafError, LeafRehearsalError, LeafValueError
@@ -40,9 +43,23 @@ class Ranks:
         """Every rank's value, by rank. All ranks must call it."""
         if self.size == 1:
             return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+        own = pickle.dumps(value)
+        device = self._device()
+        length = torch.tensor([len(own)], device=device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self._group)
+        sizes = [int(each) for each in lengths]
+        padded = torch.frombuffer(bytearray(own.ljust(max(sizes), b"\0")), dtype=torch.uint8).to(device)
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded, group=self._group)
+        return [pickle.loads(_bytes(each, size)) for each, size in zip(gathered, sizes, strict=True)]
+
+    def _device(self) -> torch.device:
+        """Where the group's collectives take tensors."""
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or any(name in dist.get_backend(self._group) for name in ("gloo", "mpi")):
+            return torch.device("cpu")
+        return torch.device(accelerator.type)
 
     def agree(self, error: BaseException | None, what: str) -> None:
         """Raise on every rank if any rank has an error, so that none waits for one that failed.
@@ -58,3 +75,9 @@ class Ranks:
                 if isinstance(error, LeafError):
                     raise error
                 raise LeafRehearsalError(f"{what}: {where} with {text}") from error
+
+
+def _bytes(tensor: torch.Tensor, size: int) -> bytes:
+    """The first bytes of a tensor; ``numpy()`` would need numpy."""
+    on_host = tensor.cpu()
+    return ctypes.string_at(on_host.data_ptr(), size)
