@@ -328,3 +328,36 @@ def rehearse_what_zero_init_made(rank: int) -> tuple[list[str], str, bool]:
 def test_a_partitioned_model_is_rehearsed_on_meta() -> None:
     answers = run_ranks(rehearse_what_zero_init_made, 2, timeout=TIMEOUT, env=ENV)
     assert answers == [(["1"], "meta", True)] * 2
+
+
+def losses_under_fsdp2(rank: int) -> tuple[list[str], list[float], float]:
+    """A rank with an image beside one without; the largest difference to one process that has both batches."""
+    torch.manual_seed(0)
+    model = llava()
+    alone = llava()
+    alone.load_state_dict(model.state_dict())
+    plan = rehearse(model, [llava_batch(rank == 1)])
+    plan.apply_fsdp2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reference = torch.optim.SGD(alone.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(**llava_batch(rank == 1)).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        for with_image in (False, True):
+            (alone(**llava_batch(with_image)).loss / 2).backward()
+        reference.step()
+        reference.zero_grad()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    apart = max(float((param.full_tensor() - other).detach().abs().max()) for param, other in pairs)
+    return [leaf.name for leaf in plan.leaves], losses, apart
+
+
+def test_fsdp2_trains_images_beside_text_by_the_plan() -> None:
+    for leaves, losses, apart in run_ranks(losses_under_fsdp2, 2, timeout=TIMEOUT):
+        assert leaves == ["model"]
+        assert losses[0] > losses[1] > losses[2]
+        assert apart < 1e-5
