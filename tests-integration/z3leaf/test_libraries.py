@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 
 import pytest
 import torch
@@ -123,16 +122,3 @@ def test_torchtitan() -> None:
     blocks = [name for name, module in model.named_modules() if type(module).__name__ == "MoE"]
     assert len(blocks) > 1
     assert names(model) == blocks
-
-
-def test_torchvision_has_none() -> None:
-    need("torchvision")
-    try:
-        models = importlib.import_module("torchvision").models
-    except RuntimeError as error:
-        pytest.skip(f"torchvision does not fit this torch: {error}")
-    kinds = [kind for kind in models.list_models() if re.search(r"resnet18$|_b_16$|_v3_|swin_t|googlenet|fpn$", kind)]
-    assert len(kinds) > 5
-    for kind in kinds:
-        backbone = {"weights_backbone": None} if re.search(r"rcnn|deeplab|lraspp|retina|fcos|ssd|fcn", kind) else {}
-        assert names(models.get_model(kind, weights=None, **backbone)) == [], kind
