@@ -118,7 +118,7 @@ def sweep_one(kind: str, ways: tuple[str, ...] = ("plain", "lora", "parameters")
                 candidates = find_leaf_candidates(adapted)
         except Exception as error:  # one type of hundreds
             found.names[way] = None
-            found.errors[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            found.errors[way] = f"{type(error).__name__}: {_cleaned(str(error))[:160]}"
             if way == "plain":
                 break
             continue
@@ -320,6 +320,12 @@ def _plain(name: str) -> str:
 
 def _listed(kinds: list[str]) -> str:
     return f" ({', '.join(kinds)})" if kinds else ""
+
+
+def _cleaned(text: str) -> str:
+    """A message in one line, without the path of the environment, and with the entries of a set of names in order."""
+    text = re.sub(r"'[^' ]*/site-packages/", "'", " ".join(text.split()))
+    return re.sub(r"\{('[^{}:]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
 
 
 def _escaped(text: str) -> str:

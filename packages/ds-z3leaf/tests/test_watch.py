@@ -64,7 +64,7 @@ class Net(nn.Module):
 
 def told(net: Net, calls: list[tuple[int, ...]], kept: int = 1000, at: str | None = None) -> Report:
     """The report of a rank that has made these calls; it stops in the first module named `at`."""
-    from ds_z3leaf._rehearse.recorder import Recorder
+    from ds_z3leaf._watch.recorder import Recorder
     from ds_z3leaf._watch.watcher import _gathered
 
     class Stop(Exception):

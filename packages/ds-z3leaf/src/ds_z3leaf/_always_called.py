@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 
 from torch import nn
+
+from ds_z3leaf._detect._source import Source
 
 
 def always_calls(module: nn.Module, child: str) -> bool:
@@ -15,13 +15,8 @@ def always_calls(module: nn.Module, child: str) -> bool:
     Only what stands in the open counts: not under a condition, in a loop, in a function of its own, nor behind a return
     that is under a condition. Without source the answer is no.
     """
-    kind = next((base for base in type(module).__mro__ if "forward" in vars(base)), None)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(vars(kind)["forward"])))
-    except (OSError, TypeError, SyntaxError, KeyError):
-        return False
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+    function = Source(type(module)).forward
+    if function is None or not function.args.args:
         return False
     return _runs(function.body, function.args.args[0].arg, child) is True
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_z3leaf._outputs import seen_by_hooks
 from ds_z3leaf.errors import LeafShardError
 
 HANDLES = "_ds_leaf_handles"
@@ -54,7 +55,7 @@ def _trains(leaf: nn.Module) -> bool:
 
 
 def _before(leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    if _any_requires_grad(args) or not _trains(leaf):
+    if seen_by_hooks(args) or not _trains(leaf):
         return None
     positional = [
         parameter.name
@@ -64,7 +65,7 @@ def _before(leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     moved, kept = list(args), dict(kwargs)
     while len(moved) < len(positional) and positional[len(moved)] in kept:
         moved.append(kept.pop(positional[len(moved)]))
-    if not _any_requires_grad(moved):
+    if not seen_by_hooks(tuple(moved)):
         for place, value in enumerate(moved):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 moved[place] = value.detach().requires_grad_()
@@ -78,13 +79,9 @@ def _before(leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _after(leaf: nn.Module, args: Any, output: Any) -> None:
-    if not _any_requires_grad(output if isinstance(output, tuple) else (output,)) and _trains(leaf):
+    if not seen_by_hooks(output) and _trains(leaf):
         raise LeafShardError(
             f"leaf {type(leaf).__name__} returns a {type(output).__name__} without a tensor that requires a gradient "
             "(alone or in a tuple): ZeRO-3 would never reduce its gradients; have it return one on every rank, or make "
             "the module around it the leaf"
         )
-
-
-def _any_requires_grad(args: Any) -> bool:
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)

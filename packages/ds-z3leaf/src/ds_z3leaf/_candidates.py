@@ -20,7 +20,7 @@ from ds_z3leaf._detect._routing import chooses, is_stack, picks_by_argument, pic
 from ds_z3leaf._detect._source import Sources
 from ds_z3leaf._detect._tree import Node, class_of, is_container, signature, walk
 from ds_z3leaf._plan import LeafCandidate
-from ds_z3leaf._select import check_model
+from ds_z3leaf._walk import check_model
 
 _LEVELS = 4  # from the module that holds the experts up to the one that holds the router
 _HEADS = frozenset({"head", "lm_head", "score", "classifier", "fc", "out", "output", "proj", "cls", "logits"})

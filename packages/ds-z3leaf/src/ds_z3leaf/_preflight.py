@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ds_z3leaf._always_called import always_calls
 from ds_z3leaf._flags import never_called
-from ds_z3leaf._sizes import full_shape
+from ds_z3leaf._sizes import full_shape, size_of
 from ds_z3leaf.errors import LeafShardError, LeafValueError
 
 _SHOWN = 4  # parameters in a message
@@ -204,15 +204,8 @@ def _dtypes(params: Iterable[Named]) -> dict[torch.dtype, list[Named]]:
     for name, param in params:
         if param.requires_grad:
             groups.setdefault(param.dtype, []).append((name, param))
-    sizes = {dtype: sum(_elements(param) for _, param in group) for dtype, group in groups.items()}
+    sizes = {dtype: size_of(param for _, param in group).elements for dtype, group in groups.items()}
     return dict(sorted(groups.items(), key=lambda item: -sizes[item[0]]))
-
-
-def _elements(param: nn.Parameter) -> int:
-    count = 1
-    for extent in full_shape(param):
-        count *= extent
-    return count
 
 
 def _separate(unit: PlannedUnit, groups: dict[torch.dtype, list[Named]], mixed_dtypes: object) -> list[nn.Module]:

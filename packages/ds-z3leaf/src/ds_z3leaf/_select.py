@@ -17,8 +17,6 @@ from ds_z3leaf._suggest import explain_missing
 from ds_z3leaf._walk import Tree, check_model, is_wrapped, short_name, walk
 from ds_z3leaf.errors import LeafNotFoundError, LeafValueError
 
-__all__ = ["Predicate", "Selection", "check_model", "select_modules"]
-
 Predicate = Callable[[str, nn.Module], bool]
 # No model has a module of these names: a pattern that matches them matches anything.
 _WILD = frozenset("*?[")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from ds_z3leaf._outputs import tensors_in
 
 logger = logging.getLogger("ds.z3leaf")
 _METHOD = "set_reduce_scatter_unused_params"
@@ -34,7 +36,7 @@ def reduce_unused(unit: nn.Module) -> Callable[[], None]:
 
 
 def _warn_without_gradient(module: nn.Module, args: Any, output: Any) -> None:
-    if not torch.is_grad_enabled() or module in _warned or any(leaf.requires_grad for leaf in _tensors(output)):
+    if not torch.is_grad_enabled() or module in _warned or any(tensor.requires_grad for tensor in tensors_in(output)):
         return
     if any(param.requires_grad for param in module.parameters()):
         _warned.add(module)
@@ -43,14 +45,6 @@ def _warn_without_gradient(module: nn.Module, args: Any, output: Any) -> None:
             "backward",
             type(module).__name__,
         )
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, (list, tuple, dict)):
-        for entry in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(entry)
 
 
 def _touch_parameters(module: nn.Module, args: Any, output: Any) -> Any:

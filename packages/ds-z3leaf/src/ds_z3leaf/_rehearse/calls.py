@@ -1,5 +1,9 @@
 """Compare what ranks called, and choose the leaves under which they call the same. Pure: no communication, no model.
 
+[Note: events] An event is a number. ``n`` says that module ``n`` of the index was entered, ``~n`` that it was left.
+Modules without parameters in them are not recorded: no engine gathers anything for them. ``count + n``, where ``count``
+is the number of modules, says that a parameter of module ``n`` was read while the module was not being called.
+
 [Note: gathers] An engine gathers parameters when it enters a module that has parameters of its own; for a leaf it
 gathers everything inside at once, and nothing when modules inside are called. So a leaf set turns the calls of a
 forward into a sequence of gathers, and ranks that have different sequences wait for each other for ever. A *parting* is
@@ -53,7 +57,7 @@ class Parting:
 
 
 def read_calls(events: Iterable[int], count: int) -> Call:
-    """The calls of one forward from its events ([Note: events] in recorder.py), of an index of `count` modules."""
+    """The calls of one forward from its events ([Note: events]), of an index of `count` modules."""
     whole = Call(PASS)
     stack = [whole]
     for event in events:
@@ -165,6 +169,15 @@ def find_stacks(call: Call, number: int) -> Iterator[tuple[int, ...]]:
             yield stack
         inner = stack if made.module == PASS else (*stack, made.module)
         pending.extend((below, inner) for below in made.calls)
+
+
+def all_calls(call: Call) -> Iterator[Call]:
+    """A call and all that were made during it."""
+    pending = [call]
+    while pending:
+        made = pending.pop()
+        pending.extend(made.calls)
+        yield made
 
 
 def hidden_by(leaves: Iterable[int], index: ModuleIndex) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
+from ds_z3leaf._outputs import seen_by_hooks, tensors_in
 from ds_z3leaf._rehearse.calls import Call, read_calls
 from ds_z3leaf._rehearse.index import ModuleIndex
 from ds_z3leaf._rehearse.stand_in import in_training, kept_random_state, random_state, stand_in
@@ -73,7 +74,7 @@ def record(
     repeats: int | None,
     meta: bool,
 ) -> Recording:
-    """Run all batches of this rank on stand-ins for the model's tensors ([Note: events] in recorder.py).
+    """Run all batches of this rank on stand-ins for the model's tensors ([Note: events] in calls.py).
 
     Args:
         batches: a mapping is given to the model as keywords, a tuple or list as arguments, anything else as one.
@@ -99,7 +100,7 @@ def record(
 
 
 class _Session:
-    """A model on stand-ins, with the recorder's hooks."""
+    """A model on stand-ins, with the hooks that write the events."""
 
     def __init__(self, index: ModuleIndex, forward: Forward | None, backward: bool, meta: bool) -> None:
         self.index = index
@@ -199,7 +200,7 @@ class _Session:
         return watch
 
     def _watch_output(self, number: int, output: Any) -> None:
-        if not _has_gradient(output):
+        if not seen_by_hooks(output):
             self.odd_outputs.add(number)
         reached = self._reached
         done = False
@@ -210,7 +211,7 @@ class _Session:
                 done = True
                 reached[number] += 1
 
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(reach)  # type: ignore[no-untyped-call]
 
@@ -269,27 +270,6 @@ def _moved(value: Any, device: Any) -> Any:
     return value
 
 
-def _has_gradient(output: Any) -> bool:
-    """Whether torch calls a module's full backward hooks for such an output."""
-    values = output if isinstance(output, tuple) else (output,)
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an output: alone, or in tuples, lists, mappings and data classes."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
-
-
 def _loss_of(output: Any) -> torch.Tensor | None:
     """The loss in an output, or the sum of its floating point tensors; None if nothing in it has a gradient."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -297,7 +277,7 @@ def _loss_of(output: Any) -> torch.Tensor | None:
         return loss.sum()
     sums = [
         (torch.view_as_real(end) if end.is_complex() else end).float().sum()
-        for end in _tensors(output)
+        for end in tensors_in(output)
         if end.requires_grad
     ]
     return torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else None

@@ -15,6 +15,7 @@ from ds_z3leaf._rehearse.calls import (
     PASS,
     Call,
     Parting,
+    all_calls,
     choose_leaf,
     find_partings,
     find_stacks,
@@ -253,14 +254,8 @@ class Stage:
 
     def _called(self) -> frozenset[int]:
         """The modules with parameters that this rank's passes called."""
-        pending = [each.forward for each in self.recording.passes]
-        called: set[int] = set()
-        while pending:
-            call = pending.pop()
-            pending.extend(call.calls)
-            if not call.access:
-                called.add(call.module)
-        return frozenset(called)
+        passes = self.recording.passes
+        return frozenset(call.module for each in passes for call in all_calls(each.forward) if not call.access)
 
     def _name(self, number: int | None) -> str:
         return "nothing more" if number is None else repr(self.index.names[number]) if number else "the model itself"
@@ -270,14 +265,9 @@ class Stage:
         calls: dict[str, int] = {}
         seen: set[int] = set()
         for each in self.recording.passes:
-            counts: Counter[int] = Counter()
-            pending = [each.forward]
-            while pending:
-                call = pending.pop()
-                pending.extend(call.calls)
-                seen.add(call.module)
-                if not call.access and call.module != PASS:
-                    counts[call.module] += 1
+            made = list(all_calls(each.forward))
+            seen.update(call.module for call in made)
+            counts = Counter(call.module for call in made if not call.access and call.module != PASS)
             for number, count in counts.items():
                 name = self.index.names[number]
                 calls[name] = max(calls.get(name, 0), count)

@@ -22,7 +22,7 @@ class Report:
     """What a rank tells the others.
 
     Attributes:
-        events: its last events ([Note: events] in ``_rehearse/recorder.py``).
+        events: its last events ([Note: events] in ``_rehearse/calls.py``).
         total: how many events there were since `watch` was entered, those included that are kept no more.
         counted: how many of them were of modules that the engine gathers for.
         stack: the modules that it is in, the outermost first.

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_z3leaf._flags import outermost_leaves
+from ds_z3leaf._rehearse.calls import hidden_by
 from ds_z3leaf._rehearse.index import ModuleIndex
 from ds_z3leaf._rehearse.ranks import Ranks
-from ds_z3leaf._rehearse.recorder import Recorder
-from ds_z3leaf._select import check_model
+from ds_z3leaf._walk import check_model
 from ds_z3leaf._watch.diagnosis import Verdict, diagnose
 from ds_z3leaf._watch.history import History, Report
 from ds_z3leaf._watch.mailbox import Mailbox
+from ds_z3leaf._watch.recorder import Recorder
 from ds_z3leaf.errors import LeafHangError, LeafTypeError, LeafValueError
 
 logger = logging.getLogger("ds.z3leaf")
@@ -131,7 +132,7 @@ def _gathered(model: nn.Module, index: ModuleIndex) -> tuple[list[bool], set[int
                 if unit and not any(units[below] for below in index.inside(number) - {number})
             }
     leaves = {index.number[id(leaf)] for leaf in outermost_leaves(model)}
-    hidden = {below for leaf in leaves for below in index.inside(leaf) - {leaf}}
+    hidden = hidden_by(leaves, index)
     return [number not in hidden for number in range(len(index.modules))], leaves
 
 

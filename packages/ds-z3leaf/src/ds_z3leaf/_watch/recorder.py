@@ -1,10 +1,4 @@
-"""Records which modules a model enters and leaves.
-
-[Note: events] An event is a number. ``n`` says that module ``n`` of the index was entered, ``~n`` that it was left.
-Modules without parameters in them are not recorded: no engine gathers anything for them. `count + n`, where ``count``
-is the number of modules, says that a parameter of module ``n`` was read while the module was not being called;
-`ds_z3leaf._rehearse.stand_in` writes these.
-"""
+"""Records which modules a model enters and leaves, as events ([Note: events] in ``_rehearse/calls.py``)."""
 
 from __future__ import annotations
 
